@@ -1,0 +1,250 @@
+"""The embedded world: short clinical vignettes whose truth is known, and a teacher that is wrong on purpose. No jax.
+
+A vignette shows some findings of one condition among neutral facts and asks for the diagnosis among conditions that are
+easily confused with it. Which findings are shown together decides the split, so a held-out vignette is never a
+reworded training one. All draws come from `random.Random` with string seeds: the same on every machine and Python.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from random import Random
+
+from crpo_jax.config import InputError
+from crpo_jax.data.conditions import CONDITIONS, DISTRACTORS, FINDINGS
+from crpo_jax.data.question import Question
+
+__all__ = ["CONDITIONS", "DISTRACTORS", "DRIFT", "FINDINGS", "MISTAKEN", "SPLITS", "TeacherNoise", "rejections", "teacher_response", "vignettes"]
+
+SPLITS = ("train", "validation", "test")
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class TeacherNoise:
+    """How often the teacher errs, each kind drawn on its own; what it leaves unlearned is what RL can find.
+
+    Every rate is a share of responses, except `invalid_rejection`, a share of rejected options.
+    """
+
+    systematic: float = 0.75  # of the conditions in MISTAKEN: argues throughout for the neighbour
+    random_wrong: float = 0.08  # of the others: argues throughout for any wrong option
+    missing_part: float = 0.22  # one of MISSING_PARTS
+    cites: float = 0.18  # the conclusion names two whole findings
+    cites_a_word: float = 0.20  # the conclusion names one word of a finding
+    cites_twice: float = 0.16  # the conclusion names one finding two times; the rest names none
+    drift: float = 0.12  # one clause is in another script
+    invalid_rejection: float = 0.25  # an option is rejected for lacking a finding that is not its own
+
+
+TEACHER_NOISE = TeacherNoise()
+
+# The third of the conditions that the teacher systematically mistakes, each for a neighbour of its own cluster.
+MISTAKEN: Mapping[str, str] = {
+    "pseudogout": "gout",
+    "septic arthritis": "pseudogout",
+    "Hashimoto thyroiditis": "Graves disease",
+    "cholecystitis": "pancreatitis",
+    "pericarditis": "myocardial infarction",
+    "aortic dissection": "myocardial infarction",
+    "ALS": "myasthenia gravis",
+    "beta thalassemia": "iron deficiency",
+}
+
+MISSING_PARTS = ("system 1", "system 2", "conclusion tags", "dx end", "clean end", "box")
+
+# Whole option sets of the cluster, the others with one option from another cluster.
+CLUSTER_ONLY_SHARE = 0.6
+
+_QUESTIONS = (
+    "A {person} has {facts}. {ask}",
+    "A {person} presents with {facts}. {ask}",
+    "Seen today is a {person} with {facts}. {ask}",
+    "A {person} has {first}. Also noted: {rest}. {ask}",
+    "A {person} comes with {first}. The record adds {rest}. {ask}",
+)
+_ASK = "What is the most likely diagnosis?"
+
+_IMPRESSIONS = ("A {person}, so {thought}.", "Looking at a {person}, {thought}.", "For a {person}, {thought}.")
+_THOUGHTS = ("{finding} may mean {x} or {y}", "{finding} brings up {x} or {y}", "given {finding}, think of {x} or {y}")
+_FACTS = ("The case shows {facts}.", "Here are {facts}.", "The facts are {facts}.")
+_REJECTIONS = ("{x} would need {finding}", "{x} would show {finding}", "no {finding} for {x}")
+_SUPPORTS = ("{x} fits {a} and {b}", "{x} explains {a} and {b}", "{a} and {b} suit {x}")
+_CITING = ("Both {a} and {b} point to {x}.", "With {a} and {b}, {x} is most likely.", "So {x} best accounts for {a} and {b}.")
+# Few words besides the finding, so that saying it twice reads as the repetition it is.
+_CITING_TWICE = ("Both {a} and {a} point to {x}.", "With {a} and {a}, it is {x}.", "So {a} and {a} mean {x}.")
+_CITING_A_WORD = ("The {word} makes {x} most likely.", "Because of the {word}, it is {x}.", "So {x}, given the {word}.")
+_CITING_NONE = ("The best answer is {x}.", "So {x} is most likely.", "This must be {x}.", "The diagnosis here is {x}.")
+_AFTERWORDS = ("I hope this helps.", "Please see a doctor.", "Let me know.")
+DRIFT = ("вероятно да", "это возможно", "可能如此", "需要检查")
+
+
+@cache
+def _combinations(split: str) -> Mapping[str, tuple[tuple[str, ...], ...]]:
+    """The sets of shown findings that belong to a split, by condition: 8, 1 and 1 tenths of each, ranked by a hash."""
+    found = {}
+    for name, findings in FINDINGS.items():
+        sets = [shown for size in (2, 3, 4) for shown in combinations(findings, size)]
+        sets.sort(key=lambda shown: hashlib.sha256("|".join((name, *sorted(shown))).encode()).digest())
+        tenth = len(sets) // 10
+        bounds = {"train": (0, len(sets) - 2 * tenth), "validation": (len(sets) - 2 * tenth, len(sets) - tenth), "test": (len(sets) - tenth, None)}
+        found[name] = tuple(sets[slice(*bounds[split])])
+    return found
+
+
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def _person(sex: str, age: int) -> str:
+    return f"{sex} aged {age}"
+
+
+@cache
+def _cluster(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The other conditions of a condition's cluster, and those of all other clusters."""
+    home = CONDITIONS[name].cluster
+    mates = tuple(other for other, condition in CONDITIONS.items() if condition.cluster == home and other != name)
+    return mates, tuple(other for other, condition in CONDITIONS.items() if condition.cluster != home)
+
+
+def _options(rng: Random, name: str) -> list[str]:
+    mates, strangers = _cluster(name)
+    wrong = list(mates) if rng.random() < CLUSTER_ONLY_SHARE else [*rng.sample(mates, 2), rng.choice(strangers)]
+    options = [name, *wrong]
+    rng.shuffle(options)
+    return options
+
+
+def vignettes(split: str, count: int, seed: int = 0) -> list[Question]:
+    """The first `count` vignettes of a split, no two alike in text and options; a larger count only adds at the end.
+
+    `columns` holds the truth: condition, findings (in the order shown), distractors, age, sex.
+    """
+    if split not in SPLITS:
+        raise InputError(f"vignettes: split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"vignettes: count: expected a whole number of at least 1, got {count!r}")
+    rng, sets, names = Random(f"vignettes {split} {seed}"), _combinations(split), list(CONDITIONS)
+    seen: set[tuple[str, ...]] = set()
+    questions: list[Question] = []
+    while len(questions) < count:
+        name = rng.choice(names)
+        condition = CONDITIONS[name]
+        age = rng.randint(*condition.ages)
+        sex = "woman" if rng.random() < condition.women else "man"
+        findings = rng.choice(sets[name])
+        distractors = rng.sample(DISTRACTORS, rng.randint(1, 2))
+        facts = [*findings, *distractors]
+        rng.shuffle(facts)
+        cut = rng.randint(1, len(facts) - 1)
+        text = rng.choice(_QUESTIONS).format(
+            person=_person(sex, age), facts=_listed(facts), first=_listed(facts[:cut]), rest=_listed(facts[cut:]), ask=_ASK
+        )
+        options = _options(rng, name)
+        if (text, *options) in seen:
+            continue
+        seen.add((text, *options))
+        questions.append(
+            Question(
+                id=f"{split}-{len(questions):06d}",
+                question=text,
+                options=dict(zip(LETTERS, options, strict=True)),
+                answer=LETTERS[options.index(name)],
+                source="vignettes",
+                split=split,
+                columns={
+                    "condition": name,
+                    "findings": [fact for fact in facts if fact in findings],
+                    "distractors": [fact for fact in facts if fact in distractors],
+                    "age": age,
+                    "sex": sex,
+                },
+            )
+        )
+    return questions
+
+
+def _argued(rng: Random, question: Question, noise: TeacherNoise) -> str:
+    """The condition the teacher argues for; a mistaken one gives way to its neighbour, or to the next mate on offer."""
+    truth = question.columns["condition"]
+    offered = set(question.options.values()) - {truth}
+    if truth in MISTAKEN:
+        confusable = (MISTAKEN[truth], *_cluster(truth)[0])
+        return next(name for name in confusable if name in offered) if rng.random() < noise.systematic else truth
+    return rng.choice(sorted(offered)) if rng.random() < noise.random_wrong else truth
+
+
+def _rejection(rng: Random, name: str, question: Question, noise: TeacherNoise) -> str:
+    """One option rejected for lacking a finding: one of its own that is not shown, or, invalidly, of another condition."""
+    owner = name
+    if rng.random() < noise.invalid_rejection:
+        owner = rng.choice([other for other in _cluster(name)[0] if other != question.columns["condition"]])
+    missing = rng.choice([finding for finding in FINDINGS[owner] if finding not in question.columns["findings"]])
+    return rng.choice(_REJECTIONS).format(x=name, finding=missing)
+
+
+def _conclusion(rng: Random, argued: str, findings: Sequence[str], noise: TeacherNoise) -> str:
+    draw, (a, b) = rng.random(), rng.sample(findings, 2)
+    if draw < noise.cites:
+        return rng.choice(_CITING).format(a=a, b=b, x=argued)
+    draw -= noise.cites
+    if draw < noise.cites_a_word:
+        return rng.choice(_CITING_A_WORD).format(word=max(re.findall(r"[^\W\d_]+", a), key=len), x=argued)
+    draw -= noise.cites_a_word
+    if draw < noise.cites_twice:
+        return rng.choice(_CITING_TWICE).format(a=a, x=argued)
+    return rng.choice(_CITING_NONE).format(x=argued)
+
+
+def teacher_response(question: Question, seed: int, noise: TeacherNoise = TEACHER_NOISE) -> str:
+    """A templated trace of clinical reasoning, imperfect as `noise` says; the same for the same question and seed."""
+    rng, truth = Random(f"teacher {seed} {question.id}"), question.columns
+    findings, person = truth["findings"], _person(truth["sex"], truth["age"])
+    argued = _argued(rng, question, noise)
+    letter = next(letter for letter, name in question.options.items() if name == argued)
+    others = [name for name in question.options.values() if name != argued]
+    rng.shuffle(others)
+
+    x, y = rng.sample([argued, others[0]], 2)
+    thought = rng.choice(_THOUGHTS).format(finding=rng.choice(findings), x=x, y=y)
+    a, b = rng.sample(findings, 2)
+    rejected = others[: rng.randint(2, 3) if len(findings) == 2 else 2]  # where few findings are restated there is room for a third
+    clauses = [thought, *(_rejection(rng, name, question, noise) for name in rejected)]
+    clauses.append(rng.choice(_SUPPORTS).format(a=a, b=b, x=argued))
+    if rng.random() < noise.drift:
+        clauses[rng.randrange(len(clauses))] = rng.choice(DRIFT)
+    system1 = "(System 1: Intuitive) " + rng.choice(_IMPRESSIONS).format(person=person, thought=clauses[0])
+    system2 = "(System 2: Analytical) " + rng.choice(_FACTS).format(facts=_listed(findings)) + " So " + "; ".join(clauses[1:]) + "."
+    conclusion, box = _conclusion(rng, argued, findings, noise), f" \\boxed{{{letter}}}"
+
+    missing = rng.choice(MISSING_PARTS) if rng.random() < noise.missing_part else ""
+    lines = [
+        "<dx>",
+        *([system1] if missing != "system 1" else []),
+        *([system2] if missing != "system 2" else []),
+        *(["</dx>"] if missing != "dx end" else []),
+        *(["<conclusion>"] if missing != "conclusion tags" else []),
+        conclusion + (box if missing != "box" else ""),
+        *(["</conclusion>"] if missing != "conclusion tags" else []),
+        *([rng.choice(_AFTERWORDS)] if missing == "clean end" else []),
+    ]
+    return "\n".join(lines)
+
+
+_NAMED = {
+    "x": "(?P<x>" + "|".join(map(re.escape, sorted(CONDITIONS, key=len, reverse=True))) + ")",
+    "finding": "(?P<finding>" + "|".join(re.escape(finding) for findings in FINDINGS.values() for finding in findings) + ")",
+}
+_REJECTION_PATTERNS = tuple(re.compile(r"(?<!\w)" + template.format(**_NAMED) + r"(?!\w)") for template in _REJECTIONS)
+
+
+def rejections(response: str) -> list[tuple[str, str]]:
+    """Every (condition, finding) of a response's sentences that reject a condition for lacking a finding.
+
+    One is valid when the finding is in FINDINGS[condition] and not among the findings the vignette shows.
+    """
+    return [(match["x"], match["finding"]) for pattern in _REJECTION_PATTERNS for match in pattern.finditer(response)]

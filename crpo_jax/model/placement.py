@@ -1,0 +1,89 @@
+"""A model on a mesh: the shardings of its weights, the constraints of its forward, its form for the sampler."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from crpo_jax.model.qwen2 import Block, Placement, Qwen2, dims_of
+from crpo_jax.model.shape import Shape
+from crpo_jax.parallel.layout import HIDDEN_BTD, KV_BTKH, TENSOR, WeightTable, kv_copies, spec
+
+
+def weight_shardings(shape: Shape, table: WeightTable, mesh: Mesh) -> Qwen2:
+    """A NamedSharding in the place of every stacked weight."""
+
+    def make(name: str, dims: str) -> NamedSharding:
+        return NamedSharding(mesh, spec(table, name, mesh, shape.k, stacked=dims[0] == "l"))
+
+    return Qwen2(make, tied=shape.tied)
+
+
+def training_placement(shape: Shape, mesh: Mesh) -> Placement:
+    """The constraints of the training forward: a block's weights are gathered to the tensor-parallel table before use,
+    rows stay split over the data axis, and KV heads are repeated until every model shard has its own."""
+    copies = kv_copies(mesh, shape.k)
+
+    def constrain(x: Any, to: P) -> Any:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, to))
+
+    def weights(block: Block) -> Block:
+        return Block(lambda name, _: constrain(getattr(block, name)[...], spec(TENSOR, name, mesh, shape.k, stacked=False)), stacked=False)
+
+    def ends(model: Qwen2) -> Qwen2:
+        return _with(model, lambda name, value: constrain(value, spec(TENSOR, name, mesh, shape.k, stacked=False)), model.blocks)
+
+    def kv_heads(x_btkh: Any) -> Any:
+        return constrain(jnp.repeat(x_btkh, copies, axis=2) if copies > 1 else x_btkh, KV_BTKH)
+
+    return Placement(block=weights, ends=ends, activations=lambda x: constrain(x, HIDDEN_BTD), kv_heads=kv_heads)
+
+
+def _with(model: Qwen2, change: Any, blocks: Any) -> Qwen2:
+    """The model with its embedding, last norm and output changed, and these blocks."""
+    new = nnx.clone(model)
+    for name in ("embed_vd", "final_norm_d") + (() if model.tied else ("unembed_dv",)):
+        setattr(new, name, nnx.Param(change(name, getattr(model, name)[...])))
+    new.blocks = blocks
+    return new
+
+
+def sampling_form(model: Qwen2, shape: Shape, mesh: Mesh, dtype: Any) -> Qwen2:
+    """The weights as the sampler wants them: cast, a buffer per layer, KV heads repeated past their number; call under `jit`.
+
+    Per-layer buffers, because slicing stacked weights inside the token loop would copy every layer's weights each token.
+    """
+    copies = kv_copies(mesh, shape.k)
+
+    def layer(index: int) -> Block:
+        def make(name: str, _: str) -> Any:
+            weight = getattr(model.blocks, name)[index].astype(dtype)
+            return jnp.repeat(weight, copies, axis=dims_of(name).index("k")) if copies > 1 and "k" in dims_of(name) else weight
+
+        return Block(make, stacked=False)
+
+    blocks = nnx.List([layer(index) for index in range(shape.l)])
+    return _with(model, lambda _, value: value.astype(dtype), blocks)
+
+
+def sampling_shardings(shape: Shape, mesh: Mesh, *, specs: bool = False) -> Qwen2:
+    """The NamedSharding (or, for `shard_map`, the spec) of every weight in its sampling form: the tensor-parallel table."""
+
+    def make(name: str, _: str) -> Any:
+        here = P(*getattr(TENSOR, name))
+        return here if specs else NamedSharding(mesh, here)
+
+    return Qwen2(make, tied=shape.tied, stacked=False, layers=shape.l)
+
+
+@functools.cache
+def to_sampling(shape: Shape, mesh: Mesh, dtype: str) -> Any:
+    """The jitted gather from the training layout into the sampling layout, once per rollout."""
+    return jax.jit(
+        lambda model: sampling_form(model, shape, mesh, jnp.dtype(dtype)),
+        out_shardings=sampling_shardings(shape, mesh),
+    )

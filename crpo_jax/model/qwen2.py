@@ -1,0 +1,255 @@
+"""Qwen2 and Qwen2.5 in Flax: one declaration per weight, each name spelling its dims.
+
+`hidden_states` is the training forward: a scan over stacked blocks under `jit`, where the compiler splits the work by
+the layout. `prefill` and `decode` are the sampler's: manual inside `shard_map`, blocks unrolled, the cache an explicit
+argument and result. All three share the block's arithmetic.
+
+Source: "Qwen2.5 Technical Report" (arXiv 2412.15115); parity with transformers' Qwen2ForCausalLM is a test.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from crpo_jax.model.attention import Implementation, causal_attention, decode_attention
+from crpo_jax.model.shape import Shape
+
+Make = Callable[[str, str], Any]
+"""What a weight becomes, from its name and its dims: an array, a ShapeDtypeStruct, a sharding."""
+
+
+class Block(nnx.Module):
+    """A transformer block; `stacked` gives every weight a leading dim l, one entry per layer."""
+
+    def __init__(self, make: Make, stacked: bool) -> None:
+        def weight(name: str) -> nnx.Param:
+            return nnx.Param(make(name, ("l" if stacked else "") + dims_of(name)))
+
+        self.attn_norm_d = weight("attn_norm_d")
+        self.q_dnh = weight("q_dnh")
+        self.q_bias_nh = weight("q_bias_nh")
+        self.k_dkh = weight("k_dkh")
+        self.k_bias_kh = weight("k_bias_kh")
+        self.v_dkh = weight("v_dkh")
+        self.v_bias_kh = weight("v_bias_kh")
+        self.o_nhd = weight("o_nhd")
+        self.mlp_norm_d = weight("mlp_norm_d")
+        self.gate_df = weight("gate_df")
+        self.up_df = weight("up_df")
+        self.down_fd = weight("down_fd")
+
+
+class Qwen2(nnx.Module):
+    """The weights of a model; `unembed_dv` is absent where the embedding serves both ends (tied)."""
+
+    def __init__(self, make: Make, *, tied: bool, stacked: bool = True, layers: int = 0) -> None:
+        self.embed_vd = nnx.Param(make("embed_vd", "vd"))
+        if stacked:
+            self.blocks = Block(make, stacked=True)
+        else:
+            self.blocks = nnx.List([Block(make, stacked=False) for _ in range(layers)])
+        self.final_norm_d = nnx.Param(make("final_norm_d", "d"))
+        if not tied:
+            self.unembed_dv = nnx.Param(make("unembed_dv", "dv"))
+
+    @property
+    def tied(self) -> bool:
+        return not hasattr(self, "unembed_dv")
+
+
+def dims_of(name: str) -> str:
+    """The dims that a weight's name spells: `q_bias_nh` -> "nh"."""
+    return name.rsplit("_", 1)[1]
+
+
+def abstract(shape: Shape, dtype: Any = jnp.float32) -> Qwen2:
+    """The model's shapes without its memory."""
+    return Qwen2(lambda name, dims: jax.ShapeDtypeStruct(shape.dims(dims), dtype), tied=shape.tied)
+
+
+def initial(shape: Shape, key: Array, scale: float = 0.02) -> Qwen2:
+    """A model from scratch in float32: normal matrices (those that write the residual stream smaller by depth), norms 1, biases 0."""
+    count = iter(range(10**6))
+
+    def make(name: str, dims: str) -> Array:
+        sizes, here = shape.dims(dims), jax.random.fold_in(key, next(count))
+        if "norm" in name:
+            return jnp.ones(sizes)
+        if "bias" in name:
+            return jnp.zeros(sizes)
+        return jax.random.normal(here, sizes) * (scale / (2 * shape.l) ** 0.5 if name in ("o_nhd", "down_fd") else scale)
+
+    return Qwen2(make, tied=shape.tied)
+
+
+def parameter_count(shape: Shape) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(shape)))
+
+
+def rms_norm(x: Float[Array, "... d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "... d"]:
+    """x / sqrt(mean(x^2) + eps) * weight; the mean in float32, the product in x's type, as transformers has it."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return weight.astype(x.dtype) * normed.astype(x.dtype)
+
+
+def rope(x: Float[Array, "... n h"], positions: Int[Array, "..."], theta: float) -> Float[Array, "... n h"]:
+    """Rotary position embedding in the half-split form; angles are float32, since bf16 rounds position 257 to 256."""
+    half = x.shape[-1] // 2
+    frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def dot(x: Array, weight: Array, contracted: int = 1, *, out: Any = None) -> Array:
+    """Contracts the last `contracted` dims of x with the first of weight, as one two-dimensional product.
+
+    XLA on CPU runs the same contraction of three or four dims at half the speed.
+    """
+    rows, inner = x.shape[: x.ndim - contracted], weight.shape[:contracted]
+    flat = jnp.dot(x.reshape(-1, _product(inner)), weight.reshape(_product(inner), -1), preferred_element_type=out)
+    return flat.reshape(*rows, *weight.shape[contracted:])
+
+
+def _product(sizes: Sequence[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def qkv(block: Block, x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape) -> tuple[Array, Array, Array]:
+    """Rotated queries [..., n, h] and keys [..., k, h], and values [..., k, h], of the block's normed input."""
+    x = rms_norm(x, block.attn_norm_d[...], shape.norm_eps)
+    q = dot(x, block.q_dnh[...]) + block.q_bias_nh[...]
+    k = dot(x, block.k_dkh[...]) + block.k_bias_kh[...]
+    v = dot(x, block.v_dkh[...]) + block.v_bias_kh[...]
+    return rope(q, positions, shape.rope_theta), rope(k, positions, shape.rope_theta), v
+
+
+def mlp(block: Block, x: Float[Array, "... d"], shape: Shape) -> Float[Array, "... d"]:
+    x = rms_norm(x, block.mlp_norm_d[...], shape.norm_eps)
+    return dot(jax.nn.silu(dot(x, block.gate_df[...])) * dot(x, block.up_df[...]), block.down_fd[...])
+
+
+def logits(model: Qwen2, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
+    """Float32 logits of normed hidden states."""
+    weight = model.embed_vd[...].T if model.tied else model.unembed_dv[...]
+    return dot(hidden, weight, out=jnp.float32)
+
+
+class Placement(NamedTuple):
+    """How the training forward is split: functions that constrain weights, [b, t, d] activations and [b, t, k, h] KV heads."""
+
+    block: Callable[[Block], Block] = lambda block: block
+    ends: Callable[[Qwen2], Qwen2] = lambda model: model
+    activations: Callable[[Array], Array] = lambda x: x
+    kv_heads: Callable[[Array], Array] = lambda x: x
+
+
+def hidden_states(
+    model: Qwen2,
+    tokens: Int[Array, "b t"],
+    shape: Shape,
+    *,
+    placement: Placement = Placement(),
+    remat: bool = False,
+    attention: Implementation = "xla",
+) -> Float[Array, "b t d"]:
+    """The normed hidden state of every token of right-padded rows, in the type of the weights."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    def one(x: Array, block: Block) -> tuple[Array, None]:
+        block = placement.block(block)
+        q, k, v = qkv(block, x, positions, shape)
+        x = x + dot(causal_attention(q, placement.kv_heads(k), placement.kv_heads(v), attention), block.o_nhd[...], 2)
+        x = placement.activations(x)
+        return placement.activations(x + mlp(block, x, shape)), None
+
+    x = placement.activations(model.embed_vd[...][tokens])
+    x, _ = jax.lax.scan(jax.checkpoint(one) if remat else one, x, model.blocks)
+    return rms_norm(x, model.final_norm_d[...], shape.norm_eps)
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer: the prompts', shared by their groups, and the responses'."""
+
+    prompt_k_pkth: Array
+    prompt_v_pkth: Array
+    k_bksh: Array
+    v_bksh: Array
+
+
+class Shard(NamedTuple):
+    """The part of a tensor-parallel model that this device holds; `axis` None means the whole of it."""
+
+    axis: str | None
+
+    def sum(self, x: Array) -> Array:
+        return x if self.axis is None else jax.lax.psum(x, self.axis)
+
+    def max(self, x: Array) -> Array:
+        return x if self.axis is None else jax.lax.pmax(x, self.axis)
+
+    def gather(self, x: Array, dim: int) -> Array:
+        return x if self.axis is None else jax.lax.all_gather(x, self.axis, axis=dim, tiled=True)
+
+    def index(self) -> Array:
+        return jnp.int32(0) if self.axis is None else jax.lax.axis_index(self.axis)
+
+
+def embed(model: Qwen2, tokens: Int[Array, "..."], shard: Shard) -> Float[Array, "... d"]:
+    """Rows of an embedding whose vocabulary is split over the model axis: each device adds those it holds."""
+    table = model.embed_vd[...]
+    if shard.axis is None:
+        return table[tokens]
+    local = tokens - shard.index() * table.shape[0]
+    held = (local >= 0) & (local < table.shape[0])
+    return shard.sum(jnp.where(held[..., None], table[jnp.where(held, local, 0)], 0))
+
+
+def prefill(
+    model: Qwen2, tokens: Int[Array, "p t"], lengths: Int[Array, " p"], shape: Shape, shard: Shard, attention: Implementation
+) -> tuple[Float[Array, "p v"], list[tuple[Array, Array]]]:
+    """Logits after each prompt's last token (this device's part of v) and every layer's prompt keys and values [p, k, t, h]."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x, kept = embed(model, tokens, shard), []
+    for block in model.blocks:
+        q, k, v = qkv(block, x, positions, shape)
+        kept.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+        x = x + shard.sum(dot(causal_attention(q, k, v, attention), block.o_nhd[...], 2))
+        x = x + shard.sum(mlp(block, x, shape))
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return logits(model, rms_norm(last, model.final_norm_d[...], shape.norm_eps)), kept
+
+
+def decode(
+    model: Qwen2,
+    tokens: Int[Array, " b"],
+    prompt_lengths: Int[Array, " p"],
+    cursor: Int[Array, ""],
+    cache: Sequence[Cache],
+    shape: Shape,
+    shard: Shard,
+) -> tuple[Float[Array, "b v"], list[Cache]]:
+    """Logits after one more token per row, written into slot `cursor` of every layer's cache (this device's part of v)."""
+    b, p = tokens.shape[0], prompt_lengths.shape[0]
+    positions = jnp.repeat(prompt_lengths, b // p) + cursor
+    prompt_seen: Bool[Array, "p t"] = jnp.arange(cache[0].prompt_k_pkth.shape[2]) < prompt_lengths[:, None]
+    cache_seen = jnp.arange(cache[0].k_bksh.shape[2]) <= cursor
+    x, new = embed(model, tokens, shard), []
+    for block, old in zip(model.blocks, cache, strict=True):
+        q, k, v = qkv(block, x, positions, shape)
+        k_bksh = jax.lax.dynamic_update_slice_in_dim(old.k_bksh, k[:, :, None], cursor, axis=2)
+        v_bksh = jax.lax.dynamic_update_slice_in_dim(old.v_bksh, v[:, :, None], cursor, axis=2)
+        new.append(Cache(old.prompt_k_pkth, old.prompt_v_pkth, k_bksh, v_bksh))
+        mixed = decode_attention(q, old.prompt_k_pkth, old.prompt_v_pkth, prompt_seen, k_bksh, v_bksh, cache_seen)
+        x = x + shard.sum(dot(mixed, block.o_nhd[...], 2))
+        x = x + shard.sum(mlp(block, x, shape))
+    return logits(model, rms_norm(x, model.final_norm_d[...], shape.norm_eps)), new

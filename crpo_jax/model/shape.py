@@ -1,0 +1,79 @@
+"""The dimensions of a Qwen2, read from its config.json."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crpo_jax.config import InputError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """d width, n query heads, k KV heads, h head width, f ffn, v vocabulary, l layers."""
+
+    d: int
+    n: int
+    k: int
+    h: int
+    f: int
+    v: int
+    l: int  # noqa: E741 (the letter is the dim's name everywhere)
+    tied: bool
+    rope_theta: float
+    norm_eps: float
+
+    def dims(self, letters: str) -> tuple[int, ...]:
+        """Sizes of the dims that `letters` spell, such as "dnh"."""
+        return tuple(getattr(self, letter) for letter in letters)
+
+
+def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
+    """The shape that a Qwen2 config.json describes; what this model does not implement is refused by name."""
+
+    def wanted(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+        if value not in allowed:
+            raise InputError(f"{where}: {key}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+
+    wanted("model_type", config.get("model_type", "qwen2"), ("qwen2",))
+    wanted("hidden_act", config.get("hidden_act", "silu"), ("silu",))
+    wanted("use_sliding_window", config.get("use_sliding_window", False), (False,))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    wanted("rope_parameters.rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",))
+    sizes = {}
+    for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", "num_hidden_layers"):
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{where}: {key}: expected a positive whole number, got {value!r}")
+        sizes[key] = value
+    n, k, d = sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["hidden_size"]
+    if n % k:
+        raise InputError(f"{where}: num_attention_heads: expected a multiple of num_key_value_heads={k}, got {n}")
+    head = config.get("head_dim") or d // n
+    if head % 2 or (not config.get("head_dim") and d % n):
+        raise InputError(f"{where}: hidden_size: expected an even multiple of num_attention_heads={n}, got {d}")
+    return Shape(
+        d=d,
+        n=n,
+        k=k,
+        h=head,
+        f=sizes["intermediate_size"],
+        v=sizes["vocab_size"],
+        l=sizes["num_hidden_layers"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+    )
+
+
+def read_shape(folder: str | Path) -> Shape:
+    """The shape of a Hugging Face model folder."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"model.path: {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON, got: {error}") from None
+    return shape_of(config, str(path))

@@ -1,0 +1,58 @@
+"""The device mesh: `DxM` is D devices on the data axis times M on the model axis."""
+
+import os
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from crpo_jax.config import InputError
+
+DATA, MODEL = "data", "model"
+
+
+def start_distributed() -> None:
+    """Joins the other processes of a cluster, where the environment names one; must run before the first array.
+
+    TPU slices and Slurm are recognised by JAX itself; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say who is who.
+    """
+    explicit = [name for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in os.environ]
+    if explicit and len(explicit) < 3:
+        raise InputError(f"expected JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID together, got only {', '.join(explicit)}")
+    if explicit:
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        )
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+        jax.distributed.initialize()
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """(data, model) sizes of `DxM`."""
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if not match:
+        raise InputError(f"--mesh: expected DxM in devices, such as 8x1, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def make_mesh(text: str = "") -> Mesh:
+    """The mesh of `DxM` over all devices of all processes; an empty text puts all of them on the data axis.
+
+    Both axes are Auto: inside `jit` the compiler places what the layouts do not say; the sampler is manual by `shard_map`.
+    """
+    devices = jax.devices()
+    data, model = parse_mesh(text) if text else (len(devices), 1)
+    if data * model != len(devices):
+        kind = devices[0].platform
+        hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={data * model} gives that many on a CPU" if kind == "cpu" else ""
+        raise InputError(f"--mesh {text}: expected data x model = the {len(devices)} {kind} devices here, got {data} x {model} = {data * model}{hint}")
+    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def data_size(mesh: Mesh) -> int:
+    return mesh.shape[DATA]
+
+
+def model_size(mesh: Mesh) -> int:
+    return mesh.shape[MODEL]

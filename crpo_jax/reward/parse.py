@@ -1,0 +1,159 @@
+"""A response taken apart: the two tagged parts, System 1 and System 2, the boxes, and what is wrong with its form.
+
+Time is linear in the length of the response, and nearly all of it is spent in `str.find` and `str.count`: a response of
+a million tags or braces costs as little as one of a million letters. What counts as what:
+
+- A tag is exactly `<dx>`, `</dx>` and so on. `<DX>`, `< dx >`, full-width `＜dx＞` and a tag with a zero-width character
+  in it are text.
+- White space is what `str.isspace` says; a zero-width character outside the tags is text there and breaks the form.
+- A heading is `System 1` or `System 2` in this spelling, either first in its line (`(`, `[`, `#`, `*`, `_`, `>` and white
+  space may stand before it) or after an opening parenthesis, and closed by one of `: ) ( ] * _ . -`, a dash or the end
+  of the line. "System 1 suggested gout" is a sentence, not a heading.
+- A box is any `\\boxed`, also where no brace follows, so that a second answer in an odd spelling is still a second answer.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import islice
+
+BOX = "\\boxed"
+MAX_BOXES = 8  # boxes kept for the explanation; the answer needs exactly one
+MAX_BOX_CHARS = 100  # a box whose brace is not closed within this is unreadable: an answer is one letter
+MAX_MENTIONS = 64  # of `System 1` in dx; a response with more is no longer looked through
+
+# A literal first, so that the search runs at the speed of str.find, then bounded repeats only.
+HEADINGS = {number: re.compile(rf"System {number}[ \t]{{0,4}}(?=[:)(\]*_.\-\u2013\u2014\r\n]|$)") for number in (1, 2)}
+BEFORE_HEADING = " \t([#*_>"
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What stands between the braces of a `\\boxed{...}`, None where they cannot be read; offsets in the response."""
+
+    text: str | None
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """The parts of a response; a part is None where it cannot be told apart, and `problems` is empty for the right form.
+
+    `dx` and `conclusion` are the two tagged parts whatever the tags are called; `system1` and `system2` lie in `dx`.
+    """
+
+    dx: str | None
+    system1: str | None
+    system2: str | None
+    conclusion: str | None
+    conclusion_start: int
+    boxes: tuple[Box, ...]
+    box_count: int
+    problems: tuple[str, ...]
+
+    @property
+    def box(self) -> Box | None:
+        """The only box of the response."""
+        return self.boxes[0] if self.box_count == 1 else None
+
+    def in_conclusion(self, box: Box) -> bool:
+        return self.conclusion is not None and self.conclusion_start <= box.start and box.end <= self.conclusion_start + len(self.conclusion)
+
+    def conclusion_without_box(self) -> str:
+        """The prose of the conclusion: its only box, where it stands there, is cut out."""
+        if self.conclusion is None:
+            return ""
+        box = self.box
+        if box is None or not self.in_conclusion(box):
+            return self.conclusion
+        cut = box.start - self.conclusion_start, box.end - self.conclusion_start
+        return self.conclusion[: cut[0]] + " " + self.conclusion[cut[1] :]
+
+
+def parse(response: str, tags: tuple[str, ...] = ("dx", "conclusion"), systems: bool = True) -> Parsed:
+    """The parts of `response` between two pairs of tags; `systems` asks for System 1 before System 2 in the first.
+
+    A part is told apart where its two tags stand once each and in order, and no tag of the other part stands in it or
+    around it. So a lost `</dx>` does not cost the answer in a sound conclusion, and `<conclusion>` inside dx is none.
+    """
+    first, second = tags
+    names = (f"<{first}>", f"</{first}>", f"<{second}>", f"</{second}>")
+    counts = [response.count(name) for name in names]
+    problems = [f"{name} stands {count} times" if count else f"no {name}" for name, count in zip(names, counts, strict=True) if count != 1]
+    opened, closed, opened2, closed2 = (response.find(name) for name in names)
+
+    dx = conclusion = system1 = system2 = None
+    start = opened2 + len(names[2])
+    if not problems:
+        if opened < closed < opened2 < closed2:
+            dx, conclusion = response[opened + len(names[0]) : closed], response[start:closed2]
+            outside = response[:opened], response[closed + len(names[1]) : opened2], response[closed2 + len(names[3]) :]
+            for text, where in zip(outside, (f"before {names[0]}", f"between {names[1]} and {names[2]}", f"after {names[3]}"), strict=True):
+                if text and not text.isspace():
+                    problems.append(f"text {where}")
+        else:
+            problems.append(f"the tags are out of order: expected {' '.join(names)}")
+    if conclusion is None and counts[2] == counts[3] == 1 and start <= closed2:
+        torn = response.find(names[0], start, closed2) >= 0 or response.find(names[1], start, closed2) >= 0
+        nested = response.find(names[0], 0, opened2) >= 0 and response.find(names[1], closed2) >= 0
+        if not torn and not nested:
+            conclusion = response[start:closed2]
+    if systems and dx is not None:
+        system1, system2, missing = two_systems(dx)
+        problems += missing
+    boxes, box_count = find_boxes(response)
+    return Parsed(dx, system1, system2, conclusion, start, boxes, box_count, tuple(problems))
+
+
+def two_systems(dx: str) -> tuple[str | None, str | None, list[str]]:
+    """The System 1 and System 2 parts of dx, without their headings, and what is wrong with them."""
+    found = {number: headings(dx, number) for number in (1, 2)}
+    problems = [
+        f"no System {number} heading in dx" if not places else f"more than one System {number} heading in dx"
+        for number, places in found.items()
+        if len(places) != 1
+    ]
+    if problems:
+        return None, None, problems
+    (start1, end1), (start2, end2) = found[1][0], found[2][0]
+    if start2 < start1:
+        return None, None, ["System 2 stands before System 1"]
+    return dx[end1:start2], dx[end2:], []
+
+
+def headings(dx: str, number: int) -> list[tuple[int, int]]:
+    """Where the headings of a system start and end, two at most: a second one is already one too many."""
+    places: list[tuple[int, int]] = []
+    for match in islice(HEADINGS[number].finditer(dx), MAX_MENTIONS):
+        at = match.start()
+        line = max(dx.rfind("\n", max(0, at - 16), at) + 1, at - 16, 0)
+        before = dx[line:at]
+        first_in_line = not before.strip(BEFORE_HEADING + "\r") and (line == 0 or dx[line - 1] == "\n")
+        if first_in_line or before.endswith("("):
+            places.append((at, match.end()))
+            if len(places) == 2:
+                break
+    return places
+
+
+def find_boxes(response: str) -> tuple[tuple[Box, ...], int]:
+    """The first boxes of the response and how many there are in all."""
+    count, boxes, at = response.count(BOX), [], 0
+    for _ in range(min(count, MAX_BOXES)):
+        start = response.find(BOX, at)
+        at = start + len(BOX)
+        text = braced(response, at)
+        boxes.append(Box(text, start, at if text is None else at + len(text) + 2))
+    return tuple(boxes), count
+
+
+def braced(text: str, at: int) -> str | None:
+    """What stands between the brace at `at` and the one that closes it, None where none does near by."""
+    if not text.startswith("{", at):
+        return None
+    depth = 0
+    for offset, character in enumerate(text[at : at + MAX_BOX_CHARS]):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[at + 1 : at + offset]
+    return None

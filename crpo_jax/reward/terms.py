@@ -1,0 +1,142 @@
+"""The terms of a text: content words, lightly stemmed, and numbers with their units; and which of them stand side by side.
+
+Terms are lower-cased. Stop words, the words of the prompt's own frame and the words that any case and any argument are
+told in ("patient", "presents", "most likely", "suggests") are no terms: to repeat them cites nothing. Single letters and
+single digits are none either, since they name options and number lists.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+# Words of the response format that the prompt itself spells out: copying them is neither content nor citation.
+FRAME = frozenset(
+    """system intuitive analytical dx conclusion boxed box answer letter first impression impressions candidate candidates
+    diagnosis diagnoses pattern recognition case fact facts each option options tested test against follows follow
+    analysis naming name names finding findings rests rest""".split()
+)
+
+STOP_WORDS = FRAME | frozenset(
+    # English function words
+    """a about above after again all also although am among an and any are aren't as at be because been before being below
+    between both but by can can't cannot could couldn't did didn't do does doesn't doing don't down due during either else
+    even ever few for from further get gets given had hadn't has hasn't have haven't having he her here hers herself him
+    himself his how however i if in instead into is isn't it it's its itself just less let like made make makes many may me
+    might more most much must my neither no none nor not now of off often on once one only onto or other others our out
+    over own per quite rather same shall she should shouldn't since so some still such than that that's the their theirs
+    them themselves then there thereby therefore these they this those though through thus to together too toward towards
+    two under unless until up upon us very via was wasn't we well were weren't what when where whereas whether which while
+    who whom whose why will with within without won't would wouldn't yet you your
+    """.split()
+    # words of argument
+    + """above-mentioned accordingly account accounts agree agrees appropriate argue argues best better bring brings
+    cause caused causes choice choose clear clearly compatible conclude concluded considering consider considered consistent
+    correct could definitive expect expected explain explained explains explanation fit fits following hence identified
+    indicate indicated indicates indicating initial know known lead leading leads likely mean means mechanism next note
+    noted notably point pointing points possible possibly present probable probably question reason reasoning reject
+    rejected represent represents result right rule ruled rules see seem seems seen show showed showing shown shows
+    significant specific step strongly suggest suggested suggesting suggestive suggests suit suits summary support
+    supported supporting supports take taken think thought total typical typically underlying unlikely weigh wrong
+    """.split()
+    # words of any case
+    + """aged admitted boy brought case child chief clinic come comes complaining complains complaint concern concerned
+    denies department describe described describes emergency evaluation examination female girl history hospital
+    information laboratory male man management medical men mother otherwise patient patients patient's person physical
+    physician presentation presented presenting presents recent recently record records referred report reported reports
+    reveal revealed reveals room sex studies study today vital woman women
+    """.split()
+)
+
+UNITS = {
+    "%": "%", "percent": "%", "°": "°", "°c": "°c", "°f": "°f", "c": "°c", "f": "°f", "℃": "°c", "℉": "°f", "degrees": "°",
+    "mmhg": "mmhg", "mm": "mm", "cm": "cm", "m": "m", "µm": "um", "kg": "kg", "g": "g", "mg": "mg", "µg": "ug", "mcg": "ug",
+    "ug": "ug", "ng": "ng", "pg": "pg", "l": "l", "dl": "dl", "ml": "ml", "fl": "fl", "cc": "ml", "mmol": "mmol", "meq": "meq",
+    "iu": "iu", "units": "unit", "unit": "unit", "u": "unit", "lb": "lb", "lbs": "lb", "pounds": "lb", "bpm": "/min",
+    "beats": "/min", "breaths": "/min", "ms": "ms", "hz": "hz", "seconds": "second", "second": "second", "sec": "second",
+    "minutes": "minute", "minute": "minute", "min": "minute", "hours": "hour", "hour": "hour", "hrs": "hour", "hr": "hour",
+    "h": "hour", "days": "day", "day": "day", "weeks": "week", "week": "week", "months": "month", "month": "month",
+    "years": "year", "year": "year", "yrs": "year", "yr": "year", "packs": "pack", "pack": "pack", "times": "times",
+}  # fmt: skip
+
+# Bounded repeats and literals only: what follows a number is optional, so no part of it can fail and be tried again.
+PER = r"[a-zµμ]{0,6}/(?:dl|ml|l|µl|μl|ul|mm3|mm³|mm\^3|min|minute|hr|hour|h|day|d|kg|m2|m²|sec|s|hpf|lpf|week|month|year|cm|g)"
+TOKEN = re.compile(
+    rf"\d+(?:[.,/]\d+)*(?:[ \-\u00a0\u2009]?(?:{PER}|mm[ ]hg|{'|'.join(map(re.escape, sorted(UNITS, key=len, reverse=True)))})(?![^\W_]))?"
+    r"|[^\W\d_][^\W_]*(?:['’][^\W\d_]+)?"
+    r"|[.,;:!?()\[\]{}\n]"
+)
+
+BREAK = "|"  # stands for punctuation: words on its two sides are not side by side
+PUNCTUATION = frozenset(".,;:!?()[]{}\n")
+
+
+@lru_cache(maxsize=1 << 17)
+def term(token: str) -> str:
+    """The term of one token: "" for what is none, BREAK for punctuation."""
+    if token in PUNCTUATION:
+        return BREAK
+    if token[0].isdecimal():
+        return quantity(token)
+    word = token.replace("’", "'")
+    if word in STOP_WORDS or len(word) == 1:
+        return ""
+    return stem(word.removesuffix("'s"))
+
+
+def quantity(token: str) -> str:
+    """A number, thousands commas removed, and its unit in one spelling: "12,000 / mm³" and the like read alike."""
+    end = next((index for index, character in enumerate(token) if not (character.isdecimal() or character in ".,/")), len(token))
+    if token[:end].endswith("/"):  # the slash of "90/min" belongs to the unit
+        end -= 1
+    number, unit = token[:end].replace(",", ""), token[end:].strip(" -\u00a0\u2009").replace("μ", "µ")
+    if not unit:
+        return number if len(number) > 1 else ""
+    unit = unit.replace(" ", "")
+    return f"{number} {UNITS.get(unit, unit.replace('³', '3').replace('²', '2').replace('^', '').replace('µ', 'u'))}"
+
+
+def has_unit(term_: str) -> bool:
+    return " " in term_
+
+
+def stem(word: str) -> str:
+    """Plural, -ing and -ed endings and a final e off, so that "radiates", "radiating" and "radiated" are one term.
+
+    Light on purpose: "-itis", "-osis" and "-ous" stay whole, since a disease is not the organ it is named after.
+    """
+    if len(word) > 4 and word.endswith("ies"):
+        word = word[:-3] + "y"
+    elif word.endswith(("sses", "xes", "ches", "shes", "zes")):
+        word = word[:-2]
+    elif len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    for ending in ("ing", "ed"):
+        if word.endswith(ending) and len(word) >= len(ending) + 4:
+            word = word[: -len(ending)]
+            if word[-1] == word[-2] and word[-1] not in "lsz":
+                word = word[:-1]
+            break
+    return word[:-1] if len(word) > 4 and word.endswith("e") else word
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """A text's words as written (lower-cased), and its terms in order with BREAK between phrases."""
+
+    words: list[str]
+    sequence: list[str]
+
+    def distinct(self) -> set[str]:
+        found = set(self.sequence)
+        found.discard(BREAK)
+        return found
+
+    def pairs(self) -> set[tuple[str, str]]:
+        """Terms side by side, stop words passed over: "tophi on the ear" holds (tophi, ear); punctuation parts them."""
+        return set(zip(self.sequence, self.sequence[1:], strict=False))
+
+
+def read(text: str) -> Terms:
+    """The words and terms of a text."""
+    tokens = TOKEN.findall(text.lower())
+    return Terms([token for token in tokens if token not in PUNCTUATION], [found for found in map(term, tokens) if found])

@@ -1,0 +1,178 @@
+"""The compiled programs of training: log-probs, gradient accumulation and the optimizer step, on one mesh and layout.
+
+Masters, moments and gradients are float32 in the layout's master table; the weights that compute are a cast copy made
+once per optimizer step (lr 1e-6 applied to bf16 weights would change nothing).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
+
+from crpo_jax import config
+from crpo_jax.model.attention import Implementation
+from crpo_jax.model.placement import training_placement, weight_shardings
+from crpo_jax.model.qwen2 import Qwen2, abstract, hidden_states
+from crpo_jax.model.shape import Shape
+from crpo_jax.parallel.layout import LAYOUTS, LOGITS_BTV, ROWS_B, TOKENS_BT, WeightTable
+from crpo_jax.parallel.mesh import data_size
+from crpo_jax.update.batches import MicroBatch
+from crpo_jax.update.logprobs import chunk_length, token_logprobs
+from crpo_jax.update.losses import combined, crpo_loss, supervised_loss
+
+Batch = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """What an optimizer step changes."""
+
+    master: Qwen2
+    optimizer: Any
+    step: Array
+
+
+class Trainer(NamedTuple):
+    """Jitted programs; every argument that is rebuilt by a call is donated to it.
+
+    begin(master) -> TrainState
+    compute_weights(master) -> Qwen2 in the compute type and table
+    reference(master) -> Qwen2 in the compute type and reference table
+    logprobs(weights, batch) -> log-probs [b, t] of the next tokens
+    zero() -> (gradients, None): an empty accumulator
+    accumulate(gradients, metrics, weights, batch) -> (gradients, metrics) with one more micro-batch
+    apply(state, gradients) -> (state, gradient norm, 1.0 where the step was applied)
+    """
+
+    begin: Callable[..., TrainState]
+    compute_weights: Callable[..., Qwen2]
+    reference: Callable[..., Qwen2]
+    logprobs: Callable[..., Array]
+    zero: Callable[..., Qwen2]
+    accumulate: Callable[..., tuple[Qwen2, dict[str, Array]]]
+    apply: Callable[..., tuple[TrainState, Array, Array]]
+
+
+def schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
+    """The learning rate by optimizer step: a linear warm-up, then constant, cosine or linear to 0 at `total_steps`."""
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    rest = max(1, total_steps - warmup)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+    }[settings.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
+    """AdamW behind a clip by global norm; weight decay on every tensor, as the authors' trainer has it."""
+    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
+    adamw = optax.adamw(schedule(settings, total_steps), settings.beta1, settings.beta2, settings.eps, weight_decay=settings.weight_decay)
+    return optax.chain(clip, adamw)
+
+
+def response_mask(batch: Batch) -> Array:
+    """Where position j predicts a token of the response: prompt - 1 <= j < length - 1. From lengths, never from token ids."""
+    position = jnp.arange(batch["tokens"].shape[1])
+    return (position >= batch["prompt_lengths"][:, None] - 1) & (position < batch["lengths"][:, None] - 1)
+
+
+def on_devices(micro: MicroBatch, mesh: Mesh, **extra: np.ndarray) -> Batch:
+    """A micro-batch and per-row or per-token extras, rows split over the data axis."""
+    arrays = {"tokens": micro.tokens, "prompt_lengths": micro.prompt_lengths, "lengths": micro.lengths, **extra}
+    return {name: jax.device_put(value, NamedSharding(mesh, TOKENS_BT if value.ndim == 2 else ROWS_B)) for name, value in arrays.items()}
+
+
+def trainer(
+    shape: Shape,
+    mesh: Mesh,
+    settings: config.Config,
+    optimizer_settings: config.Optimizer,
+    total_steps: int,
+    *,
+    loss: str,
+    attention: Implementation = "xla",
+) -> Trainer:
+    """The programs for one model on one mesh; `loss` is "crpo" or "supervised".
+
+    A CRPO batch brings `old`, `reference` [b, t], `advantages` and `weights` [b]; a supervised one only `weights`.
+    """
+    layout, parallel = LAYOUTS[settings.parallel.layout], settings.parallel
+    dtype = jnp.dtype(settings.model.dtype)
+    place = training_placement(shape, mesh)
+    update = optimizer(optimizer_settings, total_steps)
+    temperature = settings.rollout.temperature if loss == "crpo" else 1.0
+    whole = NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def shardings(table: WeightTable) -> Qwen2:
+        return weight_shardings(shape, table, mesh)
+
+    master = shardings(layout.master)
+    moments = jax.tree.map(
+        lambda part: master if isinstance(part, Qwen2) else whole,
+        jax.eval_shape(update.init, abstract(shape)),
+        is_leaf=lambda part: isinstance(part, Qwen2),
+    )
+    states = TrainState(master, moments, whole)
+
+    def cast(weights: Qwen2) -> Qwen2:
+        return jax.tree.map(lambda x: x.astype(dtype), weights)
+
+    def outputs(weights: Qwen2, batch: Batch, with_entropy: bool) -> tuple[Array, Array]:
+        weights = place.ends(weights)
+        b, t = batch["tokens"].shape
+        hidden = hidden_states(weights, batch["tokens"], shape, placement=place, remat=parallel.remat, attention=attention)
+        targets = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
+        chunk = chunk_length(t, b // data_size(mesh), parallel.logprob_chunk)
+        constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, LOGITS_BTV))
+        return token_logprobs(weights, hidden, targets, temperature, chunk, with_entropy=with_entropy, constrain=constrain)
+
+    def losses(weights: Qwen2, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+        logprobs, entropy = outputs(weights, batch, with_entropy=loss == "crpo")
+        mask = response_mask(batch) & (batch["weights"] > 0)[:, None]
+        if loss == "supervised":
+            return supervised_loss(logprobs, mask, batch["weights"])
+        return crpo_loss(
+            logprobs,
+            entropy,
+            batch["old"],
+            batch["reference"],
+            mask,
+            batch["advantages"],
+            batch["weights"],
+            clip_low=settings.crpo.clip_low,
+            clip_high=settings.crpo.clip_high,
+            kl_coef=settings.crpo.kl_coef,
+            entropy_coef=settings.crpo.entropy_coef,
+        )
+
+    def accumulate(gradients: Qwen2, metrics: dict[str, Array] | None, weights: Qwen2, batch: Batch) -> tuple[Qwen2, dict[str, Array]]:
+        new, measured = jax.grad(losses, has_aux=True)(weights, batch)
+        gradients = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), gradients, new)
+        return gradients, measured if metrics is None else combined(metrics, measured)
+
+    def apply(state: TrainState, gradients: Qwen2) -> tuple[TrainState, Array, Array]:
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm)
+        changes, moments = update.update(gradients, state.optimizer, state.master)
+        new = TrainState(optax.apply_updates(state.master, changes), moments, state.step + 1)
+        return jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state), norm, finite.astype(jnp.float32)
+
+    def jitted(function: Any, out: Any, donate: tuple[int, ...] = ()) -> Any:
+        return jax.jit(function, out_shardings=out, donate_argnums=donate)
+
+    return Trainer(
+        begin=jitted(lambda weights: TrainState(weights, update.init(weights), jnp.int32(0)), states, (0,)),
+        compute_weights=jitted(cast, shardings(layout.compute)),
+        reference=jitted(cast, shardings(layout.reference)),
+        logprobs=jitted(lambda weights, batch: outputs(weights, batch, with_entropy=False)[0], NamedSharding(mesh, TOKENS_BT)),
+        zero=jitted(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract(shape)), master),
+        accumulate=jitted(accumulate, (master, whole), (0, 1)),
+        apply=jitted(apply, (states, whole, whole), (0,)),
+    )

@@ -1,0 +1,113 @@
+"""Build the embedded world's tokenizer: a byte-level BPE in Hugging Face format, trained on vignettes and teacher traces.
+
+    python scripts/build_tokenizer.py [--out DIR]
+
+The same sources give the same bytes; a test holds the committed folder to that.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from crpo_jax.data.vignettes import teacher_response, vignettes
+
+VOCAB_SIZE = 1280
+# Above the base vocabulary and in Qwen's order.
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TRAINING_VIGNETTES = 4096
+
+# What may become one token at most, first match first: the response format's own marks, so that ordinary merges make each
+# a token or two; words, with the hyphens and slashes of "anti-CCP" and "mg/dL"; single digits; runs of symbols; white space.
+SPLIT = (
+    r"\(System [12]: \p{L}+\)|</?\p{L}+>| ?\\boxed\{| ?[\p{L}\p{M}]+(?:[-/][\p{L}\p{M}]+)*| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def corpus() -> Iterator[str]:
+    """The texts of training vignettes as prompts show them, their traces, and what must be whole tokens for other reasons.
+
+    Those are the names of the turns, and µ and °: split into bytes they would look like no language's letters to a rule
+    that judges tokens one by one.
+    """
+    for question in vignettes("train", TRAINING_VIGNETTES):
+        yield question.question + "".join(f"\n{letter}) {option}" for letter, option in question.options.items())
+        yield from (teacher_response(question, seed) for seed in range(2))
+        yield "system\nuser\nassistant\nµ°"
+
+
+def build() -> Tokenizer:
+    """The trained tokenizer, its special tokens at the top ids."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), min_frequency=2, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+        raise SystemExit(f"expected {VOCAB_SIZE} tokens, got {tokenizer.get_vocab_size()}: the corpus has too few distinct words")
+    return tokenizer
+
+
+def write(folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json in `folder`."""
+    tokenizer = build()
+    settings = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token)): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for token in SPECIAL
+        },
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "bos_token": None,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the embedded world's tokenizer.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "configs" / "tiny_tokenizer", metavar="DIR")
+    folder = parser.parse_args().out
+    write(folder)
+    print(f"{VOCAB_SIZE} tokens in {folder}")
+
+
+if __name__ == "__main__":
+    main()
