@@ -7,6 +7,7 @@ the authors' released scripts, "ours" for a decision of this project.
 import argparse
 import dataclasses
 import difflib
+import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +85,9 @@ class Data:
 @dataclass(frozen=True)
 class Rollout:
     max_new_tokens: int = setting(4096, "longest response", unit="tokens", source="code", low=1)
-    temperature: float = setting(0.6, "logits are divided by it, in sampling and in every log-prob; 0 is greedy (evaluation only)", source="code", low=0)
+    temperature: float = setting(
+        0.6, "logits are divided by it, in sampling and in every log-prob; 0 is greedy (evaluation only)", source="code", low=0
+    )
     top_p: float = setting(1.0, "smallest set of tokens with this probability; 1 is off", source="code", low=0, high=1)
     top_k: int = setting(0, "most probable tokens kept; 0 is off", source="code", low=0)
     slots: int = setting(128, "rows decoded together on each data shard", unit="rows", low=1)
@@ -294,8 +297,11 @@ def unique_mapping(loader: UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any,
 UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique_mapping)
 
 
-def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config of a YAML file (None: the defaults) with `section.key=value` overrides, checked as a whole."""
+def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), model: bool = True) -> Config:
+    """The config of a YAML file (None: the defaults) with `section.key=value` overrides, checked as a whole.
+
+    A command that loads no model says `model=False`: what the config says, or does not say, of one is not checked.
+    """
     config = Config()
     if path is not None:
         try:
@@ -326,11 +332,11 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
         for name in reversed(key.split(".")):
             nested = {name: nested}
         config = build(Config, nested, "override", base=config)
-    check(config)
+    check(config, model)
     return config
 
 
-def check(config: Config) -> None:
+def check(config: Config, model: bool = True) -> None:
     """What single bounds cannot say: settings that contradict each other."""
     c = config
     if c.crpo.prompts_per_step % c.crpo.mini_batch_prompts:
@@ -341,10 +347,12 @@ def check(config: Config) -> None:
         raise InputError(f"reward.grpo_tags: expected two tags, got {list(c.reward.grpo_tags)}")
     if c.rollout.top_p == 0:
         raise InputError("rollout.top_p: expected more than 0, got 0")
-    if not c.model.path:
+    if model and not c.model.path:
         shape = c.model.shape
         if shape.hidden_size % shape.num_attention_heads:
-            raise InputError(f"model.shape.hidden_size: expected a multiple of num_attention_heads={shape.num_attention_heads}, got {shape.hidden_size}")
+            raise InputError(
+                f"model.shape.hidden_size: expected a multiple of num_attention_heads={shape.num_attention_heads}, got {shape.hidden_size}"
+            )
         if shape.num_attention_heads % shape.num_key_value_heads:
             raise InputError(
                 f"model.shape.num_attention_heads: expected a multiple of num_key_value_heads={shape.num_key_value_heads}, got {shape.num_attention_heads}"
@@ -409,7 +417,20 @@ def parser(command: str, doc: str) -> Parser:
     return p
 
 
-def from_arguments(args: argparse.Namespace, default: Path | None = None) -> Config:
+def from_arguments(args: argparse.Namespace, default: Path | None = None, model: bool = True) -> Config:
     """The config a command line asks for."""
     overrides = list(args.overrides) + ([f"parallel.mesh={args.mesh}"] if args.mesh else [])
-    return load(args.config or default, overrides)
+    return load(args.config or default, overrides, model)
+
+
+def run_command(name: str, main: typing.Callable[[], None]) -> typing.NoReturn:
+    """Runs a command's main: bad input is one line on standard error and exit code 2, an interrupt is exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"crpo_jax.{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"crpo_jax.{name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)

@@ -3,23 +3,25 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import grain
 
 from crpo_jax.config import Data, InputError
 from crpo_jax.data.question import Question, halves, read
 
+Item = TypeVar("Item")
 
-class Batches:
-    """Batches of questions, shuffled anew every epoch.
+
+class Batches(Generic[Item]):
+    """Batches of questions, or of a cold start's traces, shuffled anew every epoch.
 
     Step s takes the positions [s*p, (s+1)*p) of the endless sequence of epochs, p = prompts_per_step; an epoch is a
     permutation of all questions, and where it ends inside a batch the next one goes on. Process i of n takes the i-th of
     n equal contiguous slices, so that the batch of all processes together does not depend on how many there are.
     """
 
-    def __init__(self, questions: Sequence[Question], prompts_per_step: int, seed: int, process_index: int = 0, process_count: int = 1) -> None:
+    def __init__(self, questions: Sequence[Item], prompts_per_step: int, seed: int, process_index: int = 0, process_count: int = 1) -> None:
         if not questions:
             raise InputError("data: expected at least one question to train on, got none")
         if prompts_per_step < 1 or prompts_per_step % process_count:
@@ -34,7 +36,7 @@ class Batches:
         low = int.from_bytes(hashlib.sha256(f"questions:{seed}".encode()).digest()[:4], "big")
         self._order: Any = grain.MapDataset.range(len(questions)).seed(low).shuffle().repeat(reseed_each_epoch=True)
 
-    def batch(self, step: int) -> list[tuple[int, Question]]:
+    def batch(self, step: int) -> list[tuple[int, Item]]:
         """This process's questions of a step, each with its index in the whole step's batch."""
         start = step * self.prompts_per_step
         return [(index, self.questions[int(self._order[start + index])]) for index in self._mine]
@@ -47,7 +49,7 @@ class Batches:
 def questions_for(data: Data, split: str) -> list[Question]:
     """The questions of data.split (with data.part applied) or data.eval_split (whole).
 
-    Vignettes are made, not read: their splits share no combination of findings, so they need no halves.
+    Vignettes are made, not read; their splits share no combination of findings.
     """
     if split not in (data.split, data.eval_split):
         raise InputError(f"split: expected data.split={data.split} or data.eval_split={data.eval_split}, got {split!r}")
@@ -57,7 +59,9 @@ def questions_for(data: Data, split: str) -> list[Question]:
     if data.source == "vignettes":
         from crpo_jax.data.vignettes import vignettes
 
-        return vignettes(split, data.vignettes if training else data.eval_questions or data.vignettes)
+        if training:
+            return halves(vignettes(split, data.vignettes), data.part)
+        return vignettes(split, data.eval_questions or data.vignettes)
     if training:
         return halves(read(data.source, data.path, split), data.part)
     return read(data.source, evaluation_path(data), split)

@@ -21,9 +21,7 @@ def start_distributed() -> None:
     if explicit and len(explicit) < 3:
         raise InputError(f"expected JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID together, got only {', '.join(explicit)}")
     if explicit:
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        )
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
         jax.distributed.initialize()
 
@@ -46,7 +44,9 @@ def make_mesh(text: str = "") -> Mesh:
     if data * model != len(devices):
         kind = devices[0].platform
         hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={data * model} gives that many on a CPU" if kind == "cpu" else ""
-        raise InputError(f"--mesh {text}: expected data x model = the {len(devices)} {kind} devices here, got {data} x {model} = {data * model}{hint}")
+        raise InputError(
+            f"--mesh {text}: expected data x model = the {len(devices)} {kind} devices here, got {data} x {model} = {data * model}{hint}"
+        )
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 

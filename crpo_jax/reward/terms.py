@@ -9,43 +9,41 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-# Words of the response format that the prompt itself spells out: copying them is neither content nor citation.
-FRAME = frozenset(
-    """system intuitive analytical dx conclusion boxed box answer letter first impression impressions candidate candidates
-    diagnosis diagnoses pattern recognition case fact facts each option options tested test against follows follow
-    analysis naming name names finding findings rests rest""".split()
-)
+from crpo_jax.data.prompts import boilerplate
 
-STOP_WORDS = FRAME | frozenset(
-    # English function words
-    """a about above after again all also although am among an and any are aren't as at be because been before being below
-    between both but by can can't cannot could couldn't did didn't do does doesn't doing don't down due during either else
-    even ever few for from further get gets given had hadn't has hasn't have haven't having he her here hers herself him
-    himself his how however i if in instead into is isn't it it's its itself just less let like made make makes many may me
-    might more most much must my neither no none nor not now of off often on once one only onto or other others our out
-    over own per quite rather same shall she should shouldn't since so some still such than that that's the their theirs
-    them themselves then there thereby therefore these they this those though through thus to together too toward towards
-    two under unless until up upon us very via was wasn't we well were weren't what when where whereas whether which while
-    who whom whose why will with within without won't would wouldn't yet you your
-    """.split()
-    # words of argument
-    + """above-mentioned accordingly account accounts agree agrees appropriate argue argues best better bring brings
-    cause caused causes choice choose clear clearly compatible conclude concluded considering consider considered consistent
-    correct could definitive expect expected explain explained explains explanation fit fits following hence identified
-    indicate indicated indicates indicating initial know known lead leading leads likely mean means mechanism next note
-    noted notably point pointing points possible possibly present probable probably question reason reasoning reject
-    rejected represent represents result right rule ruled rules see seem seems seen show showed showing shown shows
-    significant specific step strongly suggest suggested suggesting suggestive suggests suit suits summary support
-    supported supporting supports take taken think thought total typical typically underlying unlikely weigh wrong
-    """.split()
-    # words of any case
-    + """aged admitted boy brought case child chief clinic come comes complaining complains complaint concern concerned
-    denies department describe described describes emergency evaluation examination female girl history hospital
-    information laboratory male man management medical men mother otherwise patient patients patient's person physical
-    physician presentation presented presenting presents recent recently record records referred report reported reports
-    reveal revealed reveals room sex studies study today vital woman women
-    """.split()
-)
+# What the paper calls the parts of a response, beside the words of the instruction itself.
+_PARTS = """
+    analysis analytical answer box boxed candidate candidates case conclusion diagnoses diagnosis dx fact facts finding findings
+    hypotheses hypothesis impression impressions intuitive letter option options pattern recognition system tested
+"""
+_FUNCTION_WORDS = """
+    a about above after again all also although am among an and any are aren't as at be because been before being below between both but
+    by can can't cannot could couldn't did didn't do does doesn't doing don't down due during either else even ever few for from further
+    get gets given had hadn't has hasn't have haven't having he her here hers herself him himself his how however i if in instead into is
+    isn't it it's its itself just less let like made make makes many may me might more most much must my neither no none nor not now of
+    off often on once one only onto or other others our out over own per quite rather same shall she should shouldn't since so some still
+    such than that that's the their theirs them themselves then there thereby therefore these they this those though through thus to
+    together too toward towards two under unless until up upon us very via was wasn't we well were weren't what when where whereas
+    whether which while who whom whose why will with within without won't would wouldn't yet you your
+"""
+_WORDS_OF_ARGUMENT = """
+    accordingly account accounts agree agrees appropriate argue argues best better bring brings cause caused causes choice choose clear
+    clearly compatible conclude concluded consider considered considering consistent correct definitive expect expected explain explained
+    explains explanation fit fits following hence identified indicate indicated indicates indicating initial know known leading likely
+    mean means mechanism next note noted notably point pointing points possible possibly present probable probably question reason
+    reasoning reject rejected represent represents result rule ruled rules see seem seems seen show showed showing shown shows
+    significant specific step strongly suggest suggested suggesting suggestive suggests suit suits summary support supported supporting
+    supports take taken think thought typical typically underlying unlikely weigh wrong
+"""
+_WORDS_OF_ANY_CASE = """
+    admitted aged boy brought chief clinic come comes complaining complains complaint concern concerned denies department describe
+    described describes emergency evaluation examination female girl history hospital information laboratory male man management medical
+    men otherwise patient patients person physical physician presentation presented presenting presents record records referred report
+    reported reports reveal revealed reveals room studies study today vital woman women
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+FRAME = boilerplate("crpo").union(_PARTS.split()) - FUNCTION_WORDS  # to copy the prompt is neither content nor citation
+STOP_WORDS = FRAME.union(FUNCTION_WORDS, _WORDS_OF_ARGUMENT.split(), _WORDS_OF_ANY_CASE.split())
 
 UNITS = {
     "%": "%", "percent": "%", "°": "°", "°c": "°c", "°f": "°f", "c": "°c", "f": "°f", "℃": "°c", "℉": "°f", "degrees": "°",
@@ -58,11 +56,12 @@ UNITS = {
     "years": "year", "year": "year", "yrs": "year", "yr": "year", "packs": "pack", "pack": "pack", "times": "times",
 }  # fmt: skip
 
-# Bounded repeats and literals only: what follows a number is optional, so no part of it can fail and be tried again.
-PER = r"[a-zµμ]{0,6}/(?:dl|ml|l|µl|μl|ul|mm3|mm³|mm\^3|min|minute|hr|hour|h|day|d|kg|m2|m²|sec|s|hpf|lpf|week|month|year|cm|g)"
+# Bounded repeats and literals only: no text is scanned twice, and no token is long enough to fill the cache of `term`.
+_PER = r"[a-zµμ]{0,6}/(?:dl|ml|l|µl|μl|ul|mm3|mm³|mm\^3|min|minute|hr|hour|h|day|d|kg|m2|m²|sec|s|hpf|lpf|week|month|year|cm|g)"
+_UNIT = "|".join(map(re.escape, sorted(UNITS, key=len, reverse=True)))
 TOKEN = re.compile(
-    rf"\d+(?:[.,/]\d+)*(?:[ \-\u00a0\u2009]?(?:{PER}|mm[ ]hg|{'|'.join(map(re.escape, sorted(UNITS, key=len, reverse=True)))})(?![^\W_]))?"
-    r"|[^\W\d_][^\W_]*(?:['’][^\W\d_]+)?"
+    rf"\d{{1,20}}(?:[.,/]\d{{1,20}}){{0,4}}(?:[ \-\u00a0\u2009]?(?:{_PER}|mm[ ]hg|{_UNIT})(?![^\W_]))?"
+    r"|[^\W\d_][^\W_]{0,63}(?:['’][^\W\d_]{1,8})?"
     r"|[.,;:!?()\[\]{}\n]"
 )
 
@@ -78,9 +77,8 @@ def term(token: str) -> str:
     if token[0].isdecimal():
         return quantity(token)
     word = token.replace("’", "'")
-    if word in STOP_WORDS or len(word) == 1:
-        return ""
-    return stem(word.removesuffix("'s"))
+    bare = word.removesuffix("'s")
+    return "" if word in STOP_WORDS or bare in STOP_WORDS or len(bare) == 1 else stem(bare)
 
 
 def quantity(token: str) -> str:

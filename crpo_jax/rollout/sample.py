@@ -167,5 +167,3 @@ def programs(shape: Shape, mesh: Mesh, how: Sampling, width: int, attention: Imp
         advance=jax.jit(advance_all, donate_argnums=1),
         grow=jax.jit(grow, static_argnames="slots"),
     )
-
-

@@ -26,23 +26,23 @@ class MicroBatch(NamedTuple):
     lengths: np.ndarray  # [b] int32, prompt and response together; 0 for filling
 
 
-def micro_batches(rows: Sequence[Row], *, budget: int, multiple: int, devices: int) -> list[MicroBatch]:
-    """All rows, each exactly once, in micro-batches of at most `budget` tokens per device, padding included.
+def micro_batches(rows: Sequence[Row], *, budget: int, multiple: int, shards: int) -> list[MicroBatch]:
+    """All rows, each exactly once, in micro-batches of at most `budget` tokens per data shard, padding included.
 
     Rows are sorted by length, so that rows of one micro-batch waste little. Lengths are multiples of `multiple`; row counts
     follow from the length and the number of rows alone (a remainder is rounded up to a quarter of a full batch), so that
-    few shapes compile. A row longer than the budget stands alone on its device.
+    few shapes compile. A row longer than the budget stands alone on its shard.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response), reverse=True)
     out = []
     while order:
         longest = len(rows[order[0]].prompt) + len(rows[order[0]].response)
         t = -(-longest // multiple) * multiple
-        full, wanted = max(1, budget // t), -(-len(order) // devices)
+        full, wanted = max(1, budget // t), -(-len(order) // shards)
         if wanted < full and out:
             quarter = -(-full // 4)
             wanted = -(-wanted // quarter) * quarter
-        b = devices * min(full, wanted)
+        b = shards * min(full, wanted)
         out.append(micro_batch(rows, order[:b], b, t))
         order = order[b:]
     return out
@@ -62,3 +62,13 @@ def micro_batch(rows: Sequence[Row], chosen: Sequence[int], b: int, t: int) -> M
 def of_rows(values: np.ndarray, index: np.ndarray) -> np.ndarray:
     """A per-row value for each row of a micro-batch, 0 for filling."""
     return np.where(index >= 0, values[np.maximum(index, 0)], 0).astype(values.dtype)
+
+
+def aligned(values: Sequence[np.ndarray], micro: MicroBatch) -> np.ndarray:
+    """Values per response token, one array per caller's row, on the positions that predict those tokens [b, t]."""
+    out = np.zeros(micro.tokens.shape, np.float32)
+    for place, which in enumerate(micro.index):
+        if which >= 0:
+            first = micro.prompt_lengths[place] - 1
+            out[place, first : first + len(values[which])] = values[which]
+    return out

@@ -64,6 +64,7 @@ def crpo_loss(
     entropy: Float[Array, "b t"],
     old: Float[Array, "b t"],
     reference: Float[Array, "b t"],
+    sampler: Float[Array, "b t"],
     mask: Bool[Array, "b t"],
     advantages: Float[Array, " b"],
     weights: Float[Array, " b"],
@@ -75,6 +76,8 @@ def crpo_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The negated objective (equation 1 with PPO-clip) of some rows of a mini-batch, and its metrics.
 
+    `old` are the trainer's log-probs before the rollout's first optimizer step, `sampler` those the tokens were drawn with.
+
     Metrics named sum/... add over micro-batches, max/... and min/... combine by maximum and minimum.
     """
     log_ratio = jnp.where(mask, logprobs - old, 0)
@@ -85,6 +88,7 @@ def crpo_loss(
     policy, divergence, spread = jnp.sum(each * objective), jnp.sum(each * kl), jnp.sum(each * entropy)
     loss = -policy + kl_coef * divergence - entropy_coef * spread
     fixed = jax.lax.stop_gradient
+    difference = jnp.where(mask, jnp.abs(old - sampler), 0)
     return loss, {
         "sum/loss": fixed(loss),
         "sum/policy": fixed(-policy),
@@ -92,6 +96,8 @@ def crpo_loss(
         "sum/entropy": jnp.sum(fixed(entropy)),
         "sum/clipped": jnp.sum(fixed(was_clipped & mask), dtype=jnp.float32),
         "sum/tokens": jnp.sum(mask, dtype=jnp.float32),
+        "sum/sampler_difference": jnp.sum(difference),
+        "max/sampler_difference": jnp.max(difference, initial=0),
         "max/kl": jnp.max(fixed(kl), initial=0),
         "max/log_ratio": jnp.max(fixed(log_ratio), initial=0),
         "min/log_ratio": jnp.min(fixed(log_ratio), initial=0),

@@ -44,8 +44,9 @@ class Trainer(NamedTuple):
     compute_weights(master) -> Qwen2 in the compute type and table
     reference(master) -> Qwen2 in the compute type and reference table
     logprobs(weights, batch) -> log-probs [b, t] of the next tokens
-    zero() -> (gradients, None): an empty accumulator
+    zero() -> gradients of 0, to accumulate into; their first metrics are None
     accumulate(gradients, metrics, weights, batch) -> (gradients, metrics) with one more micro-batch
+    evaluate(weights, batch) -> the metrics alone
     apply(state, gradients) -> (state, gradient norm, 1.0 where the step was applied)
     """
 
@@ -55,6 +56,7 @@ class Trainer(NamedTuple):
     logprobs: Callable[..., Array]
     zero: Callable[..., Qwen2]
     accumulate: Callable[..., tuple[Qwen2, dict[str, Array]]]
+    evaluate: Callable[..., dict[str, Array]]
     apply: Callable[..., tuple[TrainState, Array, Array]]
 
 
@@ -101,7 +103,8 @@ def trainer(
 ) -> Trainer:
     """The programs for one model on one mesh; `loss` is "crpo" or "supervised".
 
-    A CRPO batch brings `old`, `reference` [b, t], `advantages` and `weights` [b]; a supervised one only `weights`.
+    A CRPO batch brings `old` (where a rollout has several optimizer steps), `reference`, `sampler` [b, t], `advantages` and
+    `weights` [b]; a supervised one only `weights`. Entropy is a metric always and a bonus where its coefficient is not 0.
     """
     layout, parallel = LAYOUTS[settings.parallel.layout], settings.parallel
     dtype = jnp.dtype(settings.model.dtype)
@@ -141,8 +144,9 @@ def trainer(
         return crpo_loss(
             logprobs,
             entropy,
-            batch["old"],
+            batch.get("old", jax.lax.stop_gradient(logprobs)),  # one optimizer step per rollout: the ratio is 1
             batch["reference"],
+            batch["sampler"],
             mask,
             batch["advantages"],
             batch["weights"],
@@ -174,5 +178,6 @@ def trainer(
         logprobs=jitted(lambda weights, batch: outputs(weights, batch, with_entropy=False)[0], NamedSharding(mesh, TOKENS_BT)),
         zero=jitted(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract(shape)), master),
         accumulate=jitted(accumulate, (master, whole), (0, 1)),
+        evaluate=jitted(lambda weights, batch: losses(weights, batch)[1], whole),
         apply=jitted(apply, (states, whole, whole), (0,)),
     )

@@ -1,0 +1,230 @@
+"""What a response earns under the designs `crpo`, `grpo` and `released`, and why.
+
+    total = k * accuracy + clinical_reasoning + consistency_weight * consistency
+
+with the last term in `crpo` and `released` only. The weights and thresholds are settings of the section `reward`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from crpo_jax.config import InputError, Reward
+from crpo_jax.data.question import Question
+from crpo_jax.reward import terms
+from crpo_jax.reward.citation import cross_reference
+from crpo_jax.reward.effective import effective_characters
+from crpo_jax.reward.parse import BOX, Parsed, parse
+
+TokenIds = Sequence[int] | np.ndarray
+
+MAX_SECTION_TOKENS = 1000  # a part that repeats itself for longer than this has no content
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The reward of one response by parts; `components` holds the value of each reward that the total sums up.
+
+    `format` and `cross_reference` are 0 or 1, `consistency` is in [0, 1], and so is `accuracy` but in `released`, whose
+    penalties are negative. `answer_found` is the letter the response answers with, None where it gives no readable one.
+    `why` explains every part and can be written as JSON.
+    """
+
+    accuracy: float
+    format: float
+    cross_reference: float
+    clinical_reasoning: float
+    consistency: float
+    total: float
+    answer_found: str | None
+    why: dict[str, Any]
+    components: dict[str, float | None] = field(default_factory=dict)
+
+
+def score(
+    question: Question,
+    response: str,
+    settings: Reward,
+    *,
+    token_ids: TokenIds | None = None,
+    effective: np.ndarray | None = None,
+) -> Score:
+    """The score of `response` under `settings.design`, one of DESIGNS.
+
+    `token_ids` are the response's tokens without the one that ended it, `effective` the table of
+    `effective.effective_table`; without either, consistency is the share of effective characters.
+    """
+    if settings.design not in DESIGNS:
+        raise InputError(f"reward.design: expected one of {', '.join(DESIGNS)}, got {settings.design!r}")
+    return DESIGNS[settings.design](question, response, settings, token_ids, effective)
+
+
+def crpo(question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None) -> Score:
+    """The paper's reward, equation (4); a cross-reference counts only within the format."""
+    parsed = parse(response)
+    answer, answer_why = found_answer(parsed, question, "conclusion")
+    conclusion = parsed.conclusion_without_box()
+    problems = [*parsed.problems, *empty_sections(parsed, conclusion, settings.min_section_words)]
+    cited, citation_why = False, None
+    if not problems and parsed.system1 is not None and parsed.system2 is not None:
+        cited, citation_why = cross_reference(question, parsed.system1, parsed.system2, conclusion, settings.cross_reference)
+    share, consistency_why = consistency(response, token_ids, effective)
+
+    accuracy, formed = float(answer == question.answer), float(not problems)
+    clinical_reasoning = settings.format * formed + settings.citation * cited
+    total = settings.k * accuracy + clinical_reasoning + settings.consistency * share
+    why = {"answer": answer_why, "format": problems, "cross_reference": citation_why, "consistency": consistency_why}
+    return Score(accuracy, formed, float(cited), clinical_reasoning, share, total, answer, why, {"crpo": total})
+
+
+def grpo(question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None) -> Score:
+    """The paper's baseline: accuracy and a general format of two tagged parts, neither of them blank.
+
+    Consistency is reported, so that runs can be compared, and not summed.
+    """
+    first, second = settings.grpo_tags
+    parsed = parse(response, settings.grpo_tags, systems=False)
+    answer, answer_why = found_answer(parsed, question, second)
+    problems = list(parsed.problems)
+    problems += [f"{name} is empty" for name, text in ((first, parsed.dx), (second, parsed.conclusion)) if text is not None and not text.strip()]
+    share, consistency_why = consistency(response, token_ids, effective)
+
+    accuracy, formed = float(answer == question.answer), float(not problems)
+    clinical_reasoning = settings.format * formed
+    total = settings.k * accuracy + clinical_reasoning
+    why = {"answer": answer_why, "format": problems, "cross_reference": None, "consistency": consistency_why}
+    return Score(accuracy, formed, 0.0, clinical_reasoning, share, total, answer, why, {"grpo": total})
+
+
+def found_answer(parsed: Parsed, question: Question, part: str) -> tuple[str | None, str]:
+    """The option letter in the only box of the response, which must stand in its second part; and what was found.
+
+    The box must hold the letter as the options write it, white space around it aside. `\\boxed{C.}`, `\\boxed{(C)}`,
+    `\\boxed{c}`, `\\boxed{\\text{C}}`, full-width letters and zero-width characters are no answers: the prompt asks for
+    one form, and a policy that is paid for many forms drifts to those that no other evaluator reads.
+    """
+    if parsed.box_count != 1:
+        return None, f"no {BOX}{{}}" if parsed.box_count == 0 else f"{parsed.box_count} boxes, one expected"
+    box = parsed.boxes[0]
+    if box.text is None:
+        return None, f"a {BOX} without readable braces"
+    if not parsed.in_conclusion(box):
+        return None, f"the box stands outside the {part}"
+    letter = box.text.strip()
+    if letter not in question.options:
+        return None, f"the box holds {letter!r}, not one of the letters {', '.join(question.options)}"
+    return letter, "right" if letter == question.answer else f"wrong: {question.answer} is right"
+
+
+def empty_sections(parsed: Parsed, conclusion: str, min_words: int) -> list[str]:
+    """The parts with fewer than `min_words` distinct words, those of the prompt's own frame and the box not counted."""
+    parts = (("System 1", parsed.system1), ("System 2", parsed.system2), ("the conclusion", None if parsed.conclusion is None else conclusion))
+    problems = []
+    for name, text in parts:
+        if text is not None:
+            words = section_words(text, min_words)
+            if words < min_words:
+                problems.append(f"{name} has {words} distinct words, {min_words} needed")
+    return problems
+
+
+def section_words(text: str, enough: int) -> int:
+    """How many distinct words a part has, counted up to `enough` and among its first MAX_SECTION_TOKENS."""
+    words: set[str] = set()
+    for match in islice(terms.TOKEN.finditer(text), MAX_SECTION_TOKENS):
+        word = match[0].lower()
+        if word not in terms.PUNCTUATION and word not in terms.FRAME:
+            words.add(word)
+            if len(words) >= enough:
+                break
+    return len(words)
+
+
+def consistency(response: str, token_ids: TokenIds | None, effective: np.ndarray | None) -> tuple[float, dict[str, Any]]:
+    """The share of effective tokens, or of effective characters where the tokens are not known; 0 for an empty response."""
+    if token_ids is not None and effective is not None:
+        ids = np.asarray(token_ids, np.int64)
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(effective):
+            raise ValueError(f"token_ids: expected ids from 0 to {len(effective) - 1}, got {int(ids.min())} to {int(ids.max())}")
+        by, count, of = "tokens", int(np.count_nonzero(effective[ids])), int(ids.size)
+    else:
+        by, (count, of) = "characters", effective_characters(response)
+    return count / of if of else 0.0, {"by": by, "effective": count, "of": of}
+
+
+RELEASED_CHARACTERS = frozenset(
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?;:'\"()[]{}<>-_/\\|`~@#$%^&*+=~0123456789 \n".encode("ascii")
+)
+RELEASED_TURN = re.compile(r"</think>\s*<answer>")
+
+
+def released(question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None) -> Score:
+    """What the authors' published code scores (verl/utils/reward_score/medical_rule_based.py), in linear time.
+
+    Kept as it is there: a response without a box scores 0 and so more than one with an unreadable box; with n > 1 boxes
+    accuracy is -n; the format looks at the outermost tags only. `accuracy` holds these penalties, `consistency` the
+    share of plain ASCII characters, white space but blank and newline not among them.
+    """
+    text = response.strip().replace("<\\think>", "</think>").replace("<\\answer>", "</answer>")
+    answer, (accuracy, answer_why) = None, released_accuracy(text, question.answer)
+    if accuracy >= 0 and BOX in text:
+        answer = text[text.find(BOX) + len(BOX) + 1 :].split("}", 1)[0]
+
+    problems, summary = ["expected <think>...</think> <answer>...</answer> and nothing else"], False
+    turn = RELEASED_TURN.search(text, len("<think>")) if text.startswith("<think>") and text.endswith("</answer>") else None
+    if turn is not None and turn.end() <= len(text) - len("</answer>"):
+        problems, summary = [], released_summary(text[turn.end() : -len("</answer>")].strip())
+    plain = text.encode("ascii", "ignore")
+    count = len(plain) - len(plain.translate(None, bytes(RELEASED_CHARACTERS)))
+    share = count / len(text) if text else 0.0
+
+    formed = float(not problems)
+    clinical_reasoning = settings.format * formed + settings.citation * summary
+    total = settings.k * accuracy + clinical_reasoning + settings.consistency * share
+    why = {
+        "answer": answer_why,
+        "format": problems,
+        "cross_reference": None,
+        "summary": summary,
+        "consistency": {"by": "ASCII characters", "effective": count, "of": len(text)},
+    }
+    return Score(accuracy, formed, 0.0, clinical_reasoning, share, total, answer, why, {"released": total})
+
+
+def released_accuracy(text: str, right: str) -> tuple[float, str]:
+    count = text.count(BOX)
+    if count != 1:
+        return float(-count), f"{count} boxes: minus their number"
+    start = text.find(BOX + "{")
+    end = text.find("}", start) if start >= 0 else -1
+    line = text.find("\n", start) if start >= 0 else -1
+    if end < 0 or 0 <= line < end:
+        return -1.0, "an unreadable box"
+    letter = text[start + len(BOX) + 1 : end]
+    if len(letter) != 1 or not "A" <= letter <= "Z":
+        return -0.5, f"a box with {letter[:40]!r}, no letter"
+    return float(letter == right), "right" if letter == right else f"wrong: {right} is right"
+
+
+def released_summary(answer: str) -> bool:
+    """Whether an answer part holds one readable box and text besides."""
+    if answer.count(BOX) > MAX_SECTION_TOKENS:
+        return False  # the published code would look through them all
+    found, at = [], 0
+    while len(found) < 2 and (start := answer.find(BOX + "{", at)) >= 0 and (end := answer.find("}", start)) >= 0:
+        start = answer.find(BOX + "{", max(start, answer.rfind("\n", start, end) + 1), end)  # a box does not run over lines
+        if start >= 0:
+            found.append(answer[start : end + 1])
+        at = end + 1
+    return len(found) == 1 and found[0] != answer
+
+
+DESIGNS: dict[str, Callable[[Question, str, Reward, TokenIds | None, np.ndarray | None], Score]] = {
+    "crpo": crpo,
+    "grpo": grpo,
+    "released": released,
+}

@@ -1,0 +1,196 @@
+"""What a person sees of a run: a line per step, the opening, the closing table, the learning curve."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from crpo_jax.config import Config
+from crpo_jax.data.prompts import Fitting
+from crpo_jax.model.qwen2 import parameter_count
+from crpo_jax.model.shape import Shape
+from crpo_jax.parallel.mesh import DATA, MODEL
+from crpo_jax.reward.rules import Score
+from crpo_jax.reward.scoring import Scored
+from crpo_jax.rollout.engine import Response
+from crpo_jax.run.evaluation import Answered, response_means, reward_means, standard_error
+from crpo_jax.run.metrics import read_metrics
+
+SHOWN = {"mean": "reward", "accuracy": "accuracy", "format": "format", "cross_reference": "cites", "consistency": "on-language", "length": "tokens"}
+
+
+def line(values: Mapping[str, float]) -> str:
+    """One line of the measures that matter."""
+    parts = [f"reward {values['reward/mean']:.2f}"]
+    parts += [f"{label} {values[f'reward/{name}']:.2f}" for name, label in SHOWN.items() if f"reward/{name}" in values and name != "mean"]
+    parts += [f"{values['response/length']:.0f} tokens"]
+    if "kl/mean" in values:
+        parts += [f"kl {values['kl/mean']:.3f}", f"{values['time/tokens_per_second']:,.0f} tok/s"]
+    return "  ".join(parts)
+
+
+def opening(
+    settings: Config, shape: Shape, mesh: Mesh, steps: tuple[int, int], questions: tuple[Fitting, Fitting], folder: Path, workdir: Path
+) -> str:
+    """What is about to run, on what, from what, and where it is kept."""
+    (done, total), (training, held_out), crpo = steps, questions, settings.crpo
+    devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.devices.size > 1 else ''}"
+    begun = f"resuming after step {done}" if done else "from the start"
+    lines = [
+        f"CRPO, reward design {settings.reward.design}: {total} steps of {crpo.prompts_per_step} questions x {crpo.group_size} responses, {begun}",
+        f"  model      {folder}: {parameter_count(shape):,} parameters, computing in {settings.model.dtype}",
+        f"  devices    {devices}, mesh {mesh.shape[DATA]}x{mesh.shape[MODEL]} (data x model), layout {settings.parallel.layout}",
+        f"  questions  {settings.data.source}: {len(training.questions):,} to train on, {len(held_out.questions):,} held out",
+        f"  workdir    {workdir}",
+    ]
+    for name, chosen in (("training", training), ("held-out", held_out)):
+        if chosen.dropped:
+            lines.append(f"  dropped    {len(chosen.dropped)} {name} questions longer than data.max_prompt_tokens={settings.data.max_prompt_tokens}")
+    return "\n".join(lines)
+
+
+def timings(began: float, sampled: float, rated: float, updated: float, tokens: int) -> dict[str, float]:
+    """Seconds of a step's phases and response tokens per second; names under time/ are what two equal runs may differ in."""
+    phases = {"time/rollout": sampled - began, "time/score": rated - sampled, "time/update": updated - rated}
+    rates = {"time/tokens_per_second": tokens / (updated - began), "time/rollout_tokens_per_second": tokens / (sampled - began)}
+    return {**phases, **rates}
+
+
+def step_metrics(
+    scored: Sequence[Scored], responses: Sequence[Response], rewards: np.ndarray, updates: Sequence[tuple[dict[str, Any], Any, Any]]
+) -> dict[str, float]:
+    """The metrics of one RL step; `updates` are the accumulated metrics, gradient norm and applied flag of each optimizer step."""
+    totals, norms, applied = zip(*updates, strict=True)
+
+    def summed(name: str) -> float:
+        return float(sum(float(total[f"sum/{name}"]) for total in totals))
+
+    tokens = max(summed("tokens"), 1.0)
+    good = [one for one in scored if isinstance(one, Score)]
+    cited = [why for why in (one.why.get("cross_reference") for one in good) if why and "cited" in why]
+    return {
+        **reward_means(scored),
+        "reward/std": float(np.std(rewards)),
+        "reward/zero_variance_groups": float(np.mean(np.ptp(rewards, axis=1) == 0)),
+        "reward/cited_terms": float(np.mean([len(why["cited"]) for why in cited])) if cited else 0.0,
+        "reward/repeated_terms": float(np.mean([why["repeats"] for why in cited])) if cited else 0.0,
+        **response_means(responses),
+        "loss/total": float(np.mean([total["sum/loss"] for total in totals])),
+        "loss/policy": float(np.mean([total["sum/policy"] for total in totals])),
+        "kl/mean": summed("kl") / tokens,
+        "kl/max": float(max(total["max/kl"] for total in totals)),
+        "policy/entropy": summed("entropy") / tokens,
+        "policy/clipped": summed("clipped") / tokens,
+        "policy/ratio_max": float(np.exp(max(total["max/log_ratio"] for total in totals))),
+        "policy/ratio_min": float(np.exp(min(total["min/log_ratio"] for total in totals))),
+        "policy/sampler_difference_mean": summed("sampler_difference") / tokens,
+        "policy/sampler_difference_max": float(max(total["max/sampler_difference"] for total in totals)),
+        "policy/gradient_norm": float(np.mean(norms)),
+        "policy/skipped_updates": float(len(applied) - sum(float(one) for one in applied)),
+    }
+
+
+def sample_rows(
+    step: int, questions: Sequence[Any], texts: Sequence[str], responses: Sequence[Response], scored: Sequence[Scored], advantages: np.ndarray
+) -> list[dict[str, Any]]:
+    """What samples.jsonl keeps of a step: every response with its reward, or with the error that left it out."""
+    rows = []
+    for question, text, response, score, advantage in zip(questions, texts, responses, scored, advantages, strict=True):
+        row = {"step": step, "id": question.id, "sample": response.sample, "tokens": len(response.tokens), "stopped": response.stopped}
+        row |= {"advantage": round(float(advantage), 5), "answer": question.answer, "response": text}
+        rows.append(row | score_fields(score))
+    return rows
+
+
+def score_fields(score: Scored) -> dict[str, Any]:
+    if isinstance(score, Score):
+        names = ("total", "accuracy", "format", "cross_reference", "clinical_reasoning", "consistency", "answer_found", "why")
+        return {name: getattr(score, name) for name in names}
+    return {"error": score.error, "traceback": score.traceback}
+
+
+def keep_answers(workdir: Path, step: int, answered: Sequence[Answered]) -> None:
+    """The held-out responses after `step` steps, in report/held_out_<step>.jsonl."""
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    with (folder / f"held_out_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+        for question, response, score in answered:
+            asked = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer}
+            file.write(json.dumps(asked | {"response": response} | score_fields(score), ensure_ascii=False) + "\n")
+
+
+def evaluations(metrics: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    return [row for row in metrics if "eval/accuracy" in row]
+
+
+def closing(workdir: Path, count: int) -> str:
+    """Before and after on the held-out questions, one of them answered before and after, and where to look next."""
+    metrics = read_metrics(workdir)
+    measured = evaluations(metrics)
+    if len(measured) < 2:
+        return f"nothing to compare: {workdir / 'metrics.jsonl'} holds {len(measured)} evaluations"
+    first, last = measured[0], measured[-1]
+    heads = ["step " + str(int(row["step"])) for row in (first, last)]
+    rows = [f"{f'{count} held-out questions':<24}{heads[0]:>16}{heads[1]:>16}{'change':>10}"]
+    for name, label in {**SHOWN, "truncated": "truncated"}.items():
+        before, after = float(first[f"eval/{name}"]), float(last[f"eval/{name}"])
+        shares = name in ("accuracy", "format", "cross_reference", "truncated")
+        shown = [f"{v:.3f} ± {standard_error(v, count):.3f}" if shares else f"{v:.2f}" for v in (before, after)]
+        rows.append(f"{label:<24}{shown[0]:>16}{shown[1]:>16}{after - before:>+10.2f}")
+    example = before_and_after(workdir, int(first["step"]), int(last["step"]))
+    kept = f"curve     {draw_curve(workdir, metrics)}\nresponses {workdir / 'samples.jsonl'}, {workdir / 'report'}\nmetrics   {workdir / 'metrics.jsonl'}, {workdir / 'tb'}"
+    return "\n\n".join(part for part in (example, "\n".join(rows), kept) if part)
+
+
+def before_and_after(workdir: Path, first: int, last: int) -> str:
+    """The held-out question whose reward rose most, with both responses."""
+    rows = [
+        [json.loads(text) for text in (workdir / "report" / f"held_out_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for step in (first, last)
+    ]
+    pairs = [(old, new) for old, new in zip(*rows, strict=True) if "total" in old and "total" in new]
+    if not pairs:
+        return ""
+    old, new = max(pairs, key=lambda pair: pair[1]["total"] - pair[0]["total"])
+    options = "\n".join(f"{letter}) {text}" for letter, text in new["options"].items())
+    return (
+        f"{new['question']}\n{options}\n(answer {new['answer']})\n\n"
+        f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n-- after, reward {new['total']:.2f}:\n{new['response']}"
+    )
+
+
+def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
+    """report/curve.png: reward, its parts, KL and response length against the step; dots are held-out evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    trained, measured = [row for row in metrics if "reward/mean" in row], evaluations(metrics)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+
+    def panel(axis: Any, title: str, names: Mapping[str, str], held_out: Mapping[str, str], y: str) -> None:
+        for name, label in names.items():
+            (drawn,) = axis.plot([row["step"] for row in trained], [row[name] for row in trained], label=label, linewidth=1.2)
+            if name in held_out:
+                points = [(row["step"], row[held_out[name]]) for row in measured]
+                axis.plot(*zip(*points, strict=True), "o", color=drawn.get_color(), markersize=5)
+        axis.set(title=title, xlabel="RL step", ylabel=y)
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+
+    parts = {f"reward/{name}": label for name, label in SHOWN.items() if name in ("accuracy", "format", "cross_reference", "consistency")}
+    panel(axes[0, 0], "reward", {"reward/mean": "reward"}, {"reward/mean": "eval/mean"}, "reward")
+    panel(axes[0, 1], "its parts", parts, {name: name.replace("reward/", "eval/") for name in parts}, "share")
+    panel(axes[1, 0], "distance from the start", {"kl/mean": "k3 KL"}, {}, "nats per token")
+    panel(axes[1, 1], "response length", {"response/length": "tokens"}, {"response/length": "eval/length"}, "tokens")
+    figure.suptitle("Lines: training batches. Dots: held-out questions.", fontsize=9)
+    path = workdir / "report" / "curve.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

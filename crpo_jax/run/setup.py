@@ -1,0 +1,134 @@
+"""What a run starts from: tokenizer, questions with their prompts, teacher traces, the start model and the sampler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from crpo_jax import config
+from crpo_jax.config import InputError
+from crpo_jax.data.loader import questions_for
+from crpo_jax.data.prompts import Fitting, encode_response, fitting, load_tokenizer, render_all
+from crpo_jax.data.question import Question, halves, held_out, read
+from crpo_jax.model import hub
+from crpo_jax.model.placement import weight_shardings
+from crpo_jax.model.qwen2 import Qwen2, initial
+from crpo_jax.model.shape import Shape, read_shape, shape_of
+from crpo_jax.parallel.layout import LAYOUTS, check_layout
+from crpo_jax.reward.effective import effective_table
+from crpo_jax.rollout.draw import Sampling
+from crpo_jax.rollout.engine import Engine, Response
+from crpo_jax.update.batches import Row
+
+if TYPE_CHECKING:
+    from crpo_jax.data.prompts import Tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """The run's tokenizer: where a response stops, what it says, which of its tokens are effective."""
+
+    folder: Path
+    tokenizer: "Tokenizer"
+    stop_ids: tuple[int, ...]
+    effective: np.ndarray
+
+    def body(self, response: Response) -> list[int]:
+        """The response's tokens without the one that stopped it."""
+        return response.tokens[: len(response.tokens) - response.stopped].tolist()
+
+    def of(self, response: Response) -> str:
+        return str(self.tokenizer.decode(self.body(response), skip_special_tokens=False))
+
+
+def text_for(settings: config.Config, shape: Shape) -> Text:
+    """The tokenizer of tokenizer.path, or of the model's folder; one that does not match the vocabulary is refused."""
+    folder = Path(settings.tokenizer.path or hub.model_folder(settings.model.path))
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > shape.v:
+        raise InputError(f"tokenizer.path: expected at most the model's {shape.v} tokens, got {len(tokenizer)} in {folder}")
+    known = tokenizer.get_vocab()
+    for stop in settings.rollout.stop:
+        if stop not in known:
+            raise InputError(f"rollout.stop: expected tokens of {folder}, got {stop!r}")
+    return Text(folder, tokenizer, tuple(known[stop] for stop in settings.rollout.stop), effective_table(folder / "tokenizer.json", shape.v))
+
+
+def shape_for(settings: config.Config, mesh: Mesh) -> Shape:
+    """The shape of model.path, or of model.shape where there is none, once this mesh and layout can hold it."""
+    if settings.model.path:
+        shape = read_shape(hub.model_folder(settings.model.path))
+    else:
+        shape = shape_of({name: value for name, value in config.as_dict(settings.model.shape).items()}, "model.shape")
+    check_layout(LAYOUTS[settings.parallel.layout], mesh, {letter: getattr(shape, letter) for letter in "dnkfv"})
+    return shape
+
+
+def training_questions(settings: config.Config, text: Text) -> Fitting:
+    return fitting(questions_for(settings.data, settings.data.split), settings.data, text.tokenizer)
+
+
+def evaluation_questions(settings: config.Config, text: Text) -> Fitting:
+    """The first data.eval_questions that fit; the same for every run of a config."""
+    found = fitting(questions_for(settings.data, settings.data.eval_split), settings.data, text.tokenizer)
+    count = settings.data.eval_questions or len(found.questions)
+    return Fitting(found.questions[:count], found.prompts[:count], found.dropped)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Teacher traces as token rows, and how many were longer than sft.max_tokens."""
+
+    train: list[Row]
+    held_out: list[Row]
+    dropped: int
+
+
+def teacher_traces(settings: config.Config, text: Text) -> Traces:
+    """The traces of sft.path, or the built-in teacher's on the half of the vignettes that RL does not train on."""
+    sft, data = settings.sft, settings.data
+    if sft.path:
+        questions = read("jsonl", sft.path, "train")
+        for question in questions:
+            if not isinstance(question.columns.get("response"), str):
+                raise InputError(f"{sft.path}: {question.id}: response: expected the teacher's text, got {question.columns.get('response')!r}")
+        responses = [str(question.columns["response"]) for question in questions]
+    elif data.source == "vignettes":
+        from crpo_jax.data.vignettes import teacher_response, vignettes
+
+        other = {"first_half": "second_half", "second_half": "first_half", "all": "all"}[data.part]
+        questions = halves(vignettes(data.split, data.vignettes), other)
+        responses = [teacher_response(question, settings.run.seed) for question in questions]
+    else:
+        raise InputError(f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher")
+    prompts = render_all(questions, data.prompt, data.system_prompt, text.tokenizer)
+    rows = {}
+    for question, prompt, response in zip(questions, prompts, responses, strict=True):
+        row = Row(prompt, encode_response(response, text.tokenizer))
+        if len(row.prompt) + len(row.response) <= sft.max_tokens:
+            rows[question.id] = (question, row)
+    train, held = held_out([question for question, _ in rows.values()], sft.held_out)
+
+    def of(chosen: Sequence[Question]) -> list[Row]:
+        return [rows[question.id][1] for question in chosen]
+
+    if not rows:
+        raise InputError(f"sft.max_tokens: expected room for at least one trace, got {sft.max_tokens}")
+    return Traces(of(train), of(held), len(questions) - len(rows))
+
+
+def fresh_model(settings: config.Config, shape: Shape, mesh: Mesh) -> Qwen2:
+    """Float32 masters from scratch in the layout's place, drawn from run.seed; the same on every mesh."""
+    shardings = weight_shardings(shape, LAYOUTS[settings.parallel.layout].master, mesh)
+    return jax.jit(lambda key: initial(shape, key), out_shardings=shardings)(jax.random.key(settings.run.seed))
+
+
+def sampler(settings: config.Config, shape: Shape, mesh: Mesh, text: Text, **changed: Any) -> Engine:
+    """The engine with the settings of `rollout`; `changed` replaces some of them."""
+    rollout = {**config.as_dict(settings.rollout), **changed}
+    how = Sampling(rollout["temperature"], rollout["top_p"], rollout["top_k"], text.stop_ids)
+    return Engine(shape, mesh, how, rollout["max_new_tokens"], rollout["slots"], rollout["chunk"])

@@ -1,0 +1,153 @@
+"""CRPO: sample, score, update, on one mesh. `python -m crpo_jax.train --help` lists every setting."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from crpo_jax import config
+from crpo_jax.config import Config
+from crpo_jax.data.loader import Batches
+from crpo_jax.model.placement import to_sampling
+from crpo_jax.parallel.mesh import data_size, make_mesh, start_distributed
+from crpo_jax.reward.rules import Score
+from crpo_jax.reward.scoring import Scorer
+from crpo_jax.run import evaluation, report, setup, start
+from crpo_jax.run.checkpoint import Checkpoints
+from crpo_jax.run.metrics import Log, Progress
+from crpo_jax.run.workdir import Stop, open_workdir
+from crpo_jax.update.batches import Row, aligned, micro_batches, of_rows
+from crpo_jax.update.losses import group_advantages, row_weights
+from crpo_jax.update.step import on_devices, trainer
+
+EVALUATION = 2**31 - 1
+"""Stands for the step in the keys of held-out evaluations: all of them draw the same random numbers."""
+
+
+def train(settings: Config, workdir: Path) -> None:
+    """Runs CRPO to its last step, or resumes it; everything it leaves is in `workdir`."""
+    crpo, parallel, seed = settings.crpo, settings.parallel, jax.random.key(settings.run.seed)
+
+    # ---- what the run starts from ----------------------------------------------------------------------------------
+    mesh = make_mesh(parallel.mesh)
+    shape = setup.shape_for(settings, mesh)
+    text = setup.text_for(settings, shape)
+    training, held_out = setup.training_questions(settings, text), setup.evaluation_questions(settings, text)
+    prompt_of = {question.id: prompt for question, prompt in zip(training.questions, training.prompts, strict=True)}
+    batches = Batches(training.questions, crpo.prompts_per_step, settings.run.seed)
+    steps, updates_per_step = crpo.steps or batches.steps(crpo.epochs), crpo.prompts_per_step // crpo.mini_batch_prompts
+    open_workdir(workdir, settings)
+    folder = start.start_folder(settings, shape, mesh, text, workdir)
+
+    # ---- programs and state ----------------------------------------------------------------------------------------
+    run = trainer(shape, mesh, settings, settings.optimizer, steps * updates_per_step, loss="crpo")
+    engine, gather = setup.sampler(settings, shape, mesh, text), to_sampling(shape, mesh, settings.model.dtype)
+    masters = start.load_masters(folder, settings, mesh)
+    reference, state = run.reference(masters), run.begin(masters)
+    checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep)
+    done = checkpoints.latest() or 0
+    if done:
+        state = checkpoints.restore(done, state)
+    log, progress, stop = Log(workdir, done, writes=jax.process_index() == 0), Progress(steps, done), Stop()
+    scorer = Scorer(settings.reward, text.effective)
+    examiner = Scorer(dataclasses.replace(settings.reward, design="crpo"), text.effective)  # designs are compared by one measure
+    progress.keep(report.opening(settings, shape, mesh, (done, steps), (training, held_out), folder, workdir))
+
+    with log, scorer, examiner, checkpoints, stop:
+        for step in range(done, steps + 1):
+            # ---- evaluate: the policy after `step` steps -----------------------------------------------------------
+            measured: dict[str, float] = {}
+            if step in (0, steps) or (settings.run.eval_every and step % settings.run.eval_every == 0):
+                key = jax.random.fold_in(seed, EVALUATION)
+                answered, means = evaluation.answer(engine, gather(state.master), held_out, examiner, text, key)
+                measured |= {f"eval/{name.split('/')[1]}": value for name, value in means.items()}
+                report.keep_answers(workdir, step, answered)
+                progress.keep(f"step {step}/{steps}  {len(answered)} held-out questions: {report.line(means)}")
+            if step == steps:
+                log.step(step, measured)
+                break
+
+            # ---- sample ----------------------------------------------------------------------------------------------
+            began = time.perf_counter()
+            questions = [question for _, question in batches.batch(step)]
+            prompts = [prompt_of[question.id] for question in questions]
+            groups = engine.generate(gather(state.master), prompts, key=jax.random.fold_in(seed, step), group=crpo.group_size)
+            responses = [response for group in groups for response in group]
+            sampled = time.perf_counter()
+
+            # ---- score -----------------------------------------------------------------------------------------------
+            asked, texts = [questions[response.prompt] for response in responses], [text.of(response) for response in responses]
+            scored = scorer.score(asked, texts, [text.body(response) for response in responses])
+            valid = np.array([isinstance(one, Score) for one in scored])
+            rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored])
+            grouped = (len(questions), crpo.group_size)
+            advantages = group_advantages(rewards.reshape(grouped), valid.reshape(grouped)).reshape(-1)
+            counted = valid & np.array([response.stopped or crpo.truncated == "keep" for response in responses])
+            rated = time.perf_counter()
+
+            # ---- mini-batches, with the log-probs of the reference and of the policy that sampled --------------------
+            rows = [Row(prompts[response.prompt], response.tokens.tolist()) for response in responses]
+            lengths = np.array([len(response.tokens) for response in responses])
+            weights, minis, size = run.compute_weights(state.master), [], crpo.mini_batch_prompts * crpo.group_size
+            for first in range(0, len(rows), size):
+                part = slice(first, first + size)
+                logprobs, per_token = [response.logprobs for response in responses[part]], row_weights(lengths[part], counted[part], crpo.aggregation)
+                micros = micro_batches(rows[part], budget=parallel.micro_batch_tokens, multiple=parallel.length_multiple, shards=data_size(mesh))
+                minis.append([])
+                for micro in micros:
+                    batch = on_devices(
+                        micro,
+                        mesh,
+                        sampler=aligned(logprobs, micro),
+                        advantages=of_rows(advantages[part], micro.index),
+                        weights=of_rows(per_token, micro.index),
+                    )
+                    batch["reference"] = run.logprobs(reference, batch)
+                    if updates_per_step > 1:
+                        batch["old"] = run.logprobs(weights, batch)
+                    minis[-1].append(batch)
+
+            # ---- one optimizer step per mini-batch -------------------------------------------------------------------
+            updates = []
+            for mini in minis:
+                weights = run.compute_weights(state.master) if updates else weights
+                gradients, totals = run.zero(), None
+                for batch in mini:
+                    gradients, totals = run.accumulate(gradients, totals, weights, batch)
+                state, norm, applied = run.apply(state, gradients)
+                updates.append((totals, norm, applied))
+            updates = jax.device_get(updates)
+            updated = time.perf_counter()
+
+            # ---- keep ------------------------------------------------------------------------------------------------
+            measured |= report.step_metrics(scored, responses, rewards.reshape(grouped), updates)
+            measured |= report.timings(began, sampled, rated, updated, int(lengths.sum()))
+            log.samples(report.sample_rows(step, asked, texts, responses, scored, advantages))
+            log.step(step, measured)
+            progress.show(step + 1, report.line(measured))
+            if stop.requested or step + 1 == steps or (settings.run.save_every and (step + 1) % settings.run.save_every == 0):
+                checkpoints.save(step + 1, state)
+            if stop.requested:
+                progress.keep(f"stopped after step {step + 1} of {steps}; the same command goes on from there")
+                return
+    progress.keep(report.closing(workdir, len(held_out.questions)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = config.parser("train", __doc__ or "")
+    args = parser.parse_args(arguments)
+    start_distributed()
+    name = "tiny" if jax.default_backend() == "cpu" else "clinical_r1_3b"
+    default = config.config_folder() / f"{name}.yaml"
+    settings = config.from_arguments(args, default)
+    if not args.config:
+        print(f"no --config given: {default.name}, the default on {jax.default_backend()}", file=sys.stderr)
+    train(settings, Path(args.workdir or f"runs/{Path(args.config or default).stem}"))
+
+
+if __name__ == "__main__":
+    config.run_command("train", main)

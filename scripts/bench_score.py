@@ -1,0 +1,125 @@
+"""How fast rewards are: responses a second through the score command, and the time of the worst 1 MB responses.
+
+    python scripts/bench_score.py [--responses 10000] [--workers 2] [--tokenizer DIR]
+
+Responses have about 600 tokens of Qwen2.5 each: a teacher's response to a vignette, its System 2 part drawn out. With
+--tokenizer they carry their token ids, and the table of effective tokens decides consistency.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from crpo_jax.config import Reward
+from crpo_jax.data.vignettes import teacher_response, vignettes
+from crpo_jax.reward import rules
+
+MEGABYTE = 1_000_000
+CHARACTERS = 2550  # about 600 tokens: this text has 4.25 characters to a token
+
+
+def long_responses(count: int) -> Iterator[dict[str, object]]:
+    """Five responses to a question, as in training, each with other questions' analyses put into its System 2 part."""
+    questions = vignettes("train", (count + 4) // 5)
+    rng = Random("bench score")
+    for index in range(count):
+        question = questions[index // 5]
+        response = teacher_response(question, index)
+        while len(response) < CHARACTERS:
+            other = teacher_response(rng.choice(questions), index)
+            analysis = other.partition("(System 2: Analytical)")[2].partition("</dx>")[0].strip()
+            response = response.replace("</dx>", analysis + "\n</dx>") if "</dx>" in response else response + analysis
+        yield {"id": f"{question.id}-{index}", "question": question.question, "options": dict(question.options), "answer": question.answer, "response": response}
+
+
+def wrapped(dx: str, conclusion: str) -> str:
+    return f"<dx>(System 1: Intuitive) Gout comes to mind.\n(System 2: Analytical) {dx}</dx><conclusion>{conclusion} \\boxed{{A}}</conclusion>"
+
+
+def adversarial(size: int) -> dict[str, str]:
+    """Responses of about `size` characters that cost a careless parser dearly."""
+
+    def fill(piece: str) -> str:
+        return piece * (size // len(piece))
+
+    return {
+        "<dx> repeated": fill("<dx>"),
+        "all four tags repeated": fill("<dx></dx><conclusion></conclusion>"),
+        "one letter": fill("a"),
+        "one space": fill(" "),
+        "unclosed boxes": fill("\\boxed{"),
+        "unclosed braces": "\\boxed" + fill("{"),
+        "closing braces": fill("}"),
+        "boxes over lines": fill("\\boxed{\n"),
+        "less-than signs": fill("<"),
+        "invalid UTF-8, replaced": fill("\ufffd"),
+        "invalid UTF-8, surrogates": fill("\udcff"),
+        "Chinese": fill("医"),
+        "zero-width": fill("\u200b"),
+        "System 1 repeated in dx": wrapped(fill("System 1 "), "tophi on the ear"),
+        "headings repeated in dx": wrapped(fill("(System 1:"), "tophi on the ear"),
+        "format with one letter": wrapped(fill("a"), "tophi on the ear"),
+        "format with short words": wrapped(fill("ab "), fill("cd ")),
+        "format with numbers": wrapped(fill("1,"), fill("1.")),
+        "format with new words": wrapped(" ".join(f"{n:x}z" for n in range(size // 7)), "tophi on the ear"),
+        "think and answer unclosed": "<think>" + fill("</think> ") + "</answer>",
+        "answer with boxes": "<think>a</think><answer>" + fill("\\boxed{\n") + "}</answer>",
+    }
+
+
+def end_to_end(count: int, workers: int, tokenizer: str | None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder) / "responses.jsonl", Path(folder) / "scores.jsonl"
+        rows = list(long_responses(count))
+        if tokenizer:
+            from tokenizers import Tokenizer
+
+            encoder = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
+            for row, encoded in zip(rows, encoder.encode_batch([str(row["response"]) for row in rows], add_special_tokens=False), strict=True):
+                row["token_ids"] = encoded.ids
+            print(f"tokens a response: {sum(len(row['token_ids']) for row in rows) / count:.0f}")  # pyright: ignore[reportArgumentType]
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        characters = sum(len(str(row["response"])) for row in rows) / count
+        command = [sys.executable, "-m", "crpo_jax.score", "--responses", str(path), "--out", str(out), f"reward.workers={workers}"]
+        start = time.perf_counter()
+        subprocess.run(command + (["--tokenizer", tokenizer] if tokenizer else []), check=True)
+        took = time.perf_counter() - start
+        with open(out, encoding="utf-8") as lines:
+            scored = sum(1 for _ in lines)
+    by = "tokens" if tokenizer else "characters"
+    print(f"{scored} responses of {characters:.0f} characters, {workers} workers, consistency by {by}: {took:.2f} s, {scored / took:.0f} a second")
+
+
+def worst_cases() -> None:
+    question = vignettes("train", 1)[0]
+    rules.score(question, "warm", Reward())
+    print(f"\n{'1 MB of':28}" + "".join(f"{design:>12}" for design in rules.DESIGNS) + "   milliseconds")
+    for name, response in adversarial(MEGABYTE).items():
+        took = []
+        for design in rules.DESIGNS:
+            start = time.perf_counter()
+            rules.score(question, response, Reward(design=design))
+            took.append(1000 * (time.perf_counter() - start))
+        print(f"{name:28}" + "".join(f"{value:12.1f}" for value in took))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--responses", type=int, default=10_000)
+    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--tokenizer", metavar="DIR")
+    args = p.parse_args()
+    end_to_end(args.responses, args.workers, args.tokenizer)
+    worst_cases()
+
+
+if __name__ == "__main__":
+    main()

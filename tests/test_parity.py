@@ -1,0 +1,214 @@
+"""The same folder gives the same logits as transformers' Qwen2 in float32, in the training forward and in the sampler.
+
+Where torch is installed, random models that transformers itself wrote are compared live. Everywhere, a model whose weights
+follow from a seed must give the logits that transformers once gave (and a live test checks that it still does).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from safetensors.numpy import load_file, save_file
+
+from crpo_jax.model.hub import load, save
+from crpo_jax.model.placement import to_sampling
+from crpo_jax.model.qwen2 import Cache, Qwen2, Shard, decode, hidden_states, logits, prefill
+from crpo_jax.model.shape import Shape
+from crpo_jax.parallel.layout import TENSOR
+from crpo_jax.parallel.mesh import DATA, MODEL
+
+TOLERANCE = 1e-4
+
+
+def one_device() -> Mesh:
+    return jax.make_mesh((1, 1), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=jax.devices()[:1])
+
+
+def trainer_logits(model: Qwen2, shape: Shape, tokens: np.ndarray) -> np.ndarray:
+    """[b, t, v] by the training forward."""
+
+    def forward(model: Qwen2, tokens: Any) -> Any:
+        return logits(model, hidden_states(model, tokens, shape))
+
+    return np.asarray(jax.jit(forward)(model, tokens))
+
+
+def sampler_logits(model: Qwen2, shape: Shape, prompts: list[np.ndarray], responses: np.ndarray) -> np.ndarray:
+    """[b, s + 1, v] by prefill and decode, with the responses' tokens [b, s] forced; b = p * g rows, prompt-major."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), max(lengths)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    b, s = responses.shape
+    weights = to_sampling(shape, one_device(), "float32")(model)
+    first, kept = jax.jit(lambda *x: prefill(*x, shape, Shard(None), "xla"))(weights, tokens, lengths)
+    step = jax.jit(lambda *x: decode(*x, shape, Shard(None)))
+    cache = [Cache(k, v, *(jnp.zeros((b, shape.k, s, shape.h)) for _ in range(2))) for k, v in kept]
+    found = [np.repeat(np.asarray(first), b // len(prompts), axis=0)]
+    for cursor in range(s):
+        scores, cache = step(weights, responses[:, cursor], lengths, np.int32(cursor), cache)
+        found.append(np.asarray(scores))
+    return np.stack(found, axis=1)
+
+
+# --- recorded: runs everywhere ----------------------------------------------------------------------------------------
+
+RECORDED_CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "max_position_embeddings": 128,
+    "model_type": "qwen2",
+    "num_attention_heads": 6,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 67,
+}
+RECORDED_TOKENS = np.array([[5, 66, 0, 13, 41, 7, 7, 29, 58, 1]])
+RECORDED_AT = [(0, 3), (0, 66), (1, 0), (2, 17), (3, 50), (4, 31), (5, 5), (6, 44), (7, 12), (8, 63), (9, 0), (9, 33)]
+"""(position, vocabulary entry) of RECORDED_LOGITS."""
+RECORDED_LOGITS = [-1.139475, 0.202701, -0.398475, 1.435741, -0.213097, 0.241412, 0.4495, -0.054763, 2.261799, 0.758624, -1.554924, 2.417773]
+"""By transformers 5.23.0 and torch 2.13.0 on a CPU."""
+
+
+def recorded_folder(folder: Path) -> Path:
+    """Weights of RandomState(0), whose stream numpy guarantees never to change, under keys written out here by hand."""
+    d, heads, kv, f, v = 48, 6 * 8, 2 * 8, 80, 67
+    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,), "lm_head.weight": (v, d)}
+    for layer in range(2):
+        block = f"model.layers.{layer}"
+        sizes |= {
+            f"{block}.input_layernorm.weight": (d,),
+            f"{block}.self_attn.q_proj.weight": (heads, d),
+            f"{block}.self_attn.q_proj.bias": (heads,),
+            f"{block}.self_attn.k_proj.weight": (kv, d),
+            f"{block}.self_attn.k_proj.bias": (kv,),
+            f"{block}.self_attn.v_proj.weight": (kv, d),
+            f"{block}.self_attn.v_proj.bias": (kv,),
+            f"{block}.self_attn.o_proj.weight": (d, heads),
+            f"{block}.post_attention_layernorm.weight": (d,),
+            f"{block}.mlp.gate_proj.weight": (f, d),
+            f"{block}.mlp.up_proj.weight": (f, d),
+            f"{block}.mlp.down_proj.weight": (d, f),
+        }
+    draw = np.random.RandomState(0)
+    weights = {key: ((draw.standard_normal(size) * 0.2) + ("norm" in key)).astype(np.float32) for key, size in sizes.items()}
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(RECORDED_CONFIG))
+    return folder
+
+
+def test_recorded_logits(tmp_path: Path):
+    shape, model = load(str(recorded_folder(tmp_path)), one_device(), TENSOR)
+    tokens = RECORDED_TOKENS
+    ours = trainer_logits(model, shape, tokens)[0]
+    sampled = sampler_logits(model, shape, [tokens[0, :4]], tokens[:, 4:])[0]
+    at = tuple(np.array(RECORDED_AT).T)
+    np.testing.assert_allclose(ours[at], RECORDED_LOGITS, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(sampled, ours[3:], rtol=0, atol=TOLERANCE)
+
+
+# --- live: needs torch ------------------------------------------------------------------------------------------------
+
+
+def torch_and_transformers() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        pytest.skip(f"parity with live transformers needs torch and transformers, pip install 'crpo_jax[parity]': {error}")
+    return torch, transformers
+
+
+def reference_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    torch, transformers = torch_and_transformers()
+    model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def test_recorded_logits_are_transformers(tmp_path: Path):
+    theirs = reference_logits(recorded_folder(tmp_path), RECORDED_TOKENS)[0]
+    np.testing.assert_allclose(theirs[tuple(np.array(RECORDED_AT).T)], RECORDED_LOGITS, rtol=0, atol=1e-5)
+
+
+SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "max_position_embeddings": 128}
+MODELS: dict[str, dict[str, Any]] = {
+    "tied, 2 KV heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "untied, 4 KV heads": {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "rope_theta": 1e6},
+    "tied, 4 KV heads, wide head": {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 24},
+    "untied, 2 KV heads, narrow head": {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 6},
+}
+
+
+def random_model(config: dict[str, Any], seed: int) -> Any:
+    """Every parameter random: transformers' own start has zero biases and unit norms, which would hide their keys."""
+    torch, transformers = torch_and_transformers()
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, **config)).eval()
+    draw = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.tensor(draw.normal(float("norm" in name), 0.2, weight.shape)))
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
+def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Path):
+    """A folder that transformers wrote, whole or in shards; right-padded rows, and groups that share their prompt's keys."""
+    torch, _ = torch_and_transformers()
+    theirs = random_model(MODELS[name], seed=1)
+    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors.index.json").is_file() == (max_shard_size == "100KB")
+    shape, model = load(str(tmp_path), one_device(), TENSOR)
+
+    draw = np.random.default_rng(2)
+    prompts = [draw.integers(shape.v, size=length) for length in (3, 11, 7)]
+    group, width = 2, 6
+    responses = draw.integers(shape.v, size=(len(prompts) * group, width)).astype(np.int32)
+    sampled = sampler_logits(model, shape, prompts, responses)
+    rows = [np.concatenate([prompts[row // group], response]) for row, response in enumerate(responses)]
+    padded = np.array([np.pad(row, (0, 32 - len(row)), constant_values=7) for row in rows])
+    trained = trainer_logits(model, shape, padded)
+    for row, tokens in enumerate(rows):
+        with torch.no_grad():
+            expected = theirs(torch.tensor(tokens[None])).logits[0].numpy()
+        assert np.abs(expected).max() > 1  # else the tolerance would say little
+        np.testing.assert_allclose(trained[row, : len(tokens)], expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(sampled[row], expected[len(prompts[row // group]) - 1 :], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_loads_what_we_export(name: str, dtype: str, tmp_path: Path):
+    """transformers -> load -> save -> transformers: the same parameters bit for bit, the same logits, no key over."""
+    torch, transformers = torch_and_transformers()
+    before = random_model(MODELS[name], seed=3).to(getattr(torch, dtype))
+    before.save_pretrained(tmp_path / "theirs")
+    shape, model = load(str(tmp_path / "theirs"), one_device(), TENSOR)
+    save(model, shape, tmp_path / "ours", dtype=dtype, max_shard_bytes=60_000, generation={"eos_token_id": [3, 4], "pad_token_id": 4})  # type: ignore
+    after, notes = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
+    assert not any(notes.values()), notes
+    assert after.dtype == getattr(torch, dtype)
+    assert (after.config.eos_token_id, after.generation_config.eos_token_id, after.config.pad_token_id) == ([3, 4], [3, 4], 4)
+    one, two = before.state_dict(), after.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    tokens = torch.tensor(np.random.default_rng(4).integers(shape.v, size=(2, 9)))
+    with torch.no_grad():
+        assert torch.equal(before(tokens).logits, after.eval()(tokens).logits)
+    if dtype == "float32":  # the tensors' bytes are those that transformers wrote
+        theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+        ours = {key: value for file in (tmp_path / "ours").glob("*.safetensors") for key, value in load_file(file).items()}
+        assert {key: value.tobytes() for key, value in ours.items()} == {key: value.tobytes() for key, value in theirs.items()}

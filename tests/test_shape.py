@@ -1,0 +1,98 @@
+"""config.json -> Shape: the published configs, both spellings of rope, and one line for each thing that is refused."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from crpo_jax.config import InputError
+from crpo_jax.model.qwen2 import abstract, dims_of, parameter_count
+from crpo_jax.model.shape import Shape, read_shape, shape_of
+
+PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5"
+
+QWEN_3B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "model_type": "qwen2",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def test_3b_has_the_published_number_of_parameters():
+    shape = shape_of(QWEN_3B)
+    assert shape == Shape(d=2048, n=16, k=2, h=128, f=11008, v=151936, l=36, tied=True, rope_theta=1e6, norm_eps=1e-6)
+    assert parameter_count(shape) == 3_085_938_688
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("3b", 3_085_938_688), ("7b", 7_615_616_512)])
+def test_published_configs(size: str, parameters: int, tmp_path: Path):
+    config = PUBLISHED / f"config-{size}.json"
+    if not config.is_file():
+        pytest.skip(f"{config.name} is not in shared/data/qwen2.5 beside the repository")
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    assert parameter_count(read_shape(tmp_path)) == parameters
+
+
+def test_rope_theta_in_both_spellings():
+    without = {key: value for key, value in QWEN_3B.items() if key != "rope_theta"}
+    assert shape_of(without | {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}}) == shape_of(QWEN_3B)
+    assert shape_of(without).rope_theta == 10000.0  # transformers' default
+
+
+def test_head_dim_is_free_of_the_width():
+    assert shape_of(QWEN_3B | {"head_dim": 96}).h == 96
+    assert shape_of(QWEN_3B | {"head_dim": None}).h == 128
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"model_type": "llama"}, "config.json: model_type: expected 'qwen2', got 'llama'"),
+        ({"hidden_act": "gelu"}, "config.json: hidden_act: expected 'silu', got 'gelu'"),
+        ({"use_sliding_window": True}, "config.json: use_sliding_window: expected False, got True"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "config.json: rope_parameters.rope_type: expected 'default', got 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "config.json: rope_parameters.rope_type: expected 'default', got 'linear'"),
+        ({"vocab_size": None}, "config.json: vocab_size: expected a positive whole number, got None"),
+        ({"num_hidden_layers": 0}, "config.json: num_hidden_layers: expected a positive whole number, got 0"),
+        ({"intermediate_size": "11008"}, "config.json: intermediate_size: expected a positive whole number, got '11008'"),
+        ({"num_key_value_heads": 3}, "config.json: num_attention_heads: expected a multiple of num_key_value_heads=3, got 16"),
+        ({"hidden_size": 2050}, "config.json: hidden_size: expected an even multiple of num_attention_heads=16, got 2050"),
+    ],
+)
+def test_refused(changed: dict[str, object], line: str):
+    with pytest.raises(InputError) as error:
+        shape_of(QWEN_3B | changed)
+    assert str(error.value) == line
+
+
+def test_unreadable_config(tmp_path: Path):
+    with pytest.raises(InputError, match=r"config\.json: No such file"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: expected JSON, got: "):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_3B))
+    assert read_shape(tmp_path) == shape_of(QWEN_3B)
+
+
+def test_names_spell_the_dims():
+    """With a different size for every dim, a weight whose name and shape disagree cannot hide."""
+    shape = Shape(d=2, n=3, k=5, h=7, f=11, v=13, l=17, tied=False, rope_theta=1e4, norm_eps=1e-6)
+    weights = jax.tree_util.tree_leaves_with_path(abstract(shape))
+    assert len(weights) == 15
+    for path, weight in weights:
+        names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
+        name = next(name for name in names if "_" in name)
+        assert weight.shape == shape.dims(("l" if "blocks" in names else "") + dims_of(name)), name
