@@ -5,6 +5,7 @@ the authors' released scripts, "ours" for a decision of this project.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import sys
@@ -240,10 +241,8 @@ def converted(value: Any, kind: Any, key: str, where: str) -> Any:
         value = tuple(value) if fits else value
     elif kind is float:
         if isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         fits = isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
         value = float(value) if fits else value
     elif kind is int:
@@ -354,9 +353,8 @@ def check(config: Config, model: bool = True) -> None:
                 f"model.shape.hidden_size: expected a multiple of num_attention_heads={shape.num_attention_heads}, got {shape.hidden_size}"
             )
         if shape.num_attention_heads % shape.num_key_value_heads:
-            raise InputError(
-                f"model.shape.num_attention_heads: expected a multiple of num_key_value_heads={shape.num_key_value_heads}, got {shape.num_attention_heads}"
-            )
+            kv = shape.num_key_value_heads
+            raise InputError(f"model.shape.num_attention_heads: expected a multiple of num_key_value_heads={kv}, got {shape.num_attention_heads}")
         if not c.tokenizer.path:
             raise InputError("tokenizer.path: expected a folder, since model.path is empty and brings none")
 
@@ -398,6 +396,11 @@ def config_folder() -> Path:
     """Where the shipped configs lie: the repository's configs/, or the copy inside an installed wheel."""
     inside = Path(__file__).parent / "configs"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def default_config(platform: str) -> Path:
+    """The config of a command that is given none: the embedded world on a CPU, the paper's run on accelerators."""
+    return config_folder() / ("tiny.yaml" if platform == "cpu" else "clinical_r1_3b.yaml")
 
 
 class Parser(argparse.ArgumentParser):

@@ -103,8 +103,8 @@ def train(settings: Config, workdir: Path) -> None:
                         micro,
                         mesh,
                         sampler=aligned(logprobs, micro),
-                        advantages=of_rows(advantages[part], micro.index),
-                        weights=of_rows(per_token, micro.index),
+                        advantages=of_rows(advantages[part], micro.rows),
+                        weights=of_rows(per_token, micro.rows),
                     )
                     batch["reference"] = run.logprobs(reference, batch)
                     if updates_per_step > 1:
@@ -141,8 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = config.parser("train", __doc__ or "")
     args = parser.parse_args(arguments)
     start_distributed()
-    name = "tiny" if jax.default_backend() == "cpu" else "clinical_r1_3b"
-    default = config.config_folder() / f"{name}.yaml"
+    default = config.default_config(jax.default_backend())
     settings = config.from_arguments(args, default)
     if not args.config:
         print(f"no --config given: {default.name}, the default on {jax.default_backend()}", file=sys.stderr)

@@ -19,7 +19,7 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from crpo_jax.config import Reward
-from crpo_jax.data.vignettes import teacher_response, vignettes
+from crpo_jax.data.vignettes import TeacherNoise, teacher_response, vignettes
 from crpo_jax.reward import rules
 
 MEGABYTE = 1_000_000
@@ -29,15 +29,21 @@ CHARACTERS = 2550  # about 600 tokens: this text has 4.25 characters to a token
 def long_responses(count: int) -> Iterator[dict[str, object]]:
     """Five responses to a question, as in training, each with other questions' analyses put into its System 2 part."""
     questions = vignettes("train", (count + 4) // 5)
-    rng = Random("bench score")
+    rng, noise = Random("bench score"), TeacherNoise(missing_part=0.0, cites=1.0)  # all well-formed, so that every rule has work to do
     for index in range(count):
         question = questions[index // 5]
-        response = teacher_response(question, index)
+        response = teacher_response(question, index, noise)
         while len(response) < CHARACTERS:
-            other = teacher_response(rng.choice(questions), index)
+            other = teacher_response(rng.choice(questions), index, noise)
             analysis = other.partition("(System 2: Analytical)")[2].partition("</dx>")[0].strip()
-            response = response.replace("</dx>", analysis + "\n</dx>") if "</dx>" in response else response + analysis
-        yield {"id": f"{question.id}-{index}", "question": question.question, "options": dict(question.options), "answer": question.answer, "response": response}
+            response = response.replace("</dx>", analysis + "\n</dx>")
+        yield {
+            "id": f"{question.id}-{index}",
+            "question": question.question,
+            "options": dict(question.options),
+            "answer": question.answer,
+            "response": response,
+        }
 
 
 def wrapped(dx: str, conclusion: str) -> str:

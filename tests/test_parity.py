@@ -40,18 +40,18 @@ def trainer_logits(model: Qwen2, shape: Shape, tokens: np.ndarray) -> np.ndarray
 
 def sampler_logits(model: Qwen2, shape: Shape, prompts: list[np.ndarray], responses: np.ndarray) -> np.ndarray:
     """[b, s + 1, v] by prefill and decode, with the responses' tokens [b, s] forced; b = p * g rows, prompt-major."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), max(lengths)), np.int32)
+    lengths = jnp.array([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), max(len(prompt) for prompt in prompts)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     b, s = responses.shape
     weights = to_sampling(shape, one_device(), "float32")(model)
-    first, kept = jax.jit(lambda *x: prefill(*x, shape, Shard(None), "xla"))(weights, tokens, lengths)
-    step = jax.jit(lambda *x: decode(*x, shape, Shard(None)))
+    first, kept = jax.jit(lambda model, tokens: prefill(model, tokens, lengths, shape, Shard(None), "xla"))(weights, tokens)
+    step = jax.jit(lambda model, tokens, cursor, cache: decode(model, tokens, lengths, cursor, cache, shape, Shard(None)))
     cache = [Cache(k, v, *(jnp.zeros((b, shape.k, s, shape.h)) for _ in range(2))) for k, v in kept]
     found = [np.repeat(np.asarray(first), b // len(prompts), axis=0)]
     for cursor in range(s):
-        scores, cache = step(weights, responses[:, cursor], lengths, np.int32(cursor), cache)
+        scores, cache = step(weights, responses[:, cursor], np.int32(cursor), cache)
         found.append(np.asarray(scores))
     return np.stack(found, axis=1)
 
@@ -163,8 +163,7 @@ def random_model(config: dict[str, Any], seed: int) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
+@pytest.mark.parametrize(("name", "max_shard_size"), list(zip(MODELS, ["5GB", "100KB", "100KB", "5GB"], strict=True)))
 def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Path):
     """A folder that transformers wrote, whole or in shards; right-padded rows, and groups that share their prompt's keys."""
     torch, _ = torch_and_transformers()
@@ -189,26 +188,24 @@ def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Pat
         np.testing.assert_allclose(sampled[row], expected[len(prompts[row // group]) - 1 :], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), list(zip(MODELS, ["float32", "float32", "bfloat16", "bfloat16"], strict=True)))
 def test_transformers_loads_what_we_export(name: str, dtype: str, tmp_path: Path):
     """transformers -> load -> save -> transformers: the same parameters bit for bit, the same logits, no key over."""
     torch, transformers = torch_and_transformers()
-    before = random_model(MODELS[name], seed=3).to(getattr(torch, dtype))
-    before.save_pretrained(tmp_path / "theirs")
+    random_model(MODELS[name], seed=3).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
+    before = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto")
     shape, model = load(str(tmp_path / "theirs"), one_device(), TENSOR)
     save(model, shape, tmp_path / "ours", dtype=dtype, max_shard_bytes=60_000, generation={"eos_token_id": [3, 4], "pad_token_id": 4})  # type: ignore
     after, notes = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
     assert not any(notes.values()), notes
     assert after.dtype == getattr(torch, dtype)
-    assert (after.config.eos_token_id, after.generation_config.eos_token_id, after.config.pad_token_id) == ([3, 4], [3, 4], 4)
+    assert (after.config.eos_token_id, after.generation_config.eos_token_id, after.generation_config.pad_token_id) == ([3, 4], [3, 4], 4)
     one, two = before.state_dict(), after.state_dict()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
     tokens = torch.tensor(np.random.default_rng(4).integers(shape.v, size=(2, 9)))
     with torch.no_grad():
-        assert torch.equal(before(tokens).logits, after.eval()(tokens).logits)
-    if dtype == "float32":  # the tensors' bytes are those that transformers wrote
-        theirs = load_file(tmp_path / "theirs" / "model.safetensors")
-        ours = {key: value for file in (tmp_path / "ours").glob("*.safetensors") for key, value in load_file(file).items()}
-        assert {key: value.tobytes() for key, value in ours.items()} == {key: value.tobytes() for key, value in theirs.items()}
+        assert torch.equal(before(tokens).logits, after(tokens).logits)
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    ours = {key: value for file in (tmp_path / "ours").glob("*.safetensors") for key, value in load_file(file).items()}
+    assert {key: value.tobytes() for key, value in ours.items()} == {key: value.tobytes() for key, value in theirs.items()}

@@ -204,7 +204,8 @@ def check_tied(headers: Mapping[str, Header]) -> None:
     if equal:
         with safe_open(head.file, framework="numpy") as one, safe_open(embedding.file, framework="numpy") as two:
             ours, theirs = one.get_slice(key), two.get_slice(other)
-            blocks = (slice(row, row + 4096) for row in range(0, head.sizes[0], 4096))
+            rows = head.sizes[0]
+            blocks = (slice(row, min(row + 4096, rows)) for row in range(0, rows, 4096))
             equal = all(np.array_equal(ours[block], theirs[block]) for block in blocks)
     if not equal:
         raise InputError(f"{head.file}: {key}: expected no such key, or the same values as {other}, since config.json sets tie_word_embeddings")
@@ -232,7 +233,7 @@ def load(path: str, mesh: Mesh, table: WeightTable, dtype: Any = jnp.float32) ->
     wanted = {tensor.key: tensor for tensor in tensors(shape)}
     names = list(dict.fromkeys(tensor.name for tensor in wanted.values()))
     weights: dict[str, jax.Array | None] = dict.fromkeys(names)
-    place = {name: placing(name, shape, mesh, table, dtype) for name in names}
+    place = {name: placing(name, shape, mesh, table, jnp.dtype(dtype)) for name in names}
     for file in dict.fromkeys(header.file for header in headers.values()):
         with safe_open(file, framework="numpy") as source:
             for key in source.offset_keys():  # the order on disk
@@ -243,6 +244,7 @@ def load(path: str, mesh: Mesh, table: WeightTable, dtype: Any = jnp.float32) ->
     return shape, Qwen2(lambda name, _: weights[name], tied=shape.tied)
 
 
+@functools.cache
 def placing(name: str, shape: Shape, mesh: Mesh, table: WeightTable, dtype: Any) -> Callable[[jax.Array | None, np.ndarray, int | None], jax.Array]:
     """`(weight so far, stored tensor, layer) -> weight` with that tensor in it; the stack is made once, and then donated."""
     letters, dims = stored_letters(name), dims_of(name)
@@ -274,11 +276,14 @@ def placing(name: str, shape: Shape, mesh: Mesh, table: WeightTable, dtype: Any)
 
 
 def config_of(shape: Shape, dtype: str, token_ids: Mapping[str, Any], max_position_embeddings: int = 32768) -> dict[str, Any]:
-    """The config.json of a shape, in the keys that Qwen2.5 was published with; `shape_of` reads it back."""
+    """The config.json of a shape, in the keys that Qwen2.5 was published with; `shape_of` reads it back.
+
+    No pad_token_id, as there: transformers would make it the embedding's padding_idx, a row that gets no gradient.
+    """
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,
-        **{key: token_ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in token_ids},
+        **{key: token_ids[key] for key in ("bos_token_id", "eos_token_id") if key in token_ids},
         **({} if shape.h * shape.n == shape.d else {"head_dim": shape.h}),
         "hidden_act": "silu",
         "hidden_size": shape.d,
@@ -395,7 +400,7 @@ def save(
 ) -> None:
     """Writes a model with stacked blocks as a folder that transformers, vLLM and `load` read; refuses one that holds files.
 
-    `generation` is the content of generation_config.json, whose token ids config.json repeats; None: the tokenizer's ids.
+    `generation` is the content of generation_config.json, whose bos and eos ids config.json repeats; None: the tokenizer's ids.
     The folder appears whole or not at all. The host holds one tensor at a time. On a mesh of several processes every
     process calls this; the first one writes.
     """

@@ -48,10 +48,7 @@ class Qwen2(nnx.Module):
 
     def __init__(self, make: Make, *, tied: bool, stacked: bool = True, layers: int = 0) -> None:
         self.embed_vd = nnx.Param(make("embed_vd", "vd"))
-        if stacked:
-            self.blocks = Block(make, stacked=True)
-        else:
-            self.blocks = nnx.List([Block(make, stacked=False) for _ in range(layers)])
+        self.blocks: Any = Block(make, stacked=True) if stacked else nnx.List([Block(make, stacked=False) for _ in range(layers)])
         self.final_norm_d = nnx.Param(make("final_norm_d", "d"))
         if not tied:
             self.unembed_dv = nnx.Param(make("unembed_dv", "dv"))
@@ -200,7 +197,7 @@ class Shard(NamedTuple):
     def gather(self, x: Array, dim: int) -> Array:
         return x if self.axis is None else jax.lax.all_gather(x, self.axis, axis=dim, tiled=True)
 
-    def index(self) -> Array:
+    def place(self) -> Array:
         return jnp.int32(0) if self.axis is None else jax.lax.axis_index(self.axis)
 
 
@@ -209,7 +206,7 @@ def embed(model: Qwen2, tokens: Int[Array, "..."], shard: Shard) -> Float[Array,
     table = model.embed_vd[...]
     if shard.axis is None:
         return table[tokens]
-    local = tokens - shard.index() * table.shape[0]
+    local = tokens - shard.place() * table.shape[0]
     held = (local >= 0) & (local < table.shape[0])
     return shard.sum(jnp.where(held[..., None], table[jnp.where(held, local, 0)], 0))
 

@@ -16,7 +16,7 @@ from typing import Any
 from crpo_jax.config import CrossReference
 from crpo_jax.data.question import Question
 from crpo_jax.reward import terms
-from crpo_jax.reward.terms import BREAK, Terms
+from crpo_jax.reward.terms import Terms
 
 MAX_CHARS = 100_000  # of dx and conclusion together; beyond any response length, and it keeps the worst case quick
 
@@ -25,7 +25,7 @@ MAX_CHARS = 100_000  # of dx and conclusion together; beyond any response length
 class Case:
     """What a question gives to cite, and what its options put out of bounds."""
 
-    pairs: frozenset[tuple[str, str]]
+    neighbours: frozenset[tuple[str, str, bool]]
     quantities: frozenset[str]
     option_terms: frozenset[str]
 
@@ -36,28 +36,35 @@ def case(question: Question) -> Case:
 
 @lru_cache(maxsize=4096)
 def read_case(text: str, options: tuple[str, ...]) -> Case:
-    found, excluded = terms.read(text), frozenset().union(*(terms.read(option).distinct() for option in options))
-    pairs = frozenset(pair for pair in found.pairs() if pair[0] != pair[1] and not excluded.intersection(pair) and BREAK not in pair)
-    quantities = frozenset(term for term in found.distinct() if terms.has_unit(term) and term not in excluded)
-    return Case(pairs, quantities, excluded)
+    found, excluded = terms.read(text), frozenset(term for option in options for term in terms.read(option).all())
+    neighbours = frozenset(item for item in found.neighbours() if item[0] != item[1] and not excluded.intersection(item[:2]))
+    quantities = frozenset(term for term in found.all() if terms.has_unit(term) and term not in excluded)
+    return Case(neighbours, quantities, excluded)
 
 
 def case_facts(case: Case, system1: Terms, system2: Terms, conclusion: Terms) -> list[str]:
-    """The case facts that the conclusion cites whole, each as long as it goes, in the conclusion's order."""
-    pairs = (case.pairs & conclusion.pairs()) & (system1.pairs() | system2.pairs())
-    quantities = case.quantities.intersection(conclusion.sequence).intersection([*system1.sequence, *system2.sequence])
-    facts, run = [], []
-    for term, following in zip(conclusion.sequence, [*conclusion.sequence[1:], BREAK], strict=True):
-        if (term, following) in pairs:
-            run = run or [term]
-            run.append(following)
+    """The case facts that the conclusion cites whole, each as long as it goes, in the conclusion's order.
+
+    Words stand side by side in the conclusion as they do in the question: "tophi on the ear" is not cited by the word
+    list "tophi ear", but by "tophi of the ear". In dx either will do.
+    """
+    facts: list[list[str]] = []
+    known = system1.pairs() | system2.pairs()
+    open_ended = False  # the last fact may go on with the next pair
+    for item in conclusion.neighbours():
+        first, second, _ = item
+        if item not in case.neighbours or (first, second) not in known:
+            open_ended = False
             continue
-        if run:
-            facts.append(" ".join(run))
-        elif term in quantities:
-            facts.append(term)
-        run = []
-    return list(dict.fromkeys(facts))
+        if open_ended and facts[-1][-1] == first:
+            facts[-1].append(second)
+        else:
+            facts.append([first, second])
+        open_ended = True
+    whole = {term for fact in facts for term in fact}
+    dx_terms = {*system1.by_token, *system2.by_token}
+    numbers = [term for term in dict.fromkeys(conclusion.by_token) if term in case.quantities and term in dx_terms and term not in whole]
+    return list(dict.fromkeys([*(" ".join(fact) for fact in facts), *numbers]))
 
 
 def copied_share(conclusion: list[str], dx: list[str], n: int) -> float:
@@ -76,13 +83,13 @@ def cross_reference(question: Question, system1: str, system2: str, conclusion: 
         return False, {"failed": [f"dx and conclusion are longer than {MAX_CHARS} characters together: not read"]}
     first, second, cites = terms.read(system1), terms.read(system2), terms.read(conclusion)
     facts_of = case(question)
-    distinct, in_system2 = cites.distinct(), second.distinct()
-    cited = (distinct & (first.distinct() | in_system2)) - facts_of.option_terms
+    every, in_system2 = cites.all(), set(second.all())
+    distinct = set(every)
+    cited = (distinct & in_system2.union(first.all())) - facts_of.option_terms
     cited_in_system2 = cited & in_system2
     facts = case_facts(facts_of, first, second, cites)
-    total = sum(term != BREAK for term in cites.sequence)
     cited_share = len(cited) / len(distinct) if distinct else 0.0
-    distinct_share = len(distinct) / total if total else 0.0
+    distinct_share = len(distinct) / len(every) if every else 0.0
     copied = copied_share(cites.words, first.words + second.words, settings.copy_ngram)
 
     s = settings
@@ -104,7 +111,7 @@ def cross_reference(question: Question, system1: str, system2: str, conclusion: 
         "case_facts": facts,
         "cited_share": round(cited_share, 4),
         "distinct_share": round(distinct_share, 4),
-        "repeats": total - len(distinct),
+        "repeats": len(every) - len(distinct),
         "copied_share": round(copied, 4),
         "failed": failed,
     }

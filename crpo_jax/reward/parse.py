@@ -19,6 +19,7 @@ from itertools import islice
 BOX = "\\boxed"
 MAX_BOXES = 8  # boxes kept for the explanation; the answer needs exactly one
 MAX_BOX_CHARS = 100  # a box whose brace is not closed within this is unreadable: an answer is one letter
+MAX_HEADING_CHARS = 40  # between "(System 1" and the parenthesis that closes it
 MAX_MENTIONS = 64  # of `System 1` in dx; a response with more is no longer looked through
 
 # A literal first, so that the search runs at the speed of str.find, then bounded repeats only.
@@ -122,17 +123,25 @@ def two_systems(dx: str) -> tuple[str | None, str | None, list[str]]:
 
 
 def headings(dx: str, number: int) -> list[tuple[int, int]]:
-    """Where the headings of a system start and end, two at most: a second one is already one too many."""
+    """Where the headings of a system start and end, two at most: a second one is already one too many.
+
+    "(System 1: Intuitive)" ends with its parenthesis; any other heading ends after the number.
+    """
     places: list[tuple[int, int]] = []
     for match in islice(HEADINGS[number].finditer(dx), MAX_MENTIONS):
-        at = match.start()
-        line = max(dx.rfind("\n", max(0, at - 16), at) + 1, at - 16, 0)
-        before = dx[line:at]
-        first_in_line = not before.strip(BEFORE_HEADING + "\r") and (line == 0 or dx[line - 1] == "\n")
-        if first_in_line or before.endswith("("):
-            places.append((at, match.end()))
-            if len(places) == 2:
-                break
+        start, end = match.span()
+        line = max(dx.rfind("\n", max(0, start - 16), start) + 1, start - 16, 0)
+        before = dx[line:start]
+        first_in_line = not before.strip(BEFORE_HEADING) and (line == 0 or dx[line - 1] == "\n")
+        parenthesis = before.endswith("(")
+        if not (first_in_line or parenthesis):
+            continue
+        if parenthesis:
+            closed = dx.find(")", end, end + MAX_HEADING_CHARS)
+            start, end = start - 1, end if closed < 0 or "\n" in dx[end:closed] else closed + 1
+        places.append((start, end))
+        if len(places) == 2:
+            break
     return places
 
 

@@ -44,7 +44,7 @@ def draw(
     top = shard.max(jnp.max(scaled, axis=-1))
     mass = jnp.exp(scaled - top[:, None])
     total = shard.sum(jnp.sum(mass, axis=-1))
-    first = shard.index() * local
+    first = shard.place() * local
     if how.temperature == 0:
         best = jnp.where(scaled == top[:, None], first + jnp.arange(local), vocabulary)
         tokens = -shard.max(-jnp.min(best, axis=-1))  # the first of equals, whichever device holds it
@@ -93,7 +93,7 @@ def invert(mass: Float[Array, "b v"], uniform: Float[Array, " b"], shard: Shard,
     target = uniform * cumulative[:, -1]
     block = last_positive(jnp.sum(cumulative <= target[:, None], axis=-1), sums)
     before = jnp.where(block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0)
-    here = block - shard.index() * (local // width)
+    here = block - shard.place() * (local // width)
     held = (here >= 0) & (here < local // width)
     inside = jnp.take_along_axis(parts, jnp.where(held, here, 0)[:, None, None], axis=1)[:, 0]
     offset = last_positive(jnp.sum(jnp.cumsum(inside, axis=-1) <= (target - before)[:, None], axis=-1), inside)

@@ -68,9 +68,8 @@ class Engine:
         limits = [self.max_new_tokens] * len(prompts) if limits is None else list(limits)
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             if not len(prompt) or not 1 <= limit <= self.max_new_tokens:
-                raise InputError(
-                    f"prompt {index}: expected at least 1 token and a limit between 1 and {self.max_new_tokens}, got {len(prompt)} tokens, limit {limit}"
-                )
+                expected = f"at least 1 token and a limit between 1 and {self.max_new_tokens}"
+                raise InputError(f"prompt {index}: expected {expected}, got {len(prompt)} tokens, limit {limit}")
         shards = data_size(self.mesh)
         wave_size = shards * max(1, min(self.slots // group, -(-len(prompts) // shards)))
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

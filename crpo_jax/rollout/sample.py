@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from crpo_jax.model.attention import Implementation
@@ -41,22 +40,11 @@ class Wave(NamedTuple):
     cache: tuple[Cache, ...]
 
 
-WAVE_SPECS = Wave(
-    tokens=TOKENS_BT,
-    logprobs=TOKENS_BT,
-    lengths=ROWS_B,
-    reason=ROWS_B,
-    limits=ROWS_B,
-    keys=ROWS_B,
-    prompt_lengths=ROWS_B,
-    last=ROWS_B,
-    cursor=ROWS_B,
-    cache=(),
-)
-
-
 def wave_specs(layers: int) -> Wave:
-    return WAVE_SPECS._replace(cache=(Cache(CACHE_BKSH, CACHE_BKSH, CACHE_BKSH, CACHE_BKSH),) * layers)
+    """How a wave is split: rows and prompts over the data axis, KV heads over the model axis."""
+    rows: Any = dict.fromkeys(Wave._fields, ROWS_B) | {"tokens": TOKENS_BT, "logprobs": TOKENS_BT}
+    cache: Any = dict.fromkeys(Cache._fields, CACHE_BKSH)
+    return Wave(**{**rows, "cache": (Cache(**cache),) * layers})
 
 
 def record(wave: Wave, at: Int[Array, ""], drawn: Int[Array, " b"], logprob: Float[Array, " b"], stop_ids: tuple[int, ...]) -> Wave:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from crpo_jax.config import InputError
 from crpo_jax.update.step import TrainState
 
 
@@ -17,11 +18,19 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._folder = folder
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def latest(self) -> int | None:
         """RL steps done at the newest checkpoint, None where there is none."""
         return self._manager.latest_step()
+
+    def chosen(self, steps_done: int | None) -> int:
+        """The checkpoint asked for, or the newest one."""
+        kept = list(self._manager.all_steps())
+        if not kept or (steps_done is not None and steps_done not in kept):
+            raise InputError(f"{self._folder}: expected a checkpoint{'' if steps_done is None else f' of step {steps_done}'}, got {kept or 'none'}")
+        return max(kept) if steps_done is None else steps_done
 
     def save(self, steps_done: int, state: TrainState) -> None:
         if self._manager.latest_step() != steps_done:

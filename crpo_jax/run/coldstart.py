@@ -65,4 +65,4 @@ def _batches(rows: Sequence[Row], settings: config.Config, mesh: Mesh):
     budget = settings.parallel.micro_batch_tokens
     weights = row_weights(lengths, np.ones(len(rows), bool), "token_mean")
     for micro in micro_batches(rows, budget=budget, multiple=settings.parallel.length_multiple, shards=data_size(mesh)):
-        yield on_devices(micro, mesh, weights=of_rows(weights, micro.index))
+        yield on_devices(micro, mesh, weights=of_rows(weights, micro.rows))

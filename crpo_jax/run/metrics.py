@@ -95,6 +95,6 @@ class Progress:
 
 def clock(seconds: float) -> str:
     """h:mm:ss, or m:ss under an hour."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

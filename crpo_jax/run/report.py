@@ -141,7 +141,8 @@ def closing(workdir: Path, count: int) -> str:
         shown = [f"{v:.3f} ± {standard_error(v, count):.3f}" if shares else f"{v:.2f}" for v in (before, after)]
         rows.append(f"{label:<24}{shown[0]:>16}{shown[1]:>16}{after - before:>+10.2f}")
     example = before_and_after(workdir, int(first["step"]), int(last["step"]))
-    kept = f"curve     {draw_curve(workdir, metrics)}\nresponses {workdir / 'samples.jsonl'}, {workdir / 'report'}\nmetrics   {workdir / 'metrics.jsonl'}, {workdir / 'tb'}"
+    curve = draw_curve(workdir, metrics)
+    kept = f"curve     {curve}\nresponses {workdir / 'samples.jsonl'}, {workdir / 'report'}\nmetrics   {workdir / 'metrics.jsonl'}, {workdir / 'tb'}"
     return "\n\n".join(part for part in (example, "\n".join(rows), kept) if part)
 
 

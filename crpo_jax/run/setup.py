@@ -47,7 +47,7 @@ class Text:
 
 def text_for(settings: config.Config, shape: Shape) -> Text:
     """The tokenizer of tokenizer.path, or of the model's folder; one that does not match the vocabulary is refused."""
-    folder = Path(settings.tokenizer.path or hub.model_folder(settings.model.path))
+    folder = shipped(settings.tokenizer.path) if settings.tokenizer.path else hub.model_folder(settings.model.path)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > shape.v:
         raise InputError(f"tokenizer.path: expected at most the model's {shape.v} tokens, got {len(tokenizer)} in {folder}")
@@ -58,12 +58,18 @@ def text_for(settings: config.Config, shape: Shape) -> Text:
     return Text(folder, tokenizer, tuple(known[stop] for stop in settings.rollout.stop), effective_table(folder / "tokenizer.json", shape.v))
 
 
+def shipped(path: str) -> Path:
+    """A path as it stands; `configs/...` also from outside the repository, where it means what this package brings."""
+    here, folder = Path(path).expanduser(), config.config_folder()
+    return folder.parent / here if not here.exists() and (folder.parent / here).exists() else here
+
+
 def shape_for(settings: config.Config, mesh: Mesh) -> Shape:
     """The shape of model.path, or of model.shape where there is none, once this mesh and layout can hold it."""
     if settings.model.path:
         shape = read_shape(hub.model_folder(settings.model.path))
     else:
-        shape = shape_of({name: value for name, value in config.as_dict(settings.model.shape).items()}, "model.shape")
+        shape = shape_of(config.as_dict(settings.model.shape), "model.shape")
     check_layout(LAYOUTS[settings.parallel.layout], mesh, {letter: getattr(shape, letter) for letter in "dnkfv"})
     return shape
 

@@ -18,9 +18,9 @@ class Row(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Rows of one shape; `index` says which of the caller's rows each is, -1 for filling."""
+    """Rows of one shape; `rows` says which of the caller's rows each is, -1 for filling."""
 
-    index: np.ndarray  # [b]
+    rows: np.ndarray  # [b]
     tokens: np.ndarray  # [b, t] int32, right-padded
     prompt_lengths: np.ndarray  # [b] int32
     lengths: np.ndarray  # [b] int32, prompt and response together; 0 for filling
@@ -59,15 +59,15 @@ def micro_batch(rows: Sequence[Row], chosen: Sequence[int], b: int, t: int) -> M
     return MicroBatch(index, tokens, prompt_lengths, lengths)
 
 
-def of_rows(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+def of_rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """A per-row value for each row of a micro-batch, 0 for filling."""
-    return np.where(index >= 0, values[np.maximum(index, 0)], 0).astype(values.dtype)
+    return np.where(rows >= 0, values[np.maximum(rows, 0)], 0).astype(values.dtype)
 
 
 def aligned(values: Sequence[np.ndarray], micro: MicroBatch) -> np.ndarray:
     """Values per response token, one array per caller's row, on the positions that predict those tokens [b, t]."""
     out = np.zeros(micro.tokens.shape, np.float32)
-    for place, which in enumerate(micro.index):
+    for place, which in enumerate(micro.rows):
         if which >= 0:
             first = micro.prompt_lengths[place] - 1
             out[place, first : first + len(values[which])] = values[which]

@@ -6,7 +6,7 @@ once per optimizer step (lr 1e-6 applied to bf16 weights would change nothing).
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def trainer(
     layout, parallel = LAYOUTS[settings.parallel.layout], settings.parallel
     dtype = jnp.dtype(settings.model.dtype)
     place = training_placement(shape, mesh)
-    update = optimizer(optimizer_settings, total_steps)
+    update: Any = optimizer(optimizer_settings, total_steps)
     temperature = settings.rollout.temperature if loss == "crpo" else 1.0
     whole = NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -122,9 +122,9 @@ def trainer(
         jax.eval_shape(update.init, abstract(shape)),
         is_leaf=lambda part: isinstance(part, Qwen2),
     )
-    states = TrainState(master, moments, whole)
+    states: Any = TrainState(master, moments, cast(Any, whole))
 
-    def cast(weights: Qwen2) -> Qwen2:
+    def converted(weights: Qwen2) -> Qwen2:
         return jax.tree.map(lambda x: x.astype(dtype), weights)
 
     def outputs(weights: Qwen2, batch: Batch, with_entropy: bool) -> tuple[Array, Array]:
@@ -161,11 +161,11 @@ def trainer(
         gradients = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), gradients, new)
         return gradients, measured if metrics is None else combined(metrics, measured)
 
-    def apply(state: TrainState, gradients: Qwen2) -> tuple[TrainState, Array, Array]:
+    def apply(state: TrainState, gradients: Any) -> tuple[TrainState, Array, Array]:
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm)
         changes, moments = update.update(gradients, state.optimizer, state.master)
-        new = TrainState(optax.apply_updates(state.master, changes), moments, state.step + 1)
+        new = TrainState(jax.tree.map(jnp.add, state.master, changes), moments, state.step + 1)
         return jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state), norm, finite.astype(jnp.float32)
 
     def jitted(function: Any, out: Any, donate: tuple[int, ...] = ()) -> Any:
@@ -173,8 +173,8 @@ def trainer(
 
     return Trainer(
         begin=jitted(lambda weights: TrainState(weights, update.init(weights), jnp.int32(0)), states, (0,)),
-        compute_weights=jitted(cast, shardings(layout.compute)),
-        reference=jitted(cast, shardings(layout.reference)),
+        compute_weights=jitted(converted, shardings(layout.compute)),
+        reference=jitted(converted, shardings(layout.reference)),
         logprobs=jitted(lambda weights, batch: outputs(weights, batch, with_entropy=False)[0], NamedSharding(mesh, TOKENS_BT)),
         zero=jitted(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract(shape)), master),
         accumulate=jitted(accumulate, (master, whole), (0, 1)),

@@ -1,0 +1,42 @@
+"""Cold start: fine-tuning on teacher traces, the loss on the response. `python -m crpo_jax.sft --help` lists every setting."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from crpo_jax import config
+from crpo_jax.config import InputError
+from crpo_jax.model import hub
+from crpo_jax.parallel.mesh import make_mesh, start_distributed
+from crpo_jax.run import setup, start
+from crpo_jax.run.workdir import open_workdir
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = config.parser("sft", __doc__ or "")
+    args = parser.parse_args(arguments)
+    start_distributed()
+    default = config.default_config(jax.default_backend())
+    settings = config.from_arguments(args, default)
+    if not args.config:
+        print(f"no --config given: {default.name}, the default on {jax.default_backend()}", file=sys.stderr)
+    workdir = Path(args.workdir or f"runs/{Path(args.config or default).stem}-sft")
+    mesh = make_mesh(settings.parallel.mesh)
+    shape = setup.shape_for(settings, mesh)
+    text = setup.text_for(settings, shape)
+    folder = workdir / "coldstart"
+    if folder.exists():
+        raise InputError(f"--workdir {workdir}: expected no fine-tuned model there yet, got {folder}")
+    open_workdir(workdir, settings)
+    if settings.model.path:
+        master = start.load_masters(hub.model_folder(settings.model.path), settings, mesh)
+    else:
+        master = setup.fresh_model(settings, shape, mesh)
+    start.fine_tuned(settings, shape, mesh, text, master, folder)
+    print(f"fine-tuned model: {folder}  (crpo_jax.train takes it as model.path={folder})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    config.run_command("sft", main)

@@ -1,0 +1,96 @@
+"""8 virtual CPU devices for every test, array shapes checked at run time, small models with a different size for every dim.
+
+JAX_COMPILATION_CACHE_DIR=FOLDER keeps compiled programs from one run of the tests to the next.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import install_import_hook
+from typeguard import check_type
+
+
+def annotations_hold(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with every argument and its result checked against their annotations.
+
+    Typeguard 4's own decorator reads jaxtyping's "b t" as Python code and stops at a syntax error; its `check_type` does not.
+    """
+    signature = inspect.signature(function)
+    of = {name: parameter.annotation for name, parameter in signature.parameters.items() if parameter.annotation is not parameter.empty}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if name in of:
+                check_type(value, of[name])
+        out = function(*args, **kwargs)
+        return out if signature.return_annotation is signature.empty else check_type(out, signature.return_annotation)
+
+    return checked
+
+
+# Before anything imports these: in the tests, array shapes and types are checked with every call and every trace.
+install_import_hook(
+    ["crpo_jax.update.losses", "crpo_jax.update.logprobs", "crpo_jax.rollout.draw", "crpo_jax.model.attention"],
+    "conftest.annotations_hold",
+)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from crpo_jax.model.qwen2 import Qwen2
+from crpo_jax.model.shape import Shape
+from crpo_jax.parallel.mesh import DATA, MODEL
+
+SHAPE = Shape(d=16, n=8, k=2, h=6, f=24, v=40, l=3, tied=False, rope_theta=1e4, norm_eps=1e-6)
+"""Every dim has a size of its own, and every mesh of 8 devices can hold it: past 2 model shards by copies of the KV heads."""
+
+MESHES = ((1, 1), (8, 1), (4, 2), (2, 4), (1, 8))
+
+
+def mesh_of(data: int, model: int) -> Mesh:
+    """A mesh over the first data * model of the 8 devices."""
+    devices = jax.devices()[: data * model]
+    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def random_model(shape: Shape, seed: int = 0) -> Qwen2:
+    """Float32 weights of a size at which every one of them matters, biases and norms included."""
+    draw = np.random.default_rng(seed)
+
+    def make(name: str, dims: str) -> jax.Array:
+        return jnp.asarray(draw.normal(size=shape.dims(dims)) * 0.3 + ("norm" in name), jnp.float32)
+
+    return Qwen2(make, tied=shape.tied)
+
+
+@pytest.fixture(scope="session")
+def shape() -> Shape:
+    return SHAPE
+
+
+@pytest.fixture(scope="session")
+def model() -> Qwen2:
+    return random_model(SHAPE)
+
+
+@pytest.fixture(scope="session", params=MESHES, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
+def mesh(request: pytest.FixtureRequest) -> Mesh:
+    """Each of the meshes on which the same answer must come out."""
+    return mesh_of(*request.param)
+
+
+@pytest.fixture(scope="session")
+def one_device() -> Mesh:
+    return mesh_of(1, 1)

@@ -1,0 +1,343 @@
+"""The pool: order, exceptions, time limits that kill, dead workers, dead parents, a user's functions and sums."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from response_table import GOOD, GOUT, ROWS
+
+from crpo_jax.config import InputError, Reward
+from crpo_jax.reward.rules import Score, score
+from crpo_jax.reward.scoring import CHUNK, Failure, Scorer, ScoringError, design_parts
+
+RESPONSES = [row[2] for row in ROWS]
+
+# What users write, some of it badly. `completions` starting with these words misbehave.
+FUNCTIONS = """
+import os, re, signal, subprocess, sys, time
+
+CALLS = "calls.txt"
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+def careless(prompts, completions, **columns):
+    note(len(completions))
+    for text in completions:
+        if text.startswith("raise"):
+            raise RuntimeError("cannot read " + text)
+        if text.startswith("exit"):
+            sys.exit("leaving")
+        if text.startswith("hang"):
+            child = subprocess.Popen(["sleep", "600"])
+            note(f"pids {os.getpid()} {child.pid}")
+            re.match(r"(a+)+$", "a" * 64 + "b")  # backtracks for years, and never lets go of the interpreter
+        if text.startswith("sleep"):
+            time.sleep(0.3)
+        if text.startswith("die"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return [1.0] * len(completions)
+
+def columns(prompts, completions, answer, options, id, subject, **others):
+    assert prompts == ["Q?"] * len(completions) and others["completion_ids"][0] == [1, 2], others
+    return [subject[n] == "heart" and answer[n] == "A" and options[n] == {"A": "x"} and id[n] == str(n) for n in range(len(completions))]
+
+def sometimes(prompts, completions, **columns):
+    return [None if text.startswith("skip") else 2 for text in completions]
+
+def short(prompts, completions, **columns):
+    return [1.0]
+
+def infinite(prompts, completions, **columns):
+    return [float("nan")] * len(completions)
+
+def words(prompts, completions, **columns):
+    return ["good"] * len(completions)
+
+def world(prompts, completions, **columns):
+    print("a function may print")
+    hidden = os.environ["JAX_PLATFORMS"] == "cpu" and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    return [float(hidden and "jax" not in sys.modules and "transformers" not in sys.modules)] * len(completions)
+
+def note(text):
+    with open(CALLS, "a") as file:
+        file.write(f"{text}\\n")
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a user's module of its own name: the test's process keeps what it has imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / f"mine_{tmp_path.name}.py").write_text(FUNCTIONS)
+    return tmp_path
+
+
+def named(here: Path, function: str) -> str:
+    return f"mine_{here.name}:{function}"
+
+
+def run(settings: Reward, responses: list[str]) -> list[Score | Failure]:
+    with Scorer(settings) as scorer:
+        return scorer.score([GOUT] * len(responses), responses)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, within some seconds; one that nobody has waited for yet has ended too."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_pool_gives_what_the_rules_give_in_order(workers: int) -> None:
+    settings = Reward(workers=workers)
+    with Scorer(settings) as scorer:
+        first, second = scorer.submit([GOUT] * len(RESPONSES), RESPONSES), scorer.submit([GOUT], [GOOD])
+        assert scorer.collect(second) == [score(GOUT, GOOD, settings)]
+        assert scorer.collect(first) == [score(GOUT, response, settings) for response in RESPONSES]
+        assert scorer.score([], []) == []
+    assert len(RESPONSES) > 4 * CHUNK, "several chunks to each worker"
+
+
+def test_token_ids_and_the_table_reach_the_workers() -> None:
+    effective = np.array([True, False, True])
+    with Scorer(Reward(workers=1, max_failed_share=0.5), effective) as scorer:
+        found = scorer.score([GOUT] * 3, [GOOD] * 3, [[0, 2], np.array([0, 1]), [0, 3]])
+    assert isinstance(found[0], Score)
+    assert isinstance(found[1], Score)
+    assert [found[0].consistency, found[1].consistency] == [1.0, 0.5]
+    assert found[0].why["consistency"]["by"] == "tokens"
+    assert isinstance(found[2], Failure), "an id beyond the table"
+    assert found[2].error == "ValueError: token_ids: expected ids from 0 to 2, got 0 to 3"
+    assert "in consistency" in found[2].traceback
+
+
+def test_submit_returns_before_the_scores_are_there(here: Path) -> None:
+    with Scorer(Reward(design=named(here, "careless"), workers=1)) as scorer:
+        start = time.monotonic()
+        batch = scorer.submit([GOUT] * 3, ["sleep"] * 3)
+        assert time.monotonic() - start < 0.5
+        assert not batch.done.is_set()
+        assert len(scorer.collect(batch)) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("word", "error", "trace"), [("raise", "RuntimeError: cannot read raise", "careless"), ("exit", "SystemExit: leaving", "sys.exit")]
+)
+def test_an_exception_costs_its_response_only(here: Path, workers: int, word: str, error: str, trace: str) -> None:
+    found = run(Reward(design=named(here, "careless"), workers=workers), ["a"] * 7 + [word] + ["b"] * 7)
+    assert [isinstance(one, Failure) for one in found] == [False] * 7 + [True] + [False] * 7
+    failed = found[7]
+    assert isinstance(failed, Failure)
+    assert failed.error.endswith(error)
+    assert trace in failed.traceback
+
+
+def test_a_response_that_hangs_is_killed_and_the_rest_scored(here: Path) -> None:
+    start = time.monotonic()
+    found = run(Reward(design=named(here, "careless"), workers=2, time_limit=0.5), ["a"] * 9 + ["hang"] + ["b"] * 9)
+    assert time.monotonic() - start < 15
+    assert [isinstance(one, Failure) for one in found] == [False] * 9 + [True] + [False] * 9
+    failed = found[9]
+    assert isinstance(failed, Failure)
+    assert "took longer than reward.time_limit=0.5 seconds; its process was killed" in failed.error
+    assert "in careless" in failed.traceback, "where it hung"
+    pids = [int(pid) for line in (here / "calls.txt").read_text().splitlines() if line.startswith("pids") for pid in line.split()[1:]]
+    assert len(pids) == 4, "once in the batch, once alone; each a worker and the process it had started"
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_function_slower_than_the_limit_on_a_batch_is_called_one_by_one(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = run(Reward(design=named(here, "careless"), workers=2, time_limit=0.6), ["sleep"] * 4)
+    assert not any(isinstance(one, Failure) for one in found)
+    assert "is now called with one at a time" in caplog.text
+
+
+def test_a_response_that_kills_its_worker(here: Path) -> None:
+    found = run(Reward(design=named(here, "careless"), workers=1, max_failed_share=0.3), ["a", "die", "b", "c"])
+    assert [isinstance(one, Failure) for one in found] == [False, True, False, False]
+    assert isinstance(found[1], Failure)
+    assert "killed by signal 9 (SIGKILL)" in found[1].error
+
+
+def test_workers_killed_from_outside_lose_nothing() -> None:
+    settings = Reward(workers=2)
+    with Scorer(settings) as scorer:
+        expected = [score(GOUT, response, settings) for response in RESPONSES]
+        assert scorer.score([GOUT] * len(RESPONSES), RESPONSES) == expected
+        killed = [process.process.pid for process in scorer._processes.values()]
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        assert scorer.score([GOUT] * len(RESPONSES), RESPONSES) == expected, "killed while idle"
+        batch = scorer.submit([GOUT] * 20 * len(RESPONSES), RESPONSES * 20)
+        for process in list(scorer._processes.values()):
+            os.kill(process.process.pid, signal.SIGKILL)
+        assert scorer.collect(batch) == expected * 20, "killed at work"
+        pids = [process.process.pid for process in scorer._processes.values()]
+        assert not set(pids) & set(killed)
+    assert all(gone(pid) for pid in pids), "closing ends the workers"
+
+
+def test_too_many_failures_stop_with_an_explanation(here: Path) -> None:
+    design = named(here, "careless")
+    with pytest.raises(
+        ScoringError, match=r"2 of a batch's 10 responses .* reward.max_failed_share=0.1 .* question gout: .*cannot read raise 2"
+    ) as error:
+        run(Reward(design=design, workers=1), ["a"] * 8 + ["raise 1", "raise 2"])
+    assert "Traceback" in str(error.value)
+    assert sum(isinstance(one, Failure) for one in run(Reward(design=design, workers=1), ["a"] * 9 + ["raise"])) == 1, "one in ten is within"
+
+
+@pytest.mark.parametrize(
+    ("function", "explanation"),
+    [
+        ("short", "expected 2 rewards, one per completion, got 1"),
+        ("infinite", "expected a finite reward, got nan"),
+        ("words", "expected a number or None as reward, got 'good'"),
+        ("absent", "AttributeError: module 'mine_"),
+        ("CALLS", "is no function but 'calls.txt'"),
+    ],
+)
+def test_bad_functions_are_explained(here: Path, function: str, explanation: str) -> None:
+    settings = Reward(design=named(here, function), workers=0, max_failed_share=1)
+    found = run(settings, ["a", "b"])
+    if function == "short":  # for one completion, one reward is right
+        with pytest.raises(ValueError, match=explanation):
+            from crpo_jax.reward.worker import Job, call, load_function
+
+            loaded = load_function(settings.design)
+            assert not isinstance(loaded, Failure)
+            call(loaded, Job(settings.design, [GOUT] * 2, ["a", "b"], None))
+        return
+    assert all(isinstance(one, Failure) and explanation in one.error and one.traceback for one in found)
+
+
+def test_a_module_that_cannot_be_imported() -> None:
+    found = run(Reward(design="no_such_module:f", workers=1, max_failed_share=1), ["a"])
+    assert isinstance(found[0], Failure)
+    assert "No module named 'no_such_module'" in found[0].error
+
+
+def test_functions_get_whole_batches_and_columns(here: Path) -> None:
+    from crpo_jax.data.question import Question
+
+    n = 3 * CHUNK
+    questions = [Question(str(row), "Q?", {"A": "x"}, "A", columns={"subject": "heart", "prompts": "not this"}) for row in range(n)]
+    with Scorer(Reward(design=named(here, "columns"), workers=2)) as scorer:
+        found = scorer.score(questions, ["a"] * n, [np.array([1, 2])] * n)
+    assert all(isinstance(one, Score) and one.total == 1.0 for one in found)
+    run(Reward(design=named(here, "careless"), workers=2), ["a"] * n)
+    assert (here / "calls.txt").read_text() == f"{n}\n", "one call"
+
+
+def test_workers_see_no_accelerator_and_import_no_jax(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = run(Reward(design=named(here, "world"), workers=1), ["a"])
+    assert isinstance(found[0], Score)
+    assert found[0].total == 1.0
+    printed = capfd.readouterr()
+    assert printed.out == "", "standard output is the command's"
+    assert "a function may print" in printed.err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_weighted_sums_report_every_part(here: Path, workers: int) -> None:
+    design = f"crpo*1.0 + {named(here, 'length')}*0.5 + {named(here, 'sometimes')}*-2"
+    found = run(Reward(design=design, workers=workers), [GOOD, "skip"])
+    alone = score(GOUT, GOOD, Reward())
+    assert isinstance(found[0], Score)
+    assert isinstance(found[1], Score)
+    assert found[0].components == {"crpo": 12.0, named(here, "length"): float(len(GOOD)), named(here, "sometimes"): 2.0}
+    assert found[0].total == 12 + 0.5 * len(GOOD) - 2 * 2
+    assert (found[0].accuracy, found[0].format, found[0].why["cross_reference"]) == (1, 1, alone.why["cross_reference"])
+    assert found[1].components[named(here, "sometimes")] is None, "not applicable: TRL's None"
+    assert found[1].total == score(GOUT, "skip", Reward()).total + 0.5 * 4
+
+
+def test_a_users_function_alone_is_the_total_and_crpo_describes(here: Path) -> None:
+    found = run(Reward(design=named(here, "sometimes"), workers=0), [GOOD])[0]
+    assert isinstance(found, Score)
+    assert (found.total, found.accuracy, found.clinical_reasoning, found.components) == (2.0, 1, 1.5, {named(here, "sometimes"): 2.0})
+
+
+def test_weights_of_built_in_designs() -> None:
+    found = run(Reward(design="grpo*0.5+released", workers=0), ["<think>a</think><answer>Gout. \\boxed{C}</answer>"])[0]
+    assert isinstance(found, Score)
+    assert found.components == {"grpo": 11.0, "released": 12.0}
+    assert found.total == 17.5
+
+
+@pytest.mark.parametrize(
+    ("design", "problem"),
+    [
+        ("", "expected crpo, grpo, released or module:function, got ''"),
+        ("cpro", "got 'cpro'"),
+        ("crpo+", "got '' in 'crpo\\+'"),
+        ("crpo*a", "expected a number after crpo\\*, got 'a'"),
+        ("crpo*inf", "expected a number after crpo\\*, got 'inf'"),
+        ("crpo*1+crpo*2", "crpo stands twice"),
+        ("0.5*crpo", "got '0.5'"),
+        ("my.module", "got 'my.module'"),
+        ("my module:f", "got 'my module:f'"),
+    ],
+)
+def test_bad_designs_are_named_at_once(design: str, problem: str) -> None:
+    with pytest.raises(InputError, match="reward.design: .*" + problem):
+        Scorer(Reward(design=design))
+    with pytest.raises(InputError, match=r"reward.grpo_tags: expected two different tag names, got \['a', 'a'\]"):
+        Scorer(Reward(design="crpo+grpo", grpo_tags=("a", "a")))
+    assert design_parts(Reward(design="crpo*2+a.b:c.d")) == (("crpo", 2.0), ("a.b:c.d", 1.0))
+
+
+def test_misuse_is_refused() -> None:
+    scorer = Scorer(Reward(workers=0))
+    with pytest.raises(RuntimeError, match="with statement"):
+        scorer.submit([GOUT], [GOOD])
+    with scorer, pytest.raises(ValueError, match="as many questions and token_ids as responses=2"):
+        scorer.submit([GOUT], [GOOD, GOOD])
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_a_parent_that_is_killed(here: Path, busy: bool) -> None:
+    """A run killed by -9 left workers behind that computed for ever on somebody else's machine."""
+    script = f"""
+        import sys, time
+        from crpo_jax.config import Reward
+        from crpo_jax.data.question import Question
+        from crpo_jax.reward.scoring import Scorer
+        with Scorer(Reward(design="{named(here, "careless")}", workers=1, time_limit=600)) as scorer:
+            scorer.score([Question("q", "?", {{"A": "a"}}, "A")], ["a"])
+            print(scorer._processes[0].process.pid, flush=True)
+            scorer.submit([Question("q", "?", {{"A": "a"}}, "A")], ["hang"]) if {busy} else None
+            time.sleep(600)
+    """
+    root = str(Path(__file__).parents[1])
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": f"{root}:{here}"}
+    ) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        for _ in range(200):
+            if not busy or "pids" in (here / "calls.txt").read_text():
+                break
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert Path(f"/proc/{worker}").exists()
+        parent.kill()
+    assert gone(worker)
+    for line in (here / "calls.txt").read_text().splitlines():
+        if line.startswith("pids"):
+            os.kill(int(line.split()[2]), signal.SIGKILL)  # the sleep it had started is nobody's now
