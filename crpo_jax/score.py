@@ -69,7 +69,7 @@ class Tokens:
 def read_line(line: bytes, vocab_size: int | None) -> Record:
     """A line's record; InputError says what is wrong with it. Bytes that are no UTF-8 become U+FFFD, as tokenizers decode them."""
     try:
-        row = json.loads(line.decode("utf-8", "replace"))
+        row = json.loads(line.decode("utf-8", "replace").strip())
     except ValueError as error:
         raise InputError(f"not JSON: {getattr(error, 'msg', error)} at column {getattr(error, 'colno', 1)}") from None
     except RecursionError:
@@ -239,10 +239,10 @@ def report(tally: Tally, settings: Reward, by_tokens: bool) -> int:
     """One line about the whole on standard error, and the exit code."""
     total = f", mean total {tally.total / tally.scored:.4f}" if tally.scored else ""
     by = "tokens" if by_tokens else "characters (no --tokenizer)"
-    counts = f"{tally.scored} scored, {tally.failed} could not be scored, {tally.bad} bad lines"
+    counts = f"responses scored {tally.scored}, not scorable {tally.failed}, bad lines {tally.bad}"
     print(f"{settings.design}: {counts}{total}; consistency by {by}", file=sys.stderr)
     if tally.failed:
-        print(f"{tally.failed} responses could not be scored; {tally.first_failure}", file=sys.stderr)
+        print(f"responses that could not be scored: {tally.failed}; {tally.first_failure}", file=sys.stderr)
     if tally.bad:
         return 2
     return int(tally.failed > settings.max_failed_share * (tally.scored + tally.failed))

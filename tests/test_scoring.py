@@ -164,7 +164,7 @@ def test_a_response_that_hangs_is_killed_and_the_rest_scored(here: Path) -> None
 def test_a_function_slower_than_the_limit_on_a_batch_is_called_one_by_one(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = run(Reward(design=named(here, "careless"), workers=2, time_limit=0.6), ["sleep"] * 4)
     assert not any(isinstance(one, Failure) for one in found)
-    assert "is now called with one at a time" in caplog.text
+    assert "now it is called with one response at a time" in caplog.text
 
 
 def test_a_response_that_kills_its_worker(here: Path) -> None:
@@ -213,17 +213,8 @@ def test_too_many_failures_stop_with_an_explanation(here: Path) -> None:
     ],
 )
 def test_bad_functions_are_explained(here: Path, function: str, explanation: str) -> None:
-    settings = Reward(design=named(here, function), workers=0, max_failed_share=1)
-    found = run(settings, ["a", "b"])
-    if function == "short":  # for one completion, one reward is right
-        with pytest.raises(ValueError, match=explanation):
-            from crpo_jax.reward.worker import Job, call, load_function
-
-            loaded = load_function(settings.design)
-            assert not isinstance(loaded, Failure)
-            call(loaded, Job(settings.design, [GOUT] * 2, ["a", "b"], None))
-        return
-    assert all(isinstance(one, Failure) and explanation in one.error and one.traceback for one in found)
+    found = run(Reward(design=named(here, function), workers=0, max_failed_share=1), ["a", "b"])
+    assert all(isinstance(one, Failure) and explanation in one.error for one in found)
 
 
 def test_a_module_that_cannot_be_imported() -> None:

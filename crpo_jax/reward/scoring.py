@@ -141,7 +141,7 @@ class Process:
                 raise ScoringError(f"a scoring process ended while starting: {self.fate()}; its own message stands on standard error") from None
             self.ready = True
 
-    def ask(self, job: Job, limit: float) -> list[Value | Failure] | None:
+    def ask(self, job: Job, limit: float) -> Sequence[Value | Failure] | Failure:
         """The values of a job; Overrun after `limit` seconds, EOFError or OSError where the process died."""
         self.connection.send(job)
         if not self.connection.poll(limit):
@@ -260,10 +260,12 @@ class Scorer:
             self._queue.put((task.batch.number, next(self._order), task))
             return
         self._desk = self._desk or Desk(self.setup)
-        values = self._desk.work(task.batch.job(task.part, task.rows))
-        self._record(task, values) if values is not None else self._one_by_one(task)
+        self._record(task, self._desk.work(task.batch.job(task.part, task.rows)))
 
-    def _one_by_one(self, task: Task) -> None:
+    def _one_by_one(self, task: Task, why: str) -> None:
+        """A failure of several responses is no verdict on any of them."""
+        if task.part in self.setup.functions:
+            logging.getLogger(__name__).warning("%s, on a batch of %d; now it is called with one response at a time", why, len(task.rows))
         for row in task.rows:
             self._put(Task(task.batch, task.part, (row,)))
 
@@ -291,24 +293,22 @@ class Scorer:
             values = process.ask(task.batch.job(task.part, task.rows), limit)
         except Overrun as overrun:
             process.end()
-            if len(task.rows) > 1 and task.part in self.setup.functions:
-                logging.getLogger(__name__).warning(
-                    "%s took longer than reward.time_limit=%g seconds for a batch of %d responses and is now called with one at a time; "
-                    "raise the limit if it needs the whole batch",
-                    *(task.part, limit, len(task.rows)),
-                )
-            problem = Failure(f"{task.part} took longer than reward.time_limit={limit:g} seconds; its process was killed", str(overrun))
-            values = None if len(task.rows) > 1 else [problem]
+            values = Failure(f"{task.part} took longer than reward.time_limit={limit:g} seconds; its process was killed", str(overrun))
         except (EOFError, OSError):
             process.end()
             if not self._open:
                 return
             if len(task.rows) == 1 and not task.again:
                 return self._put(replace(task, again=True))
-            values = None if len(task.rows) > 1 else [Failure(f"{task.part}: the scoring process died: {process.fate()}")]
-        self._record(task, values) if values is not None else self._one_by_one(task)
+            values = Failure(f"{task.part}: the scoring process died: {process.fate()}")
+        self._record(task, values)
 
-    def _record(self, task: Task, values: Sequence[Value | Failure]) -> None:
+    def _record(self, task: Task, values: Sequence[Value | Failure] | Failure) -> None:
+        """Keep the values of a task's rows; a Failure stands for all of them."""
+        if isinstance(values, Failure):
+            if len(task.rows) > 1:
+                return self._one_by_one(task, values.error)
+            values = [values]
         batch, n = task.batch, len(task.batch.responses)
         with batch.lock:
             for row, value in zip(task.rows, values, strict=True):

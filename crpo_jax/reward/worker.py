@@ -62,8 +62,8 @@ class Desk:
         self.setup = setup
         self.functions = {name: load_function(name) for name in setup.functions}
 
-    def work(self, job: Job) -> Sequence[Value | Failure] | None:
-        """A value per response; None where a function failed on a batch, so that its responses must be tried one by one."""
+    def work(self, job: Job) -> Sequence[Value | Failure] | Failure:
+        """A value per response; a Failure alone where a function raised on a batch, whose responses can be tried one by one."""
         if job.part not in self.functions:
             return self.score_each(job)
         function = self.functions[job.part]
@@ -71,8 +71,10 @@ class Desk:
             return [function] * len(job.responses)
         try:
             return call(function, job)
+        except NotRewards as error:  # it would be no better with single responses, or only seem so
+            return [failure(error)] * len(job.responses)
         except (Exception, SystemExit) as error:  # noqa: BLE001 (a user's function may raise anything; it is recorded, never hidden)
-            return None if len(job.responses) > 1 else [failure(error)]
+            return failure(error) if len(job.responses) > 1 else [failure(error)]
 
     def score_each(self, job: Job) -> Sequence[Value | Failure]:
         settings, values = replace(self.setup.settings, design=job.part), []
@@ -87,6 +89,10 @@ class Desk:
 
 def failure(error: BaseException) -> Failure:
     return Failure(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+
+
+class NotRewards(Exception):
+    """A function returned something else than a list with a reward for each completion."""
 
 
 def load_function(name: str) -> Callable[..., Any] | Failure:
@@ -108,7 +114,7 @@ def load_function(name: str) -> Callable[..., Any] | Failure:
 RESERVED = ("prompts", "completions", "completion_ids")
 
 
-def call(function: Callable[..., Any], job: Job) -> list[float | None]:
+def call(function: Callable[..., Any], job: Job) -> list[float | Failure | None]:
     """A user's rewards for a whole batch, TRL's convention.
 
     The function gets `prompts` (the questions' texts), `completions`, `completion_ids` where the tokens are known, and
@@ -127,20 +133,18 @@ def call(function: Callable[..., Any], job: Job) -> list[float | None]:
     try:
         rewards = list(rewards)
     except TypeError:
-        raise TypeError(f"{job.part}: expected a list of {len(job.responses)} rewards, got {rewards!r}") from None
+        raise NotRewards(f"{job.part}: expected a list of {len(job.responses)} rewards, got {rewards!r}") from None
     if len(rewards) != len(job.responses):
-        raise ValueError(f"{job.part}: expected {len(job.responses)} rewards, one per completion, got {len(rewards)}")
-    return [None if reward is None else finite(reward, job.part) for reward in rewards]
+        raise NotRewards(f"{job.part}: expected {len(job.responses)} rewards, one per completion, got {len(rewards)}")
+    return [None if reward is None else number(reward, job.part) for reward in rewards]
 
 
-def finite(reward: Any, name: str) -> float:
+def number(reward: Any, name: str) -> float | Failure:
     try:
         value = float(reward)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number or None as reward, got {reward!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite reward, got {value}")
-    return value
+        return Failure(f"{name}: expected a number or None as reward, got {reward!r}")
+    return value if math.isfinite(value) else Failure(f"{name}: expected a finite reward, got {value}")
 
 
 def die_with_parent(lifeline: int) -> None:

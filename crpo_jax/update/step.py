@@ -58,6 +58,7 @@ class Trainer(NamedTuple):
     accumulate: Callable[..., tuple[Qwen2, dict[str, Array]]]
     evaluate: Callable[..., dict[str, Array]]
     apply: Callable[..., tuple[TrainState, Array, Array]]
+    states: TrainState  # the sharding of every part of a state, to compile for or to restore onto
 
 
 def schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
@@ -180,4 +181,5 @@ def trainer(
         accumulate=jitted(accumulate, (master, whole), (0, 1)),
         evaluate=jitted(lambda weights, batch: losses(weights, batch)[1], whole),
         apply=jitted(apply, (states, whole, whole), (0,)),
+        states=states,
     )
