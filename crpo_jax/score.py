@@ -17,17 +17,21 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from crpo_jax.config import InputError, Reward, from_arguments, parser
 from crpo_jax.data.question import Question
-from crpo_jax.reward.effective import effective_table
+from crpo_jax.reward.effective import effective_table, token_ids_of
 from crpo_jax.reward.rules import DESIGNS, Score
 from crpo_jax.reward.scoring import Batch, Scored, Scorer, ScoringError
 
 BATCH = 256  # lines; a user's function is called with this many
+MAX_ID = 2**31 - 1
 IN_FLIGHT = 4  # batches read ahead of the one that is written
 
 
@@ -38,32 +42,37 @@ class Record:
     id: Any
     question: Question
     response: str
-    token_ids: list[int] | None
+    token_ids: np.ndarray | None
 
 
 class Tokens:
     """The tokenizer of --tokenizer: the effective table, and the token ids of responses that bring none."""
 
     def __init__(self, folder: str, stops: Sequence[str]) -> None:
-        path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
-        if not path.is_file():
+        self.path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
+        if not self.path.is_file():
             raise InputError(f"--tokenizer {folder}: expected a folder with tokenizer.json, got none there")
-        from tokenizers import Tokenizer  # only here: without --tokenizer the command starts sooner
+        vocabulary = token_ids_of(self.path)
+        self.vocab_size = max(vocabulary.values(), default=0) + 1
+        self.effective = effective_table(self.path, self.vocab_size)
+        self.stops = {vocabulary[stop] for stop in stops if stop in vocabulary}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Loaded where a line has no token ids: it takes longer than all the rest of the start."""
+        from tokenizers import Tokenizer
 
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            return Tokenizer.from_file(str(self.path))
         except Exception as error:  # noqa: BLE001 (the library raises bare Exceptions)
-            raise InputError(f"--tokenizer {path}: {error}") from None
-        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.effective = effective_table(path, self.vocab_size)
-        self.stops = {self.tokenizer.token_to_id(stop) for stop in stops} - {None}
+            raise InputError(f"--tokenizer {self.path}: {error}") from None
 
-    def complete(self, records: Sequence[Record]) -> list[list[int]]:
+    def complete(self, records: Sequence[Record]) -> list[np.ndarray]:
         """The token ids of every record, without the one that ended it."""
         texts = [record.response.encode("utf-8", "replace").decode() for record in records if record.token_ids is None]
-        encoded = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        found = [next(encoded).ids if record.token_ids is None else record.token_ids for record in records]
-        return [ids[:-1] if ids and ids[-1] in self.stops else ids for ids in found]
+        encoded = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ())
+        found = [np.array(next(encoded).ids, np.int64) if record.token_ids is None else record.token_ids for record in records]
+        return [ids[:-1] if ids.size and int(ids[-1]) in self.stops else ids for ids in found]
 
 
 def read_line(line: bytes, vocab_size: int | None) -> Record:
@@ -95,7 +104,7 @@ def read_line(line: bytes, vocab_size: int | None) -> Record:
     ids = row.get("token_ids")
     if ids is not None:
         top = f" below {vocab_size}" if vocab_size else ""
-        if not isinstance(ids, list) or not all(type(index) is int and index >= 0 for index in ids):
+        if not isinstance(ids, list) or not set(map(type, ids)) <= {int} or min(ids, default=0) < 0 or max(ids, default=0) > MAX_ID:
             raise InputError(f"token_ids: expected a list of token ids{top}, got {shown(ids)}")
         if vocab_size and ids and max(ids) >= vocab_size:
             raise InputError(f"token_ids: expected token ids{top}, got {max(ids)}")
@@ -109,7 +118,7 @@ def read_line(line: bytes, vocab_size: int | None) -> Record:
         split=str(row.get("split", "")),
         columns={key: value for key, value in row.items() if key not in known},
     )
-    return Record(row["id"], question, row["response"], ids)
+    return Record(row["id"], question, row["response"], None if ids is None else np.array(ids, np.int64))
 
 
 def shown(value: Any) -> str:

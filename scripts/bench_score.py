@@ -8,6 +8,7 @@ Responses have about 600 tokens of Qwen2.5 each: a teacher's response to a vigne
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -95,13 +96,15 @@ def end_to_end(count: int, workers: int, tokenizer: str | None) -> None:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         characters = sum(len(str(row["response"])) for row in rows) / count
         command = [sys.executable, "-m", "crpo_jax.score", "--responses", str(path), "--out", str(out), f"reward.workers={workers}"]
-        start = time.perf_counter()
+        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command + (["--tokenizer", tokenizer] if tokenizer else []), check=True)
-        took = time.perf_counter() - start
+        took, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         with open(out, encoding="utf-8") as lines:
             scored = sum(1 for _ in lines)
     by = "tokens" if tokenizer else "characters"
     print(f"{scored} responses of {characters:.0f} characters, {workers} workers, consistency by {by}: {took:.2f} s, {scored / took:.0f} a second")
+    print(f"processor time {cpu:.2f} s in all, {1e6 * cpu / scored:.0f} microseconds a response; compare it where other work shares the machine")
 
 
 def worst_cases() -> None:

@@ -1,6 +1,7 @@
 """8 virtual CPU devices for every test, array shapes checked at run time, small models with a different size for every dim.
 
-JAX_COMPILATION_CACHE_DIR=FOLDER keeps compiled programs from one run of the tests to the next.
+Programs of modules that say `usefixtures("quick_compiles")` are compiled with few optimizations, which halves their time;
+CRPO_JAX_FULL_OPTIMIZATION=1 compiles them as a run would. JAX_COMPILATION_CACHE_DIR=FOLDER keeps programs between runs.
 """
 
 import os
@@ -11,7 +12,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxtyping import install_import_hook
@@ -73,6 +74,28 @@ def random_model(shape: Shape, seed: int = 0) -> Qwen2:
         return jnp.asarray(draw.normal(size=shape.dims(dims)) * 0.3 + ("norm" in name), jnp.float32)
 
     return Qwen2(make, tied=shape.tied)
+
+
+def placed(model: Qwen2, shardings: Qwen2) -> Qwen2:
+    """A copy of the model, which may be donated without the original being lost."""
+    return jax.tree.map(lambda weight, to: jax.device_put(np.array(weight), to), model, shardings)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles() -> Iterator[None]:
+    if os.environ.get("CRPO_JAX_FULL_OPTIMIZATION"):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def strict_ranks() -> Iterator[None]:
+    """No array is broadcast over a missing dim without being told: [b] against [b, t] raises, even where b = t."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The reward rules: the table of responses, the properties, the weights, and time."""
 
 import json
+import re
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -82,6 +83,18 @@ def test_why_shows_the_parts_of_the_citation() -> None:
     assert why["failed"] == []
 
 
+def test_a_measurement_is_a_finding_with_its_value_only() -> None:
+    question = replace(GOUT, question="A 55-year-old man has a blood pressure of 170/95 mm Hg, headache and blurred vision. What is the diagnosis?")
+    dx = "<dx>(System 1: Intuitive) Think of pressure on the eye.\n(System 2: Analytical) Blood pressure is 170/95 mmHg, with headache.</dx>"
+    for conclusion, facts in (
+        ("His blood pressure and the headache matter most.", []),
+        ("His blood pressure of 170/95 mmHg and the headache matter most.", ["pressur 170/95 mmhg"]),
+    ):
+        found = score(question, f"{dx}<conclusion>{conclusion} \\boxed{{C}}</conclusion>", Reward())
+        assert found.why["cross_reference"]["case_facts"] == facts
+        assert found.cross_reference == bool(facts)
+
+
 @pytest.mark.parametrize(
     ("changed", "holds"),
     [
@@ -138,9 +151,15 @@ def test_terms(texts: tuple[str, ...], term: str) -> None:
         assert terms.read(text).all() == ([term] if term else []), text
 
 
-@given(st.text(st.characters(max_codepoint=127)))
-def test_ascii_text_reads_the_same_by_both_patterns(text: str) -> None:
-    assert terms.ASCII_TOKEN.findall(text.lower()) == terms.TOKEN.findall(text.lower())
+PLAIN_WORD = re.compile(r"[^\W\d_][^\W_]{0,63}(?:['’][^\W\d_]{1,8})?")
+
+
+@given(st.text(st.one_of(st.sampled_from("abcxyz019'’_- .é痛µ"), st.characters())))
+def test_the_fast_reading_of_words_changes_none(text: str) -> None:
+    words = [token for token in terms.TOKEN.findall(text) if token[0].isalpha()]
+    plain = terms.TOKEN.pattern.partition("|")[2]
+    assert words == [token for token in re.findall(plain, text) if token[0].isalpha()]
+    assert all(PLAIN_WORD.fullmatch(word) for word in words)
 
 
 # Text in which tags, boxes and headings meet often, besides any text at all.

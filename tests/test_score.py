@@ -75,6 +75,8 @@ def test_tokens_decide_consistency_where_a_tokenizer_is_given(tmp_path: Path, ca
         (line(options={"a": "x"}), 'options: expected capital letters as keys, got "a"'),
         (line(answer="E"), 'answer: expected one of A, B, C, D, got "E"'),
         (line(token_ids=[1.5]), "token_ids: expected a list of token ids, got [1.5]"),
+        (line(token_ids=[-1]), "token_ids: expected a list of token ids, got [-1]"),
+        (line(token_ids=[2**80]), "token_ids: expected a list of token ids, got [1208925819614629174706176]"),
         (line(token_ids=[True]), "token_ids: expected a list of token ids, got [true]"),
     ],
 )

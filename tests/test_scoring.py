@@ -1,6 +1,7 @@
 """The pool: order, exceptions, time limits that kill, dead workers, dead parents, a user's functions and sums."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -299,6 +300,18 @@ def test_misuse_is_refused() -> None:
         scorer.submit([GOUT], [GOOD])
     with scorer, pytest.raises(ValueError, match="as many questions and token_ids as responses=2"):
         scorer.submit([GOUT], [GOOD, GOOD])
+
+
+def test_the_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "completions" in block]
+    if not blocks:
+        pytest.skip("README.md has no example of a reward function")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "readme_rewards.py").write_text("\n".join(blocks))
+    for name in re.findall(r"^def (\w+)\(prompts", "\n".join(blocks), re.MULTILINE):
+        found = run(Reward(design=f"crpo*1.0+readme_rewards:{name}*0.5", workers=1), [GOOD, "no answer"])
+        assert all(isinstance(one, Score) and one.components[f"readme_rewards:{name}"] is not None for one in found)
 
 
 @pytest.mark.parametrize("busy", [False, True])

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ EFFECTIVE_RANGES = (
 )  # fmt: skip
 WHITE_SPACE = (0x09, 0x0A, 0x0B, 0x0C, 0x0D, 0x20, 0x85, 0xA0, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F)
 NOT_EFFECTIVE, EFFECTIVE, WHITE = 0, 1, 2
+SHOWN_WHITE_SPACE = "ĠĊĉč"  # how a byte-level vocabulary shows space, line feed, tab and carriage return
 
 
 @cache
@@ -106,11 +108,35 @@ def may_begin_effective(cut: bytes) -> bool:
     return bool((character_classes()[max(start << missing, shortest) : (start + 1) << missing] != NOT_EFFECTIVE).any())
 
 
+def token_ids_of(tokenizer_json: str | Path) -> dict[str, int]:
+    """The id of every token of a byte-level BPE tokenizer, those added to the vocabulary among them."""
+    vocabulary, added = read_tokenizer(tokenizer_json)
+    return {**vocabulary, **{token["content"]: index for index, token in added.items()}}
+
+
 def effective_table(tokenizer_json: str | Path, vocab_size: int) -> np.ndarray:
     """Whether each token id of a byte-level BPE tokenizer is effective; shape [vocab_size], bool.
 
     Special tokens and those written `<|...|>` are not effective, nor are rows of the embedding that no token uses.
     """
+    vocabulary, added = read_tokenizer(tokenizer_json)
+    largest = max((*vocabulary.values(), *added), default=-1)
+    if largest >= vocab_size:
+        raise InputError(f"{tokenizer_json}: expected token ids below the vocabulary size {vocab_size}, got {largest}")
+    alphabet, table = byte_alphabet(), np.zeros(vocab_size, bool)
+    for token, index in vocabulary.items():
+        if token.lstrip(SHOWN_WHITE_SPACE).isascii():  # most of a vocabulary: ASCII is shown as itself, and all of it is effective
+            table[index] = True
+        else:
+            table[index] = all(character in alphabet for character in token) and effective_bytes(bytes(map(alphabet.__getitem__, token)))
+    for index, token in added.items():
+        text = token["content"]
+        table[index] = not token.get("special") and not (text.startswith("<|") and text.endswith("|>")) and all_effective(text)
+    return table
+
+
+def read_tokenizer(tokenizer_json: str | Path) -> tuple[Mapping[str, int], Mapping[int, Mapping[str, Any]]]:
+    """The vocabulary of a tokenizer.json and its added tokens by id."""
     try:
         tokenizer = json.loads(Path(tokenizer_json).read_bytes())
     except OSError as error:
@@ -121,17 +147,4 @@ def effective_table(tokenizer_json: str | Path, vocab_size: int) -> np.ndarray:
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     if not isinstance(vocabulary, Mapping) or "ByteLevel" not in json.dumps(tokenizer.get("decoder")):
         raise InputError(f"{tokenizer_json}: expected a byte-level BPE tokenizer, with model.vocab and a ByteLevel decoder")
-    alphabet, table = byte_alphabet(), np.zeros(vocab_size, bool)
-    added = {token["id"]: token for token in tokenizer.get("added_tokens") or ()}
-    largest = max((*vocabulary.values(), *added))
-    if largest >= vocab_size:
-        raise InputError(f"{tokenizer_json}: expected token ids below the vocabulary size {vocab_size}, got {largest}")
-    for token, index in vocabulary.items():
-        if token.isascii():  # most of a vocabulary; its characters are all shown as themselves, and all effective
-            table[index] = True
-        else:
-            table[index] = all(character in alphabet for character in token) and effective_bytes(bytes(map(alphabet.__getitem__, token)))
-    for index, token in added.items():
-        text = token["content"]
-        table[index] = not token.get("special") and not (text.startswith("<|") and text.endswith("|>")) and all_effective(text)
-    return table
+    return vocabulary, {token["id"]: token for token in tokenizer.get("added_tokens") or ()}

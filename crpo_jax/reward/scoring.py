@@ -239,7 +239,8 @@ class Scorer:
         batch = Batch(questions, responses, token_ids, {name: [None] * n for name in self.names}, n * len(self.names), next(self._batches))
         if n == 0:
             batch.done.set()
-        for name in self.names if n else ():
+            return batch
+        for name in self.names:
             if name in self.setup.functions:
                 self._put(Task(batch, name, range(n)))
                 continue
@@ -256,7 +257,7 @@ class Scorer:
         return [self._combined(batch, row) for row in range(len(batch.responses))]
 
     def _put(self, task: Task) -> None:
-        if self._threads:
+        if self.settings.workers:
             self._queue.put((task.batch.number, next(self._order), task))
             return
         self._desk = self._desk or Desk(self.setup)

@@ -1,0 +1,173 @@
+"""Attention against the formula written out in float64, for training (whole or by chunks of queries) and for decoding."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SHAPE
+from jax.test_util import check_grads
+
+from crpo_jax.model import attention
+from crpo_jax.model.attention import causal_attention, decode_attention
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+B, T = 5, 12
+N, K, H = SHAPE.n, SHAPE.k, SHAPE.h
+
+
+def random_qkv(b: int = B, t: int = T, seed: int = 0, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return tuple(np.float32(draw.normal(size=(b, t, heads, H)) * scale) for heads in (N, K, K))
+
+
+def attend(*qkv: Any) -> jax.Array:
+    return causal_attention(*map(jnp.asarray, qkv), "xla")
+
+
+def decode(*arrays: Any) -> jax.Array:
+    return decode_attention(*map(jnp.asarray, arrays))
+
+
+def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """softmax(q k / sqrt(h)) v over this token and those before it, one head and one token at a time."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for row, token, head in np.ndindex(q.shape[:3]):
+        kv = head // (q.shape[2] // k.shape[2])
+        scores = k[row, : token + 1, kv] @ q[row, token, head] / np.sqrt(q.shape[3])
+        weights = np.exp(scores - scores.max())
+        out[row, token, head] = weights / weights.sum() @ v[row, : token + 1, kv]
+    return out
+
+
+@pytest.fixture(params=[512, 4, 1], ids=lambda chunk: f"chunks of {chunk}")
+def query_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(attention, "QUERY_CHUNK", request.param)
+    return request.param
+
+
+def test_is_the_formula(query_chunk: int):
+    q, k, v = random_qkv()
+    np.testing.assert_allclose(attend(q, k, v), naive(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_any_number_of_kv_heads(heads: int):
+    draw = np.random.default_rng(1)
+    q, k, v = (np.float32(draw.normal(size=(2, 7, n, H))) for n in (8, heads, heads))
+    np.testing.assert_allclose(attend(q, k, v), naive(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_a_length_that_no_chunk_divides_is_taken_whole(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 5)
+    q, k, v = random_qkv()
+    np.testing.assert_allclose(attend(q, k, v), naive(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def gradients(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Any:
+    """Of a function that weighs every output differently."""
+    weights = np.random.default_rng(9).normal(size=q.shape)
+    return jax.grad(lambda *x: jnp.sum(attend(*x) * weights), argnums=(0, 1, 2))(q, k, v)
+
+
+def test_gradients_by_chunks_are_the_gradients(monkeypatch: pytest.MonkeyPatch):
+    whole = gradients(*random_qkv())
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
+    for ours, expected in zip(gradients(*random_qkv()), whole, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_finite_differences(query_chunk: int):
+    check_grads(lambda *x: attend(*x), random_qkv(b=1, t=4), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_no_token_sees_a_later_one(query_chunk: int):
+    """Neither its values nor its gradients: right padding needs no mask of its own."""
+    q, k, v = random_qkv()
+    changed = [np.concatenate([x[:, :7], x[:, 7:] * -3 + 1], axis=1) for x in (q, k, v)]
+    np.testing.assert_array_equal(attend(q, k, v)[:, :7], attend(*changed)[:, :7])
+    grads = jax.grad(lambda *x: jnp.sum(attend(*x)[:, :7] ** 2), argnums=(0, 1, 2))(q, k, v)
+    assert all(not np.any(grad[:, 7:]) and np.any(grad[:, :7]) for grad in grads)
+
+
+def test_rows_and_heads_do_not_mix():
+    q, k, v = random_qkv()
+    alone = attend(q[2:3], k[2:3], v[2:3])
+    np.testing.assert_allclose(attend(q, k, v)[2:3], alone, rtol=1e-6, atol=1e-6)
+    v_other = v.copy()
+    v_other[:, :, 1] += 1  # KV head 1 is read by query heads 4 to 7
+    changed = np.asarray(attend(q, k, v_other) - attend(q, k, v))
+    np.testing.assert_allclose(changed, np.broadcast_to((np.arange(N) >= N // K)[:, None], changed.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e8])
+def test_extreme_scores_stay_finite(query_chunk: int, scale: float):
+    """Scores up to 1e16: the softmax becomes a maximum, values and gradients stay numbers."""
+    q, k, v = random_qkv(scale=scale)
+    v = random_qkv()[2]
+    out = attend(q, k, v)
+    np.testing.assert_allclose(out, naive(q, k, v), rtol=1e-3, atol=1e-3)
+    assert all(np.all(np.isfinite(grad)) for grad in gradients(q, k, v))
+
+
+def test_scores_are_float32_for_bfloat16_inputs():
+    """Scores of about 300 in bf16 would be off by a whole unit, and weights by a factor of e."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in random_qkv(scale=8))
+    out = attend(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    exact = naive(*(np.asarray(x, np.float64) for x in (q, k, v)))
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=0.02, atol=0.1)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def test_decoding_is_the_last_row_of_the_whole():
+    """Prompts of several lengths in groups of 3, responses of 4 tokens in a cache of 6 slots."""
+    p, g, t, s, cursor = 2, 3, 7, 6, 3
+    lengths = np.array([7, 4])
+    draw = np.random.default_rng(2)
+
+    def normal(*sizes: int) -> np.ndarray:
+        return np.float32(draw.normal(size=sizes))
+
+    prompt_k, prompt_v = normal(p, K, t, H), normal(p, K, t, H)
+    cache_k, cache_v, q = normal(p * g, K, s, H), normal(p * g, K, s, H), normal(p * g, N, H)
+    out = decode(
+        q, prompt_k, prompt_v, jnp.arange(t) < lengths[:, None], cache_k, cache_v, jnp.arange(s) <= cursor
+    )
+    for row in range(p * g):
+        prompt = row // g
+        keys, values = (
+            np.concatenate([of_prompt[prompt, :, : lengths[prompt]], own[row, :, : cursor + 1]], axis=1).transpose(1, 0, 2)[None]
+            for of_prompt, own in ((prompt_k, cache_k), (prompt_v, cache_v))
+        )
+        queries = np.concatenate([np.zeros((1, keys.shape[1] - 1, N, H), np.float32), q[row][None, None]], axis=1)
+        whole = attend(queries, keys, values)
+        np.testing.assert_allclose(out[row], whole[0, -1], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(out[row], naive(queries, keys, values)[0, -1], rtol=1e-5, atol=1e-6)
+
+
+def test_decoding_reads_no_slot_that_is_not_seen():
+    """What padding and unused slots hold, even NaN-like extremes, does not matter."""
+    p, g, t, s = 2, 2, 4, 3
+    draw = np.random.default_rng(3)
+    arrays = [np.float32(draw.normal(size=sizes)) for sizes in ((p * g, N, H), (p, K, t, H), (p, K, t, H), (p * g, K, s, H), (p * g, K, s, H))]
+    q, prompt_k, prompt_v, cache_k, cache_v = arrays
+    prompt_seen, cache_seen = jnp.arange(t) < np.array([[2], [3]]), jnp.arange(s) <= 0
+    clean = decode(q, prompt_k, prompt_v, prompt_seen, cache_k, cache_v, cache_seen)
+    for keys, values in ((prompt_k, prompt_v), (cache_k, cache_v)):
+        keys[:, :, -1:], values[:, :, -1:] = 1e30, 1e30
+    np.testing.assert_array_equal(decode(q, prompt_k, prompt_v, prompt_seen, cache_k, cache_v, cache_seen), clean)
+
+
+def test_decoding_with_extreme_scores():
+    p, g, t, s = 1, 2, 3, 2
+    draw = np.random.default_rng(4)
+    q, prompt_k, cache_k = (np.float32(draw.normal(size=sizes) * 1e8) for sizes in ((p * g, N, H), (p, K, t, H), (p * g, K, s, H)))
+    prompt_v, cache_v = np.ones((p, K, t, H), np.float32), np.ones((p * g, K, s, H), np.float32)
+    out = decode(q, prompt_k, prompt_v, jnp.ones((p, t), bool), cache_k, cache_v, jnp.ones(s, bool))
+    np.testing.assert_allclose(out, np.ones_like(q), rtol=1e-6)

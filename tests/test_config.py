@@ -1,0 +1,301 @@
+"""Every setting once: what loads, what is refused and with which line, and the command line around it."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crpo_jax import config
+from crpo_jax.config import Config, InputError, Parallel, load
+from crpo_jax.parallel.layout import LAYOUTS
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FROM_SCRATCH = ("tokenizer.path=somewhere",)  # what the defaults alone do not say: a model from model.shape brings no tokenizer
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path | None, *overrides: str) -> str:
+    """The line that refuses this input."""
+    with pytest.raises(InputError) as error:
+        load(path, overrides)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+# --- what loads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs(path: Path):
+    """Each file loads whole, and every key written in it arrives in the config."""
+    loaded = load(path)
+
+    def arrived(values: dict[str, typing.Any], prefix: str = "") -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                arrived(value, f"{prefix}{name}.")
+            else:
+                found = config.get(loaded, prefix + name)
+                assert (list(found) if isinstance(found, tuple) else found) == pytest.approx(value), prefix + name
+
+    arrived(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def test_there_are_shipped_configs():
+    assert {"tiny.yaml", "clinical_r1_3b.yaml"} <= {path.name for path in CONFIGS}
+    assert config.config_folder() == CONFIGS[0].parent
+    assert config.default_config("cpu").name == "tiny.yaml"
+    assert config.default_config("gpu").name == config.default_config("tpu").name == "clinical_r1_3b.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_dump_then_load_is_the_same_config(path: Path, tmp_path: Path):
+    """A workdir keeps the resolved config, and a resumed run is compared with it: floats and tuples come back exactly."""
+    overrides = ("optimizer.learning_rate=1.2345678901234567e-7", "rollout.stop=['<a>', '§']", "data.system_prompt=a: 'b'\\n #c", "data.split=017")
+    changed = load(path, overrides)
+    assert load(written(tmp_path, config.dump(changed))) == changed
+    assert config.differences(changed, load(written(tmp_path, config.dump(changed)))) == []
+
+
+def test_dump_says_every_setting():
+    settings = load(None, FROM_SCRATCH)
+    plain = yaml.safe_load(config.dump(settings))
+    assert set(plain) == {field.name for field in dataclasses.fields(Config)}
+    for key in config.leaves():
+        here = plain
+        for name in key.split("."):
+            here = here[name]
+        assert here == (list(found) if isinstance(found := config.get(settings, key), tuple) else found), key
+
+
+def test_an_empty_file_and_empty_sections_are_the_defaults(tmp_path: Path):
+    assert load(written(tmp_path, ""), FROM_SCRATCH) == load(None, FROM_SCRATCH)
+    assert load(written(tmp_path, "crpo:\nmodel:\n"), FROM_SCRATCH) == load(None, FROM_SCRATCH)
+
+
+def test_a_file_changes_only_what_it_names(tmp_path: Path):
+    """Sections with defaults of their own keep them: sft.optimizer.learning_rate is not optimizer's."""
+    loaded = load(written(tmp_path, "sft:\n  optimizer: {warmup_steps: 3}\n"), FROM_SCRATCH)
+    assert loaded.sft.optimizer.warmup_steps == 3
+    assert loaded.sft.optimizer.learning_rate == Config().sft.optimizer.learning_rate != Config().optimizer.learning_rate
+    assert config.differences(load(None, FROM_SCRATCH), loaded) == ["sft.optimizer.warmup_steps: 0 -> 3"]
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimizer.learning_rate=1e-6", 1e-6),  # YAML 1.1 reads it as a string
+        ("optimizer.learning_rate=1.0e-6", 1e-6),
+        ("optimizer.learning_rate=2", 2.0),
+        ("optimizer.eps=.5", 0.5),
+        ("reward.time_limit=1_0.5", 10.5),
+        ("crpo.steps=80", 80),
+        ("parallel.remat=false", False),
+        ("parallel.remat=True", True),
+        ("parallel.remat=off", False),
+        ("rollout.stop=[<|im_end|>]", ("<|im_end|>",)),
+        ('rollout.stop=["<a>", "b, c"]', ("<a>", "b, c")),
+        ("rollout.stop=[]", ()),
+        ("data.path=", ""),
+        ("data.path=/a=b", "/a=b"),  # only the first = parts key and value
+        ("data.path=012", "012"),  # a string stays as typed
+        ("data.path=true", "true"),
+        ("data.system_prompt='quoted'", "'quoted'"),
+        ("data.system_prompt=a: b # c", "a: b # c"),
+        ("parallel.mesh=8x1", "8x1"),
+        ("parallel.layout=fsdp", "fsdp"),
+        ("reward.cross_reference.min_cited_share=1", 1.0),
+        ("model.shape.vocab_size=7", 7),
+    ],
+)
+def test_overrides(override: str, value: object):
+    key = override.partition("=")[0]
+    found = config.get(load(None, (*FROM_SCRATCH, override)), key)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_later_overrides_win_over_earlier_ones_and_over_the_file(tmp_path: Path):
+    path = written(tmp_path, "crpo: {steps: 1, epochs: 7}\n")
+    loaded = load(path, (*FROM_SCRATCH, "crpo.steps=2", "crpo.steps=3"))
+    assert (loaded.crpo.steps, loaded.crpo.epochs) == (3, 7)
+
+
+def test_layouts_are_those_of_the_table():
+    """config imports no jax, so it spells the names of the layouts a second time."""
+    assert typing.get_args(typing.get_type_hints(Parallel)["layout"]) == tuple(LAYOUTS)
+
+
+def test_a_command_without_a_model_needs_no_tokenizer():
+    assert load(None, (), model=False) == Config()
+    assert load(None, ("model.shape.num_attention_heads=3",), model=False).model.shape.num_attention_heads == 3
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+BAD_FILES = [
+    ("crpo: {stepz: 1}", "FILE: crpo.stepz: unknown key; did you mean crpo.steps? The legal keys here: steps, epochs,"),
+    ("reward: {cross_reference: {min_term: 1}}", "FILE: reward.cross_reference.min_term: unknown key; did you mean reward.cross_reference.min_terms?"),
+    ("zzz: 1", "FILE: zzz: unknown key The legal keys here: model, tokenizer, data,"),
+    ("1: 2", "FILE: 1: unknown key"),
+    ("[1, 2]", "FILE: the file: expected a mapping of settings, got [1, 2]"),
+    ("just text", "FILE: the file: expected a mapping of settings, got 'just text'"),
+    ("crpo: 3", "FILE: crpo: expected a mapping of settings, got 3"),
+    ("crpo: [steps]", "FILE: crpo: expected a mapping of settings, got ['steps']"),
+    ("crpo: {steps: 1.5}", "FILE: crpo.steps: expected whole number, got 1.5"),
+    ("crpo: {steps: true}", "FILE: crpo.steps: expected whole number, got True"),
+    ("crpo: {steps: '3'}", "FILE: crpo.steps: expected whole number, got '3'"),
+    ("crpo: {steps:}", "FILE: crpo.steps: expected whole number, got None"),
+    ("crpo: {kl_coef: true}", "FILE: crpo.kl_coef: expected number, got True"),
+    ("crpo: {kl_coef: small}", "FILE: crpo.kl_coef: expected number, got 'small'"),
+    ("crpo: {kl_coef: .nan}", "FILE: crpo.kl_coef: expected number, got nan"),
+    ("crpo: {kl_coef: .inf}", "FILE: crpo.kl_coef: expected number, got inf"),
+    ("parallel: {remat: 1}", "FILE: parallel.remat: expected true or false, got 1"),
+    ("parallel: {layout: zero3}", "FILE: parallel.layout: expected zero1 | fsdp | replicated, got 'zero3'"),
+    ("data: {path: 3}", "FILE: data.path: expected string, got 3"),
+    ("data: {eval_split: no}", "FILE: data.eval_split: expected string, got False"),  # YAML 1.1's booleans
+    ("rollout: {stop: <|im_end|>}", "FILE: rollout.stop: expected list of strings, got '<|im_end|>'"),
+    ("rollout: {stop: [1]}", "FILE: rollout.stop: expected list of strings, got [1]"),
+    ("rollout: {top_p: 1.5}", "FILE: rollout.top_p: expected between 0 and 1, got 1.5"),
+    ("rollout: {temperature: -1}", "FILE: rollout.temperature: expected at least 0, got -1.0"),
+    ("crpo: {group_size: 1}", "FILE: crpo.group_size: expected at least 2, got 1"),
+    ("sft: {held_out: 0.95}", "FILE: sft.held_out: expected between 0 and 0.9, got 0.95"),
+    ("crpo:\n  steps: 1\n  epochs: 2\n  steps: 3\n", "FILE:4: steps: written twice, first in line 2"),
+    ("crpo: {steps: 1}\nrun: {seed: 1}\ncrpo: {epochs: 1}\n", "FILE:3: crpo: written twice, first in line 1"),
+    ("crpo:\n  steps: [1\n", "FILE:3: not valid YAML: "),
+    ("crpo:\n\tsteps: 1\n", "FILE:2: not valid YAML: "),
+    ("run: !!python/object/apply:os.getcwd []", "FILE:1: not valid YAML: "),
+    ("crpo: {mini_batch_prompts: 7}", "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7"),
+    ("reward: {design: grpo, grpo_tags: [think]}", "reward.grpo_tags: expected two tags, got ['think']"),
+    ("rollout: {top_p: 0}", "rollout.top_p: expected more than 0, got 0"),
+    ("model: {shape: {num_attention_heads: 3}}", "model.shape.hidden_size: expected a multiple of num_attention_heads=3, got 128"),
+    ("model: {shape: {num_key_value_heads: 3}}", "model.shape.num_attention_heads: expected a multiple of num_key_value_heads=3, got 4"),
+    ("{}", "tokenizer.path: expected a folder, since model.path is empty and brings none"),
+]
+
+
+@pytest.mark.parametrize(("text", "line"), BAD_FILES)
+def test_bad_files(text: str, line: str, tmp_path: Path):
+    path = written(tmp_path, text)
+    assert refusal(path).startswith(line.replace("FILE", str(path)))
+
+
+BAD_OVERRIDES = [
+    ("crpo.steps", "crpo.steps: expected section.key=value"),
+    ("crpo.stepz=1", "crpo.stepz: unknown key; did you mean crpo.steps"),
+    ("qqqqqq=1", "qqqqqq: unknown key; --help lists the legal ones"),
+    ("crpo=1", "crpo: unknown key"),
+    ("=1", ": unknown key"),
+    ("crpo.steps=", "override: crpo.steps: expected whole number, got None"),
+    ("crpo.steps=[1", "override: crpo.steps: expected whole number, got '[1'"),
+    ("crpo.steps=1e3", "override: crpo.steps: expected whole number, got '1e3'"),
+    ("crpo.steps=-1", "override: crpo.steps: expected at least 0, got -1"),
+    ("optimizer.learning_rate=nan", "override: optimizer.learning_rate: expected number, got nan"),
+    ("optimizer.learning_rate=fast", "override: optimizer.learning_rate: expected number, got 'fast'"),
+    ("rollout.stop=<|im_end|>", "override: rollout.stop: expected list of strings, got '<|im_end|>'"),
+    ("parallel.layout=ZERO1", "override: parallel.layout: expected zero1 | fsdp | replicated, got 'ZERO1'"),
+    ("parallel.remat=maybe", "override: parallel.remat: expected true or false, got 'maybe'"),
+    ("crpo.mini_batch_prompts=7", "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7"),
+]
+
+
+@pytest.mark.parametrize(("override", "line"), BAD_OVERRIDES)
+def test_bad_overrides(override: str, line: str):
+    assert refusal(None, *FROM_SCRATCH, override).startswith(line)
+
+
+def test_unreadable_files(tmp_path: Path):
+    missing = tmp_path / "missing.yaml"
+    assert refusal(missing) == f"--config {missing}: No such file or directory"
+    assert refusal(tmp_path) == f"--config {tmp_path}: Is a directory"
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"data: {path: \xff}")
+    assert refusal(path) == f"--config {path}: expected UTF-8 text, got byte 0xff at offset 13"
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run(arguments: list[str], default: Path | None = None) -> Config:
+    """What a command does with its arguments."""
+    found: list[Config] = []
+    with pytest.raises(SystemExit) as stopped:
+        config.run_command("train", lambda: found.append(config.from_arguments(config.parser("train", "").parse_args(arguments), default)))
+    assert stopped.value.code == 0
+    return found[0]
+
+
+def test_from_arguments_without_config_takes_the_commands_default(tmp_path: Path):
+    default = written(tmp_path, "crpo: {steps: 5}\ntokenizer: {path: x}\n")
+    assert run([], default).crpo.steps == 5
+    assert run(["crpo.steps=6"], default).crpo.steps == 6
+    assert run(["--config", str(CONFIGS[0])], default) == load(CONFIGS[0])
+
+
+def test_mesh_is_a_setting(tmp_path: Path):
+    assert run(["--mesh", "4x2", *FROM_SCRATCH]).parallel.mesh == "4x2"
+    assert run([*FROM_SCRATCH, "parallel.mesh=1x1", "--mesh", "4x2"]).parallel.mesh == "4x2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["crpo.steps=x"], "crpo_jax.train: override: crpo.steps: expected whole number, got 'x'\n"),
+        (["--config", "no/such.yaml"], "crpo_jax.train: --config no/such.yaml: No such file or directory\n"),
+        (["--conf"], "python -m crpo_jax.train: argument --config: expected one argument\n"),
+        (["--banana"], "python -m crpo_jax.train: unrecognized arguments: --banana\n"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        config.run_command("train", lambda: config.from_arguments(config.parser("train", "").parse_args(arguments)))
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", line)
+
+
+def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str]):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        config.run_command("train", interrupted)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "crpo_jax.train: interrupted\n"
+
+
+def test_a_bug_is_not_taken_for_bad_input():
+    """Only InputError becomes one line; anything else keeps its traceback."""
+
+    def broken() -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        config.run_command("train", broken)
+
+
+def test_help_lists_every_setting_once(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        config.parser("train", "The loop.").parse_args(["--help"])
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for key, (_, default, meta) in config.leaves().items():
+        assert lines.count(f"  {key}") == 1, key
+        told = lines[lines.index(f"  {key}") + 1]
+        shown = list(default) if isinstance(default, tuple) else default
+        assert meta["doc"] in told and f"default {shown!r}" in told and meta["unit"] in told and told.endswith(f"; {meta['source']})"), key
+
+
+def test_every_default_is_legal_and_every_source_is_named():
+    """Defaults go through no check of their own when nothing overrides them."""
+    for key, (kind, default, meta) in config.leaves().items():
+        assert config.converted(default, kind, key, "default") == default
+        assert meta["source"] in ("paper", "code", "ours"), key
+        low, high = meta["low"], meta["high"]
+        assert (low is None or default >= low) and (high is None or default <= high), key

@@ -1,0 +1,182 @@
+"""The commands end to end, on a model of a few thousand parameters: run, stop, resume, change the mesh, export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from crpo_jax import export, sft, train
+from crpo_jax.config import InputError
+from crpo_jax.run.metrics import read_metrics
+
+SMALL = [
+    "model.shape.hidden_size=64",
+    "model.shape.num_hidden_layers=1",
+    "model.shape.num_attention_heads=8",
+    "model.shape.intermediate_size=64",
+    "data.vignettes=64",
+    "data.eval_questions=16",
+    "rollout.max_new_tokens=24",
+    "rollout.chunk=12",
+    "crpo.prompts_per_step=8",
+    "crpo.mini_batch_prompts=4",
+    "crpo.group_size=2",
+    "sft.steps=2",
+    "sft.batch_size=8",
+    "run.eval_every=2",
+    "run.save_every=2",
+]
+
+
+def run(workdir: Path, *overrides: str, mesh: str = "8x1") -> list[dict[str, float]]:
+    train.main(["--workdir", str(workdir), "--mesh", mesh, *SMALL, *overrides])
+    return read_metrics(workdir)
+
+
+def timeless(metrics):
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in metrics]
+
+
+def samples(workdir: Path, step: int | None = None):
+    rows = [json.loads(line) for line in (workdir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return rows if step is None else [row for row in rows if row["step"] == step]
+
+
+def policy(workdir: Path, folder: Path) -> bytes:
+    export.main(["--workdir", str(workdir), "--out", str(folder), "--dtype", "float32"])
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four steps that was never stopped."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    run(workdir, "crpo.steps=4")
+    return workdir
+
+
+def test_a_run_leaves_everything_a_user_looks_for(whole):
+    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "tb", "report/curve.png", "coldstart/model.safetensors"):
+        assert (whole / name).exists(), name
+    metrics = read_metrics(whole)
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in metrics if "eval/accuracy" in row] == [0, 2, 4]
+    for name in ("reward/mean", "reward/accuracy", "reward/format", "reward/cross_reference", "reward/consistency", "response/length", "loss/total"):
+        assert name in metrics[0]
+    assert len(samples(whole)) == 4 * 8 * 2
+    assert {"response", "advantage", "why", "total", "answer_found"} <= samples(whole)[0].keys()
+
+
+def test_the_sampler_agrees_with_the_trainer(whole):
+    """Contract 3 in a real run: float32 log-probs within 1e-4, every step."""
+    assert max(row["policy/sampler_difference_max"] for row in read_metrics(whole)[:-1]) < 1e-4
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(whole, tmp_path):
+    """Contract 6 for a stop between steps: metrics, samples and parameters, bit for bit."""
+    run(tmp_path / "resumed", "crpo.steps=2")
+    metrics = run(tmp_path / "resumed", "crpo.steps=4")
+    assert timeless(metrics) == timeless(read_metrics(whole))
+    assert samples(tmp_path / "resumed") == samples(whole)
+    assert policy(tmp_path / "resumed", tmp_path / "a") == policy(whole, tmp_path / "b")
+
+
+@pytest.mark.parametrize("mesh", ["4x2", "2x4"])
+def test_another_mesh_gives_the_same_samples(whole, tmp_path, mesh):
+    """The whole loop on a tensor-parallel mesh, cold start included; later steps differ by float32 rounding of the updates."""
+    metrics = run(tmp_path / mesh, "crpo.steps=1", mesh=mesh)
+    ours, theirs = samples(tmp_path / mesh, 0), samples(whole, 0)
+    same = sum(a["response"] == b["response"] for a, b in zip(ours, theirs, strict=True))
+    assert same >= len(ours) - 1  # a draw on the very edge of two tokens may fall to the other side
+    np.testing.assert_allclose(metrics[0]["loss/total"], read_metrics(whole)[0]["loss/total"], atol=0.02 if same < len(ours) else 1e-4)
+
+
+def test_one_cold_start_serves_two_designs(whole, tmp_path):
+    overrides = [f"model.path={whole / 'coldstart'}", "crpo.steps=1", "reward.design=grpo", "reward.grpo_tags=[dx, conclusion]"]
+    metrics = run(tmp_path / "grpo", *overrides)
+    assert metrics[0]["eval/accuracy"] == read_metrics(whole)[0]["eval/accuracy"]
+    assert not (tmp_path / "grpo" / "coldstart").exists()
+
+
+def test_a_failing_reward_is_counted_and_carries_no_gradient(tmp_path, monkeypatch):
+    (tmp_path / "picky.py").write_text(
+        "def rate(prompts, completions, **columns):\n"
+        "    if any('e' in completion for completion in completions):\n"
+        "        raise ValueError('an e')\n"
+        "    return [float(len(completion)) for completion in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    metrics = run(tmp_path / "run", "crpo.steps=1", "reward.design=picky:rate", "reward.max_failed_share=1.0")
+    rows = samples(tmp_path / "run")
+    failed = [row for row in rows if "error" in row]
+    assert failed
+    assert metrics[0]["reward/failed"] == pytest.approx(len(failed) / len(rows))
+    assert all("an e" in row["traceback"] and row["advantage"] == 0 for row in failed)
+
+
+def test_a_workdir_of_another_config_is_refused(whole):
+    with pytest.raises(InputError, match=r"crpo.kl_coef: 0.001 -> 0.5"):
+        run(whole, "crpo.steps=4", "crpo.kl_coef=0.5")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, capfd):
+    before = (whole / "metrics.jsonl").read_text()
+    run(whole, "crpo.steps=4")
+    assert timeless(read_metrics(whole)) == timeless([json.loads(line) for line in before.splitlines()])
+    assert "resuming after step 4" in capfd.readouterr().err
+
+
+def test_fine_tuning_by_its_own_command(tmp_path):
+    sft.main(["--workdir", str(tmp_path / "sft"), "--mesh", "8x1", *SMALL])
+    assert (tmp_path / "sft" / "coldstart" / "model.safetensors").exists()
+    with pytest.raises(InputError, match="no fine-tuned model"):
+        sft.main(["--workdir", str(tmp_path / "sft"), "--mesh", "8x1", *SMALL])
+
+
+@pytest.mark.slow
+def test_sigterm_ends_after_the_step_and_the_run_goes_on(whole, tmp_path):
+    command = [sys.executable, "-m", "crpo_jax.train", "--workdir", str(tmp_path / "run"), "--mesh", "8x1", *SMALL, "crpo.steps=4"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 240
+    while not read_metrics(tmp_path / "run") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "stopped after step" in said or "resuming" in said or len(read_metrics(tmp_path / "run")) == 5
+    run(tmp_path / "run", "crpo.steps=4")
+    assert timeless(read_metrics(tmp_path / "run")) == timeless(read_metrics(whole))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["crpo.stepz=3"], "crpo.stepz: unknown key; did you mean crpo.steps"),
+        (["crpo.steps=many"], "crpo.steps: expected whole number, got 'many'"),
+        (["--mesh", "3x1"], "--mesh 3x1: expected data x model = the 8 cpu devices here, got 3 x 1 = 3"),
+        (["--mesh", "eight"], "--mesh: expected DxM in devices, such as 8x1, got 'eight'"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
+        (["model.path=/nowhere/model"], "model.path: expected a folder"),
+        (["data.source=medqa", "data.path=/nowhere/medqa.jsonl"], "/nowhere/medqa.jsonl"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, expected):
+    command = [sys.executable, "-m", "crpo_jax.train", "--workdir", str(tmp_path / "run"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert expected in last, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_are_the_eight_of_the_suite():
+    assert jax.device_count() == 8
