@@ -126,6 +126,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Optimizer:
+    algorithm: Literal["adamw", "muon"] = setting("adamw", "muon: orthogonalised momentum for the matrices of the blocks, AdamW elsewhere", source="code")
     learning_rate: float = setting(1e-6, "peak learning rate", source="paper", low=0)
     schedule: Literal["constant", "cosine", "linear"] = setting("constant", "after the warm-up", source="code")
     warmup_steps: int = setting(0, "linear warm-up", unit="optimizer steps", source="code", low=0)
@@ -169,6 +170,7 @@ class Parallel:
     mesh: str = setting("", "data x model, in devices, such as 8x1; empty: all devices on the data axis")
     layout: Literal["zero1", "fsdp", "replicated"] = setting("zero1", "which table of crpo_jax.parallel.layout places the tensors")
     remat: bool = setting(True, "recompute each block in the backward pass instead of storing its activations")
+    unroll: bool = setting(False, "unroll the blocks in training instead of scanning over them: faster for a few layers, slow to compile for many")
     micro_batch_tokens: int = setting(8192, "budget of one forward and backward pass per device, padding included", unit="tokens", low=1)
     length_multiple: int = setting(128, "rows are padded to a multiple of this", unit="tokens", low=1)
     logprob_chunk: int = setting(512, "tokens whose logits stand in memory at once, per row block", unit="tokens", low=1)
@@ -243,7 +245,7 @@ def converted(value: Any, kind: Any, key: str, where: str) -> Any:
         if isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
             with contextlib.suppress(ValueError):
                 value = float(value)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # no nan, no inf
         value = float(value) if fits else value
     elif kind is int:
         fits = isinstance(value, int) and not isinstance(value, bool)
@@ -286,7 +288,10 @@ class UniqueKeyLoader(yaml.SafeLoader):
 def unique_mapping(loader: UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
-        key, line = loader.construct_object(key_node), key_node.start_mark.line + 1
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise InputError(f"{key_node.start_mark.name}:{line}: expected the name of a setting, got a list or mapping as a key")
+        key = loader.construct_object(key_node)
         if key in seen:
             raise InputError(f"{key_node.start_mark.name}:{line}: {key}: written twice, first in line {seen[key]}")
         seen[key] = line
@@ -310,10 +315,11 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), m
             raise InputError(f"--config {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"--config {path}: expected UTF-8 text, got byte {error.object[error.start]:#04x} at offset {error.start}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that YAML recognises and cannot hold
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
-            raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+            problem = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise InputError(f"{path}{line}: not valid YAML: {problem}") from None
         config = build(Config, {} if values is None else values, str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -325,7 +331,7 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), m
             raise InputError(f"{key}: unknown key" + (f"; did you mean {' or '.join(close)}?" if close else "; --help lists the legal ones"))
         try:
             value = text if known[key][0] is str else yaml.load(text, UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             value = text
         nested: Any = value
         for name in reversed(key.split(".")):

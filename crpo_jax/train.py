@@ -40,7 +40,8 @@ def train(settings: Config, workdir: Path) -> None:
     prompt_of = {question.id: prompt for question, prompt in zip(training.questions, training.prompts, strict=True)}
     batches = Batches(training.questions, crpo.prompts_per_step, settings.run.seed)
     steps, updates_per_step = crpo.steps or batches.steps(crpo.epochs), crpo.prompts_per_step // crpo.mini_batch_prompts
-    open_workdir(workdir, settings)
+    writer = jax.process_index() == 0
+    open_workdir(workdir, settings, writes=writer)
     folder = start.start_folder(settings, shape, mesh, text, workdir)
 
     # ---- programs and state ----------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def train(settings: Config, workdir: Path) -> None:
     done = checkpoints.latest() or 0
     if done:
         state = checkpoints.restore(done, state)
-    log, progress, stop = Log(workdir, done, writes=jax.process_index() == 0), Progress(steps, done), Stop()
+    log, progress, stop = Log(workdir, done, writes=writer), Progress(steps, done, speaks=writer), Stop()
     scorer = Scorer(settings.reward, text.effective)
     examiner = Scorer(dataclasses.replace(settings.reward, design="crpo"), text.effective)  # designs are compared by one measure
     progress.keep(report.opening(settings, shape, mesh, (done, steps), (training, held_out), folder, workdir))
@@ -65,7 +66,8 @@ def train(settings: Config, workdir: Path) -> None:
                 key = jax.random.fold_in(seed, EVALUATION)
                 answered, means = evaluation.answer(engine, gather(state.master), held_out, examiner, text, key)
                 measured |= {f"eval/{name.split('/')[1]}": value for name, value in means.items()}
-                report.keep_answers(workdir, step, answered)
+                if writer:
+                    report.keep_answers(workdir, step, answered)
                 progress.keep(f"step {step}/{steps}  {len(answered)} held-out questions: {report.line(means)}")
             if step == steps:
                 log.step(step, measured)
@@ -134,7 +136,8 @@ def train(settings: Config, workdir: Path) -> None:
             if stop.requested:
                 progress.keep(f"stopped after step {step + 1} of {steps}; the same command goes on from there")
                 return
-    progress.keep(report.closing(workdir, len(held_out.questions)))
+    if writer:
+        progress.keep(report.closing(workdir, len(held_out.questions)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

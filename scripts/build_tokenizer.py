@@ -22,9 +22,9 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TRAINING_VIGNETTES = 4096
 
 # What may become one token at most, first match first: the response format's own marks, so that ordinary merges make each
-# a token or two; words, with the hyphens and slashes of "anti-CCP" and "mg/dL"; single digits; runs of symbols; white space.
+# a token or two, and an option's letter with its bracket one, next to the option's name; words, with the hyphens and slashes of "anti-CCP" and "mg/dL"; single digits; runs of symbols; white space.
 SPLIT = (
-    r"\(System [12]: \p{L}+\)|</?\p{L}+>| ?\\boxed\{| ?[\p{L}\p{M}]+(?:[-/][\p{L}\p{M}]+)*| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"\(System [12]: \p{L}+\)|</?\p{L}+>| ?\\boxed\{|[A-Z]\)| ?[\p{L}\p{M}]+(?:[-/][\p{L}\p{M}]+)*| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 CHAT_TEMPLATE = (

@@ -4,6 +4,8 @@ Programs of modules that say `usefixtures("quick_compiles")` are compiled with f
 CRPO_JAX_FULL_OPTIMIZATION=1 compiles them as a run would. JAX_COMPILATION_CACHE_DIR=FOLDER keeps programs between runs.
 """
 
+# ruff: noqa: E402 (the devices are set before jax is imported, the checks before anything of ours is)
+
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -48,11 +50,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import settings
 from jax.sharding import AxisType, Mesh
 
 from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.mesh import DATA, MODEL
+
+settings.register_profile("same examples every time", derandomize=True, database=None, deadline=None)
+settings.load_profile("same examples every time")
 
 SHAPE = Shape(d=16, n=8, k=2, h=6, f=24, v=40, l=3, tied=False, rope_theta=1e4, norm_eps=1e-6)
 """Every dim has a size of its own, and every mesh of 8 devices can hold it: past 2 model shards by copies of the KV heads."""
@@ -96,6 +102,19 @@ def strict_ranks() -> Iterator[None]:
     """No array is broadcast over a missing dim without being told: [b] against [b, t] raises, even where b = t."""
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **of: COMPILED.append(of["fun_name"]) if event == "/jax/core/compile/backend_compile_duration" else None
+)
+
+
+@pytest.fixture
+def compiled() -> list[str]:
+    """The names of the programs compiled since the test began, or since it cleared the list."""
+    COMPILED.clear()
+    return COMPILED
 
 
 @pytest.fixture(scope="session")

@@ -136,9 +136,7 @@ def test_decoding_is_the_last_row_of_the_whole():
 
     prompt_k, prompt_v = normal(p, K, t, H), normal(p, K, t, H)
     cache_k, cache_v, q = normal(p * g, K, s, H), normal(p * g, K, s, H), normal(p * g, N, H)
-    out = decode(
-        q, prompt_k, prompt_v, jnp.arange(t) < lengths[:, None], cache_k, cache_v, jnp.arange(s) <= cursor
-    )
+    out = decode(q, prompt_k, prompt_v, jnp.arange(t) < lengths[:, None], cache_k, cache_v, jnp.arange(s) <= cursor)
     for row in range(p * g):
         prompt = row // g
         keys, values = (

@@ -80,7 +80,8 @@ def test_a_group_with_nothing_to_compare(counted: list[bool]):
 @settings(max_examples=50, deadline=None)
 def test_advantages_have_mean_0_and_order_of_the_rewards(rewards: list[float]):
     found = advantages_of([rewards])[0]
-    assert np.all(np.isfinite(found)) and found.dtype == np.float32
+    assert np.all(np.isfinite(found))
+    assert found.dtype == np.float32
     assert abs(found.sum()) < 1e-4
     assert np.all(np.diff(found[np.argsort(rewards)]) >= 0)
     assert np.abs(found).max() <= (len(rewards) - 1) / math.sqrt(len(rewards)) + 1e-4  # the most that one of n can stand out
@@ -143,7 +144,9 @@ def test_k3_of_extreme_log_ratios_is_finite(gap: float, sign: int):
     """exp(89) is inf in float32, and 0 * inf in the mask's gradient is NaN for the whole batch: it ended public runs."""
     reference = jnp.full((1, 1), sign * gap)
     value, gradient = jax.value_and_grad(lambda x: jnp.sum(k3(x, reference)))(jnp.zeros((1, 1)))
-    assert np.isfinite(value) and value > 0 and np.all(np.isfinite(gradient))
+    assert np.isfinite(value)
+    assert value > 0
+    assert np.all(np.isfinite(gradient))
 
 
 def test_k3_gradient():
@@ -188,7 +191,8 @@ def test_clip_by_sign(ratio: float, advantage: float, objective: float, clipped:
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 def test_extreme_ratios_are_finite(log_ratio: float, advantage: float):
     value, gradient = jax.value_and_grad(lambda x: clipped_objective(x, jnp.array([advantage]), 0.2, 0.2)[0].sum())(jnp.array([[log_ratio]]))
-    assert np.isfinite(value) and np.all(np.isfinite(gradient))
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
 
 
 # --- the whole loss ---------------------------------------------------------------------------------------------------
@@ -246,7 +250,7 @@ def test_aggregations_read_literally():
     found = {name: float(crpo_loss(**inputs(aggregation=name), **COEFFICIENTS)[0]) for name in AGGREGATIONS}
     assert found["token_mean"] == pytest.approx(per_token[MASK].mean(), rel=1e-5)
     assert found["sequence_mean"] == pytest.approx(np.mean([per_token[i][MASK[i]].mean() for i in range(B)]), rel=1e-5)
-    assert found["token_mean"] != pytest.approx(found["sequence_mean"], rel=1e-2)
+    assert found["token_mean"] != pytest.approx(found["sequence_mean"], rel=1e-3)
 
 
 def loss_of(logprobs: Any, x: dict[str, Any], **changed: float) -> Any:
@@ -302,7 +306,8 @@ def test_masking_equals_deletion():
     )
     assert float(loss) == pytest.approx(float(loss_cut), rel=1e-6)
     np.testing.assert_allclose(gradient[keep, :5], gradient_cut, rtol=1e-6)
-    assert not np.any(np.delete(gradient, keep, axis=0)) and not np.any(gradient[:, 5:])
+    assert not np.any(np.delete(gradient, keep, axis=0))
+    assert not np.any(gradient[:, 5:])
     for name in metrics:
         assert float(metrics[name]) == pytest.approx(float(metrics_cut[name]), rel=1e-6), name
 
@@ -331,7 +336,8 @@ def test_metrics():
     gap = np.asarray(x["reference"] - x["logprobs"])[MASK]
     kl = np.exp(gap) - gap - 1
     clipped = ((np.exp(log_ratio) > 1.3) & (advantages > 0)) | ((np.exp(log_ratio) < 0.8) & (advantages < 0))
-    assert clipped.any() and not clipped.all()
+    assert clipped.any()
+    assert not clipped.all()
     expected = {
         "sum/loss": written_out(x, **COEFFICIENTS),
         "sum/policy": written_out(x, **(COEFFICIENTS | {"kl_coef": 0.0, "entropy_coef": 0.0})),
@@ -371,7 +377,8 @@ def test_a_batch_with_no_token_at_all():
     """Filling rows alone: everything is 0 and nothing NaN."""
     x = inputs() | {"mask": jnp.zeros((B, T), bool), "weights": jnp.zeros(B)}
     loss, metrics = crpo_loss(**x, **COEFFICIENTS)
-    assert float(loss) == 0 and all(float(value) == 0 for value in metrics.values())
+    assert float(loss) == 0
+    assert all(float(value) == 0 for value in metrics.values())
 
 
 def test_advantages_of_the_wrong_shape_are_seen():

@@ -80,7 +80,7 @@ def test_half_an_environment_for_a_cluster_is_refused(monkeypatch: pytest.Monkey
     for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    with pytest.raises(InputError, match="together, got only JAX_COORDINATOR_ADDRESS$"):
+    with pytest.raises(InputError, match=r"together, got only JAX_COORDINATOR_ADDRESS$"):
         start_distributed()
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
     start_distributed()  # one process: nothing to join
@@ -274,12 +274,6 @@ def test_sizes_of_the_test_shape_are_all_different():
 
 def test_importing_the_mesh_starts_no_backend():
     """`jax.distributed.initialize` must come before the first array, so nothing may be computed at import."""
-    check = (
-        "import crpo_jax.train\n"
-        "from jax._src import xla_bridge\n"
-        "assert not xla_bridge.backends_are_initialized()\n"
-    )
+    check = "import crpo_jax.train\nfrom jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()\n"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-
-

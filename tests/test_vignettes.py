@@ -12,7 +12,7 @@ from crpo_jax.data.vignettes import CONDITIONS, DISTRACTORS, DRIFT, FINDINGS, MI
 
 TRACES = 4000
 FOUR_PARTS = re.compile(
-    r"<dx>\n\(System 1: Intuitive\) (?P<system1>.+)\n\(System 2: Analytical\) (?P<system2>.+)\n</dx>\n"
+    r"<dx>\n\(System 1: Intuitive\) (?P<system1>.+)\n\(System 2: Analytical\) (?P<system2>(?:.+\n)+)</dx>\n"
     r"<conclusion>\n(?P<conclusion>.+)\n</conclusion>"
 )
 STOP_WORDS = frozenset(

@@ -72,7 +72,8 @@ _IMPRESSIONS = ("A {person}, so {thought}.", "Looking at a {person}, {thought}."
 _THOUGHTS = ("{finding} may mean {x} or {y}", "{finding} brings up {x} or {y}", "given {finding}, think of {x} or {y}")
 # What each finding speaks for, finding first: stated one by one, so that a small model can learn them one by one.
 _EVIDENCE = ("{finding} can mean {x}", "with {finding} think of {x}", "{finding} would fit {x}")
-_REJECTIONS = ("{x} would need {finding}", "{x} would show {finding}", "no {finding} for {x}")
+# Options go by letter in their own order, so that a small model can find the letter of the name it argues for.
+_REJECTIONS = ("{x} would need {finding}", "{x} would show {finding}", "{x} lacks {finding}")
 _VERDICTS = ("{x} leads", "{x} remains", "{x} fits best")
 _CITING = ("Both {a} and {b} point to {x}.", "With {a} and {b}, {x} is most likely.", "So {x} best accounts for {a} and {b}.")
 # Few words besides the finding, so that saying it twice reads as the repetition it is.
@@ -212,14 +213,15 @@ def teacher_response(question: Question, seed: int, noise: TeacherNoise = TEACHE
 
     x, y = rng.sample([argued, others[0]], 2)
     thought = rng.choice(_THOUGHTS).format(finding=rng.choice(findings), x=x, y=y)
-    rejected = others[: rng.randint(2, 3) if len(findings) == 2 else 2]  # where few findings are restated there is room for a third
-    clauses = [thought, *(_rejection(rng, name, question, noise) for name in rejected)]
-    clauses.append(rng.choice(_VERDICTS).format(x=argued))
+    tested = {option: name for option, name in question.options.items() if name == argued or name in others[:2]}
+    clauses = [rng.choice(_VERDICTS).format(x=name) if name == argued else _rejection(rng, name, question, noise) for name in tested.values()]
+    clauses.append(thought)
     if rng.random() < noise.drift:
         clauses[rng.randrange(len(clauses))] = rng.choice(DRIFT)
     evidence = [rng.choice(_EVIDENCE).format(finding=finding, x=argued) for finding in findings]
-    system1 = "(System 1: Intuitive) " + rng.choice(_IMPRESSIONS).format(person=person, thought=clauses[0])
-    system2 = "(System 2: Analytical) " + "; ".join(evidence) + ". So " + "; ".join(clauses[1:]) + "."
+    system1 = "(System 1: Intuitive) " + rng.choice(_IMPRESSIONS).format(person=person, thought=clauses.pop())
+    lines = [f"{option}) {clause}" for option, clause in zip(tested, clauses, strict=True)]
+    system2 = "(System 2: Analytical) " + "; ".join(evidence) + ".\n" + "\n".join(lines)
     conclusion, box = _conclusion(rng, argued, findings, noise), f" \\boxed{{{letter}}}"
 
     missing = rng.choice(MISSING_PARTS) if rng.random() < noise.missing_part else ""

@@ -69,9 +69,10 @@ def abstract(shape: Shape, dtype: Any = jnp.float32) -> Qwen2:
 
 
 def initial(shape: Shape, key: Array) -> Qwen2:
-    """A model from scratch in float32: matrices normal with deviation d^-1/2 (0.022 at 3B's width), those that write the
-    residual stream smaller by depth; norms 1, biases 0."""
+    """A model from scratch in float32: matrices normal with deviation d^-1/2, those that write the residual stream smaller by
+    depth, norms 1, biases 0. An embedding of its own (untied) has deviation 1, so that the first blocks do not drown it."""
     count, scale = iter(range(10**6)), shape.d**-0.5
+    deviations = {"o_nhd": scale / (2 * shape.l) ** 0.5, "down_fd": scale / (2 * shape.l) ** 0.5, "embed_vd": scale if shape.tied else 1.0}
 
     def make(name: str, dims: str) -> Array:
         sizes, here = shape.dims(dims), jax.random.fold_in(key, next(count))
@@ -79,7 +80,7 @@ def initial(shape: Shape, key: Array) -> Qwen2:
             return jnp.ones(sizes)
         if "bias" in name:
             return jnp.zeros(sizes)
-        return jax.random.normal(here, sizes) * (scale / (2 * shape.l) ** 0.5 if name in ("o_nhd", "down_fd") else scale)
+        return jax.random.normal(here, sizes) * deviations.get(name, scale)
 
     return Qwen2(make, tied=shape.tied)
 
@@ -158,6 +159,7 @@ def hidden_states(
     *,
     placement: Placement = Placement(),
     remat: bool = False,
+    unroll: bool = False,
     attention: Implementation = "xla",
 ) -> Float[Array, "b t d"]:
     """The normed hidden state of every token of right-padded rows, in the type of the weights."""
@@ -171,7 +173,7 @@ def hidden_states(
         return placement.activations(x + mlp(block, x, shape)), None
 
     x = placement.activations(model.embed_vd[...][tokens])
-    x, _ = jax.lax.scan(jax.checkpoint(one) if remat else one, x, model.blocks)
+    x, _ = jax.lax.scan(jax.checkpoint(one) if remat else one, x, model.blocks, unroll=unroll)
     return rms_norm(x, model.final_norm_d[...], shape.norm_eps)
 
 

@@ -2,9 +2,12 @@
 
 import os
 import re
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from crpo_jax.config import InputError
 
@@ -48,6 +51,18 @@ def make_mesh(text: str = "") -> Mesh:
             f"--mesh {text}: expected data x model = the {len(devices)} {kind} devices here, got {data} x {model} = {data * model}{hint}"
         )
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def put(values: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """A global array from values that every process holds; each one places only its own devices' part."""
+    return jax.make_array_from_callback(values.shape, NamedSharding(mesh, spec), lambda index: values[index])
+
+
+def fetch(tree: Any) -> Any:
+    """NumPy values of global arrays, the parts of other processes included."""
+    if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def data_size(mesh: Mesh) -> int:

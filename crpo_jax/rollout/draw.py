@@ -68,7 +68,7 @@ def threshold(mass: Float[Array, "b v"], wanted: Float[Array, " b"] | float, sha
     Bisection over [0, 1], the range of exp(logit - max): ties are kept together, so slightly more may stay.
     """
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Int[Array, ""], bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2
         above = mass >= middle[:, None]

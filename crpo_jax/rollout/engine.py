@@ -3,6 +3,7 @@
 The schedule decides only when a row is decoded, never what it says: keys belong to prompt and sample.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from crpo_jax.model.attention import Implementation
 from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import ROWS_B, TOKENS_BT
-from crpo_jax.parallel.mesh import data_size
+from crpo_jax.parallel.mesh import data_size, fetch, put
 from crpo_jax.rollout.draw import Sampling, row_keys
 from crpo_jax.rollout.sample import STOPPED, programs
 
@@ -31,6 +32,11 @@ class Response(NamedTuple):
     tokens: np.ndarray
     logprobs: np.ndarray
     stopped: bool
+
+
+@functools.cache
+def jitted_keys(mesh: Mesh) -> Callable[..., jax.Array]:
+    return jax.jit(row_keys, out_shardings=NamedSharding(mesh, ROWS_B))
 
 
 @dataclass(frozen=True)
@@ -89,22 +95,14 @@ class Engine:
         lengths, limits, numbers = np.ones(size, np.int32), np.zeros(size, np.int32), np.zeros(size, np.int32)
         for row, (_, prompt, number, limit) in enumerate(chosen):
             tokens[row, : len(prompt)], lengths[row], limits[row], numbers[row] = prompt, len(prompt), limit, number
-        rows = NamedSharding(self.mesh, ROWS_B)
-        keys = jax.jit(row_keys, out_shardings=rows)(key, numbers, np.arange(group))
+        keys = jitted_keys(self.mesh)(key, numbers, np.arange(group))
         run = programs(self.shape, self.mesh, self.how, self.max_new_tokens, self.attention)
         slots = min(self.chunk, self.max_new_tokens)
-        put = jax.device_put
-        wave = run.start(
-            model,
-            put(tokens, NamedSharding(self.mesh, TOKENS_BT)),
-            put(lengths, rows),
-            keys,
-            put(np.repeat(limits, group), rows),
-            slots=slots,
-        )
+        prompts, prompt_lengths = put(tokens, self.mesh, TOKENS_BT), put(lengths, self.mesh, ROWS_B)
+        wave = run.start(model, prompts, prompt_lengths, keys, put(np.repeat(limits, group), self.mesh, ROWS_B), slots=slots)
         while True:
             wave = run.advance(model, wave)
-            if slots >= self.max_new_tokens or bool((wave.reason != 0).all()):
+            if slots >= self.max_new_tokens or bool(run.finished(wave.reason)):
                 break
             slots = min(slots + self.chunk, self.max_new_tokens)
             layers = list(wave.cache)
@@ -113,7 +111,7 @@ class Engine:
                 layers[index] = run.grow(layer, slots=slots)
                 del layer
             wave = wave._replace(cache=tuple(layers))
-        drawn, logprobs, counts, reason = jax.device_get((wave.tokens, wave.logprobs, wave.lengths, wave.reason))
+        drawn, logprobs, counts, reason = fetch((wave.tokens, wave.logprobs, wave.lengths, wave.reason))
         return [
             Response(index, g, drawn[row, : counts[row]], logprobs[row, : counts[row]], bool(reason[row] == STOPPED))
             for place, (index, _, _, _) in enumerate(chosen)

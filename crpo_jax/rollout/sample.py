@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from crpo_jax.model.attention import Implementation
@@ -124,11 +125,13 @@ class Programs(NamedTuple):
     start: Any
     advance: Any
     grow: Any
+    finished: Any
 
 
 @functools.cache
 def programs(shape: Shape, mesh: Mesh, how: Sampling, width: int, attention: Implementation) -> Programs:
-    """Jitted `start(model, prompts, prompt_lengths, keys, limits, slots=)`, `advance(model, wave)` and `grow(layer's cache, slots=)`."""
+    """Jitted `start(model, prompts, prompt_lengths, keys, limits, slots=)`, `advance(model, wave)`, `grow(layer's cache, slots=)`
+    and `finished(reason)`, the same on every process."""
     shard = Shard(MODEL if model_size(mesh) > 1 else None)
     weights, waves = sampling_shardings(shape, mesh, specs=True), wave_specs(shape.l)
 
@@ -154,4 +157,5 @@ def programs(shape: Shape, mesh: Mesh, how: Sampling, width: int, attention: Imp
         start=jax.jit(start_all, static_argnames="slots"),
         advance=jax.jit(advance_all, donate_argnums=1),
         grow=jax.jit(grow, static_argnames="slots"),
+        finished=jax.jit(lambda reason: jnp.all(reason != RUNNING), out_shardings=NamedSharding(mesh, P())),
     )

@@ -58,7 +58,7 @@ class Log:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file that end in a line break; a last one cut off by a crash is left out."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [line + "\n" for line in path.read_text(encoding="utf-8").split("\n")[:-1]]  # splitlines would also cut at a response's U+2028
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
@@ -70,21 +70,22 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
 class Progress:
     """Says what is happening: on a terminal one line rewritten in place, elsewhere only what is worth keeping."""
 
-    def __init__(self, total: int, done: int = 0, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+    def __init__(self, total: int, done: int = 0, *, speaks: bool = True, stream: TextIO | None = None) -> None:
+        self._stream, self._speaks = stream or sys.stderr, speaks
         self._terminal = self._stream.isatty()
         self._total, self._first, self._started = total, done, time.monotonic()
 
     def show(self, done: int, text: str) -> None:
         """A passing state after `done` of all steps, with the time left at the mean speed so far."""
-        if self._terminal:
+        if self._terminal and self._speaks:
             self._stream.write(f"\r\x1b[2K{done}/{self._total}  {text}  {self._left(done)}")
             self._stream.flush()
 
     def keep(self, text: str) -> None:
         """A line that stays, on a terminal or not."""
-        self._stream.write(("\r\x1b[2K" if self._terminal else "") + text + "\n")
-        self._stream.flush()
+        if self._speaks:
+            self._stream.write(("\r\x1b[2K" if self._terminal else "") + text + "\n")
+            self._stream.flush()
 
     def _left(self, done: int) -> str:
         if done <= self._first:

@@ -17,7 +17,7 @@ from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scored
 from crpo_jax.rollout.engine import Response
 from crpo_jax.run.evaluation import Answered, response_means, reward_means, standard_error
-from crpo_jax.run.metrics import read_metrics
+from crpo_jax.run.metrics import read_metrics, whole_lines
 
 SHOWN = {"mean": "reward", "accuracy": "accuracy", "format": "format", "cross_reference": "cites", "consistency": "on-language", "length": "tokens"}
 
@@ -148,10 +148,7 @@ def closing(workdir: Path, count: int) -> str:
 
 def before_and_after(workdir: Path, first: int, last: int) -> str:
     """The held-out question whose reward rose most, with both responses."""
-    rows = [
-        [json.loads(text) for text in (workdir / "report" / f"held_out_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for step in (first, last)
-    ]
+    rows = [[json.loads(text) for text in whole_lines(workdir / "report" / f"held_out_{step:06d}.jsonl")] for step in (first, last)]
     pairs = [(old, new) for old, new in zip(*rows, strict=True) if "total" in old and "total" in new]
     if not pairs:
         return ""

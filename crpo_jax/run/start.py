@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from crpo_jax import config
@@ -33,7 +34,7 @@ def fine_tuned(settings: config.Config, shape: Shape, mesh: Mesh, text: setup.Te
 
     def report(step: int, steps: int, metrics: dict[str, float]) -> None:
         nonlocal progress
-        progress = progress or Progress(steps)
+        progress = progress or Progress(steps, speaks=jax.process_index() == 0)
         if step == 1:
             progress.keep(f"cold start: {len(traces.train)} teacher traces, {len(traces.held_out)} held out{dropped}; {steps} steps")
         told = f"cold start  loss {metrics['sft/loss']:.3f}"

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
@@ -21,7 +23,7 @@ from crpo_jax.model.placement import training_placement, weight_shardings
 from crpo_jax.model.qwen2 import Qwen2, abstract, hidden_states
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import LAYOUTS, LOGITS_BTV, ROWS_B, TOKENS_BT, WeightTable
-from crpo_jax.parallel.mesh import data_size
+from crpo_jax.parallel.mesh import data_size, put
 from crpo_jax.update.batches import MicroBatch
 from crpo_jax.update.logprobs import chunk_length, token_logprobs
 from crpo_jax.update.losses import combined, crpo_loss, supervised_loss
@@ -74,10 +76,43 @@ def schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip by global norm; weight decay on every tensor, as the authors' trainer has it."""
+    """AdamW behind a clip by global norm; weight decay on every tensor, as the authors' trainer has it.
+
+    Muon's updates are scaled to the size of AdamW's (`consistent_rms`), so that one learning rate serves both.
+    """
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    adamw = optax.adamw(schedule(settings, total_steps), settings.beta1, settings.beta2, settings.eps, weight_decay=settings.weight_decay)
-    return optax.chain(clip, adamw)
+    rate = schedule(settings, total_steps)
+    if settings.algorithm == "muon":
+        inner = optax.contrib.muon(
+            rate,
+            weight_decay=settings.weight_decay,
+            adam_b1=settings.beta1,
+            adam_b2=settings.beta2,
+            adam_weight_decay=settings.weight_decay,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=0.2,
+        )
+    else:
+        inner = optax.adamw(rate, settings.beta1, settings.beta2, settings.eps, weight_decay=settings.weight_decay)
+    return optax.chain(clip, inner)
+
+
+def like_masters(moments: Qwen2, shardings: Qwen2) -> Any:
+    """The masters' shardings for the moments that there are: an optimizer made of two keeps each for its own weights."""
+    absent = optax.MaskedNode
+    return jax.tree.map(lambda part, to: part if isinstance(part, absent) else to, moments, shardings, is_leaf=lambda part: isinstance(part, absent))
+
+
+def matrices(model: Qwen2) -> Any:
+    """Which axes of a stacked weight are its rows and columns: d and the rest. None for what is no matrix of a block."""
+
+    def axes(name: str, dims: str) -> Any:
+        if dims[0] != "l" or "norm" in name or "bias" in name:
+            return None
+        width, rest = (dims.index("d"),), tuple(i for i, letter in enumerate(dims) if letter not in "ld")
+        return MuonDimensionNumbers(*((width, rest) if dims[1] == "d" else (rest, width)))
+
+    return Qwen2(axes, tied=model.tied)
 
 
 def response_mask(batch: Batch) -> Array:
@@ -89,7 +124,7 @@ def response_mask(batch: Batch) -> Array:
 def on_devices(micro: MicroBatch, mesh: Mesh, **extra: np.ndarray) -> Batch:
     """A micro-batch and per-row or per-token extras, rows split over the data axis."""
     arrays = {"tokens": micro.tokens, "prompt_lengths": micro.prompt_lengths, "lengths": micro.lengths, **extra}
-    return {name: jax.device_put(value, NamedSharding(mesh, TOKENS_BT if value.ndim == 2 else ROWS_B)) for name, value in arrays.items()}
+    return {name: put(value, mesh, TOKENS_BT if value.ndim == 2 else ROWS_B) for name, value in arrays.items()}
 
 
 def trainer(
@@ -119,7 +154,7 @@ def trainer(
 
     master = shardings(layout.master)
     moments = jax.tree.map(
-        lambda part: master if isinstance(part, Qwen2) else whole,
+        lambda part: like_masters(part, master) if isinstance(part, Qwen2) else whole,
         jax.eval_shape(update.init, abstract(shape)),
         is_leaf=lambda part: isinstance(part, Qwen2),
     )
@@ -131,7 +166,9 @@ def trainer(
     def outputs(weights: Qwen2, batch: Batch, with_entropy: bool) -> tuple[Array, Array]:
         weights = place.ends(weights)
         b, t = batch["tokens"].shape
-        hidden = hidden_states(weights, batch["tokens"], shape, placement=place, remat=parallel.remat, attention=attention)
+        hidden = hidden_states(
+            weights, batch["tokens"], shape, placement=place, remat=parallel.remat, unroll=parallel.unroll, attention=attention
+        )
         targets = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
         chunk = chunk_length(t, b // data_size(mesh), parallel.logprob_chunk)
         constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, LOGITS_BTV))
@@ -163,7 +200,7 @@ def trainer(
         return gradients, measured if metrics is None else combined(metrics, measured)
 
     def apply(state: TrainState, gradients: Any) -> tuple[TrainState, Array, Array]:
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         changes, moments = update.update(gradients, state.optimizer, state.master)
         new = TrainState(jax.tree.map(jnp.add, state.master, changes), moments, state.step + 1)
