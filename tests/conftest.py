@@ -127,7 +127,7 @@ def model() -> Qwen2:
     return random_model(SHAPE)
 
 
-@pytest.fixture(scope="session", params=MESHES, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
+@pytest.fixture(scope="module", params=MESHES, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
 def mesh(request: pytest.FixtureRequest) -> Mesh:
     """Each of the meshes on which the same answer must come out."""
     return mesh_of(*request.param)

@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 from crpo_jax.model import attention
 from crpo_jax.model.attention import causal_attention, decode_attention
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
 B, T = 5, 12
 N, K, H = SHAPE.n, SHAPE.k, SHAPE.h

@@ -239,7 +239,7 @@ SETTINGS = [Sampling(0.6), Sampling(temperature=0), Sampling(0.8, top_p=0.8), Sa
 
 
 @pytest.mark.parametrize("how", SETTINGS, ids=str)
-@pytest.mark.parametrize(("vocabulary", "shards"), [(40, 2), (40, 4), (40, 8), (1152, 8)])
+@pytest.mark.parametrize(("vocabulary", "shards"), [(40, 2), (40, 8), (1152, 4)])
 def test_a_split_vocabulary_draws_the_same_tokens(how: Sampling, vocabulary: int, shards: int):
     """1,152 is 64 blocks of 18; 40 is 8 of 5, one per device at most."""
     logits = np.round(random_logits(300, vocabulary), 1)  # ties, also between devices
@@ -250,7 +250,7 @@ def test_a_split_vocabulary_draws_the_same_tokens(how: Sampling, vocabulary: int
     assert len(set(tokens.tolist())) > 20
 
 
-@pytest.mark.parametrize(("vocabulary", "shards"), [(9, 3), (12, 6), (35, 5), (35, 7), (14, 2), (37, 1), (1, 1)])
+@pytest.mark.parametrize(("vocabulary", "shards"), [(9, 3), (12, 6), (35, 5), (37, 1), (1, 1)])
 def test_odd_vocabularies(vocabulary: int, shards: int):
     """Where a device holds part of a block: gathered first, then the same tokens."""
     logits = random_logits(200, vocabulary)

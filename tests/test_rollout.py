@@ -128,7 +128,7 @@ def test_greedy_is_the_plain_loop(model: Qwen2, weights: Qwen2, one_device: Mesh
     ("slots", "chunk"),
     [
         (128, WIDTH),  # one wave, the cache whole from the start
-        (6, 4),  # two prompts a wave, 4 + 4 + 2 tokens
+        (6, 6),  # two prompts a wave, the cache grown once
         (1, 64),  # fewer slots than a group has rows
     ],
 )
@@ -140,13 +140,15 @@ def test_slots_and_chunks_do_not_change_a_token(slots: int, chunk: int, weights:
 def test_more_prompts_than_slots_on_data_shards(model: Qwen2, expected: list[list[Response]]):
     """4 shards of one prompt each: the second wave has 3 prompts and a row of filling, which must never run."""
     mesh = mesh_of(4, 2)
-    made = Engine(SHAPE, mesh, HOW, WIDTH, slots=GROUP, chunk=6).generate(to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP)
+    made = Engine(SHAPE, mesh, HOW, WIDTH, slots=GROUP, chunk=WIDTH).generate(
+        to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP
+    )
     assert tokens_of(made) == tokens_of(expected)
 
 
 def test_the_order_of_prompts_does_not_change_a_token(weights: Qwen2, one_device: Mesh, expected: list[list[Response]]):
     """With their numbers beside them, prompts may come in any order and company; responses come back in the order asked."""
-    how = Engine(SHAPE, one_device, HOW, WIDTH, slots=6, chunk=4)
+    how = Engine(SHAPE, one_device, HOW, WIDTH, slots=6, chunk=6)
     for order in ([6, 5, 4, 3, 2, 1, 0], [2, 0, 5]):
         made = how.generate(weights, [PROMPTS[i] for i in order], key=KEY, group=GROUP, ids=order)
         assert tokens_of(made) == [tokens_of(expected)[i] for i in order]
@@ -171,7 +173,7 @@ def test_another_key_or_number_draws_other_tokens(weights: Qwen2, one_device: Me
 @pytest.fixture(scope="module")
 def limited(weights: Qwen2, one_device: Mesh) -> tuple[list[int], list[list[Response]]]:
     limits = [1, 2, 10, 4, 3, 9, 5]
-    return limits, Engine(SHAPE, one_device, HOW, WIDTH, chunk=4).generate(weights, PROMPTS, key=KEY, group=GROUP, limits=limits)
+    return limits, Engine(SHAPE, one_device, HOW, WIDTH, chunk=6).generate(weights, PROMPTS, key=KEY, group=GROUP, limits=limits)
 
 
 def test_limits_cut_and_change_nothing_else(limited: tuple[list[int], list[list[Response]]], expected: list[list[Response]]):
@@ -197,7 +199,7 @@ def test_a_stop_token_drawn_last_is_a_stop(weights: Qwen2, one_device: Mesh, exp
     which = next((i, g) for i, group in enumerate(expected) for g, response in enumerate(group) if response.stopped and len(response.tokens) > 1)
     limit = len(expected[which[0]][which[1]].tokens)
     limits = [limit] * len(PROMPTS)
-    made = Engine(SHAPE, one_device, HOW, WIDTH, chunk=4).generate(weights, PROMPTS, key=KEY, group=GROUP, limits=limits)
+    made = Engine(SHAPE, one_device, HOW, WIDTH, chunk=6).generate(weights, PROMPTS, key=KEY, group=GROUP, limits=limits)
     assert made[which[0]][which[1]].stopped
     assert len(made[which[0]][which[1]].tokens) == limit
 
@@ -219,7 +221,7 @@ def test_one_token_responses(weights: Qwen2, one_device: Mesh, expected: list[li
 def test_finished_hands_over_every_wave(weights: Qwen2, one_device: Mesh):
     """Each response once, two prompts at a time, short prompts first: scoring goes on while later waves decode."""
     waves: list[list[Response]] = []
-    made = Engine(SHAPE, one_device, HOW, WIDTH, slots=6, chunk=4).generate(weights, PROMPTS, key=KEY, group=GROUP, finished=waves.append)
+    made = Engine(SHAPE, one_device, HOW, WIDTH, slots=6, chunk=6).generate(weights, PROMPTS, key=KEY, group=GROUP, finished=waves.append)
     assert [len(wave) for wave in waves] == [6, 6, 6, 3]
     told = {(r.prompt, r.sample): r.tokens.tolist() for wave in waves for r in wave}
     assert told == {(r.prompt, r.sample): r.tokens.tolist() for group in made for r in group}
@@ -246,7 +248,7 @@ def test_refused(prompts: list[list[int]], limits: list[int] | None, line: str, 
 
 def test_nothing_is_compiled_twice(weights: Qwen2, one_device: Mesh, compiled: list[str]):
     """Other prompts, limits and keys of the same padded shapes enter the same programs."""
-    how = Engine(SHAPE, one_device, Sampling(0.97, stop_ids=STOPS), WIDTH, slots=9, chunk=6)  # a temperature that no other test has
+    how = Engine(SHAPE, one_device, Sampling(0.97, stop_ids=STOPS), WIDTH, slots=9, chunk=WIDTH)  # a temperature that no other test has
     keys = [jax.random.key(seed) for seed in range(3)]
     how.generate(weights, PROMPTS, key=KEY, group=GROUP)
     assert len(compiled) >= 2  # the listener hears

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import SHAPE, mesh_of, placed
 from jax.sharding import Mesh
 
 from crpo_jax import config
 from crpo_jax.model.placement import weight_shardings
-from crpo_jax.model.qwen2 import Qwen2, hidden_states, logits
-from crpo_jax.parallel.layout import LAYOUTS
+from crpo_jax.model.qwen2 import Qwen2, dims_of, hidden_states, logits
+from crpo_jax.parallel.layout import LAYOUTS, WeightTable
 from crpo_jax.parallel.mesh import DATA
 from crpo_jax.update.batches import MicroBatch, Row, aligned, micro_batch, micro_batches, of_rows
 from crpo_jax.update.losses import row_weights
@@ -216,7 +217,7 @@ def test_two_optimizer_steps_on_every_layout(
     mesh: Mesh, layout: str, model: Qwen2, minis: list[Mini], expected: tuple[list[np.ndarray], list[float], np.ndarray]
 ):
     """Contract 2: loss, gradients and parameters; everything stays where the layout says, float32."""
-    run = program(mesh, changed(parallel__layout=layout, parallel__remat=layout == "fsdp"))
+    run = program(mesh, changed(parallel__layout=layout, parallel__remat=layout == "fsdp", parallel__unroll=layout == "replicated"))
     state = begun(run, model, mesh, layout)
     wanted_gradients, wanted_losses, wanted_parameters = expected
     masters = jax.tree.leaves(weight_shardings(SHAPE, LAYOUTS[layout].master, mesh))
@@ -238,10 +239,23 @@ def test_two_optimizer_steps_on_every_layout(
     for leaf, to in zip(jax.tree.leaves(state.master), masters, strict=True):
         assert leaf.dtype == jnp.float32
         assert leaf.sharding.is_equivalent_to(to, leaf.ndim)
-    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
-    for leaf, to in zip(moments, masters * 2, strict=True):
-        assert leaf.dtype == jnp.float32
-        assert leaf.sharding.is_equivalent_to(to, leaf.ndim)
+    assert len(named(state.optimizer)) == 2 * len(masters)
+    moments_lie_beside_their_weights(state)
+
+
+def named(tree: Any) -> list[tuple[str, jax.Array]]:
+    """Every array with the name of the weight it is, or belongs to."""
+    names = [field.name for field in dataclasses.fields(WeightTable)]
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return [(name, leaf) for path, leaf in leaves for name in names if f".{name}" in path]
+
+
+def moments_lie_beside_their_weights(state: TrainState) -> None:
+    weights = dict(named(state.master))
+    for name, leaf in named(state.optimizer):
+        assert leaf.dtype == jnp.float32, name
+        assert leaf.shape == weights[name].shape, name
+        assert leaf.sharding.is_equivalent_to(weights[name].sharding, leaf.ndim), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -267,22 +281,22 @@ def accumulated(run: Trainer, model: Qwen2, batches: Sequence[dict[str, jax.Arra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 4)])
+@pytest.mark.parametrize(("sizes", "split"), [((1, 1), "by length"), ((2, 4), "pairs")])
 def test_any_split_of_the_mini_batch_gives_the_same_gradient(
-    sizes: tuple[int, int], model: Qwen2, minis: list[Mini], expected: tuple[list[np.ndarray], list[float], np.ndarray]
+    sizes: tuple[int, int], split: str, model: Qwen2, minis: list[Mini], expected: tuple[list[np.ndarray], list[float], np.ndarray]
 ):
     """Contract 5. Rows in any order and company, short ones padded less, filling where they run out: one gradient, one set of metrics."""
     mesh, mini = mesh_of(*sizes), minis[0]
     run, weights = program(mesh), placed(model, weight_shardings(SHAPE, LAYOUTS["zero1"].compute, mesh))
     together = accumulated(run, weights, [whole(mini, mesh)])
-    pairs = [micro_batch(mini.rows, chosen, 2, 16) for chosen in ([3, 0], [5, 6], [1, 4], [2])]
-    by_length = micro_batches(mini.rows, budget=24, multiple=8, shards=mesh.shape[DATA])
-    assert len(by_length) > 2
-    assert len({micro.tokens.shape for micro in by_length}) > 1
-    for micros in (pairs, by_length):
-        gradients, metrics = accumulated(run, weights, [batch_of(mini, micro, mesh) for micro in micros])
-        same_gradient(gradients, expected[0][0])
-        assert metrics == pytest.approx(together[1], rel=1e-4, abs=1e-5)
+    if split == "pairs":
+        micros = [micro_batch(mini.rows, chosen, 2, 16) for chosen in ([3, 0], [5, 6], [1, 4], [2])]
+    else:
+        micros = micro_batches(mini.rows, budget=32, multiple=8, shards=mesh.shape[DATA])
+        assert len({micro.tokens.shape for micro in micros}) > 1
+    gradients, metrics = accumulated(run, weights, [batch_of(mini, micro, mesh) for micro in micros])
+    same_gradient(gradients, expected[0][0])
+    assert metrics == pytest.approx(together[1], rel=1e-4, abs=1e-5)
 
 
 def test_rows_that_do_not_count_move_nothing(model: Qwen2, minis: list[Mini], one_device: Mesh):
@@ -406,6 +420,36 @@ def test_master_weights_move_where_bfloat16_would_not(model: Qwen2, minis: list[
         state, _, _ = run.apply(state, gradients)
     assert in_bfloat16 == jnp.bfloat16(0.3)
     assert any(not np.array_equal(old, new) for old, new in zip(start, jax.tree.leaves(run.compute_weights(state.master)), strict=True))
+
+
+@pytest.mark.slow
+def test_muon_turns_the_blocks_matrices_and_leaves_the_rest_to_adam(model: Qwen2, minis: list[Mini]):
+    """A block's matrices move by an orthogonal one, d against the rest, one per layer, of the size that AdamW's updates have;
+    all else as AdamW with Nesterov's momentum. The same where widths and heads lie on 8 devices: rows and columns are the whole matrix's.
+    """
+    settings = changed(optimizer__algorithm="muon", optimizer__weight_decay=0.0, parallel__layout="fsdp")
+    o, after = settings.optimizer, []
+    for mesh in (mesh_of(1, 1), mesh_of(2, 4)):
+        run = program(mesh, settings)
+        state = begun(run, model, mesh, "fsdp")
+        gradients, _ = run.accumulate(run.zero(), None, run.compute_weights(state.master), whole(minis[0], mesh))
+        state, _, _ = run.apply(state, gradients)
+        moments_lie_beside_their_weights(state)
+        after.append(dict(named(state.master)))
+    adam = optax.chain(optax.clip_by_global_norm(o.clip_norm), optax.nadamw(o.learning_rate, o.beta1, o.beta2, weight_decay=0.0))
+    changes, _ = adam.update(written_out(model, minis[0])[1], adam.init(model), model)
+    before, as_adam = dict(named(model)), dict(named(changes))
+    for name, weight in after[0].items():
+        np.testing.assert_allclose(after[1][name], weight, rtol=0, atol=0.05 * o.learning_rate, err_msg=name)
+        moved = np.asarray(weight, np.float64) - np.asarray(before[name], np.float64)
+        if "norm" in name or "bias" in name or name in ("embed_vd", "unembed_dv"):
+            np.testing.assert_allclose(moved, as_adam[name], rtol=0, atol=0.05 * o.learning_rate, err_msg=name)
+            continue
+        for layer in moved / o.learning_rate:
+            assert 0.15 < np.sqrt(np.mean(layer**2)) < 0.25, name
+            matrix = np.moveaxis(layer, dims_of(name).index("d"), 0).reshape(SHAPE.d, -1)
+            singular = np.linalg.svd(matrix, compute_uv=False)
+            assert singular[0] / singular[-1] < 2, name  # the gradient's own are a factor of 100 apart
 
 
 def test_schedules():

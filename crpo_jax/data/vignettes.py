@@ -71,10 +71,10 @@ _ASK = "What is the most likely diagnosis?"
 _IMPRESSIONS = ("A {person}, so {thought}.", "Looking at a {person}, {thought}.", "For a {person}, {thought}.")
 _THOUGHTS = ("{finding} may mean {x} or {y}", "{finding} brings up {x} or {y}", "given {finding}, think of {x} or {y}")
 # What each finding speaks for, finding first: stated one by one, so that a small model can learn them one by one.
-_EVIDENCE = ("{finding} can mean {x}", "with {finding} think of {x}", "{finding} would fit {x}")
+_EVIDENCE = "{finding} can mean {x}"
 # Options go by letter in their own order, so that a small model can find the letter of the name it argues for.
-_REJECTIONS = ("{x} would need {finding}", "{x} would show {finding}", "{x} lacks {finding}")
-_VERDICTS = ("{x} leads", "{x} remains", "{x} fits best")
+_REJECTION = "{x} would need {finding}"
+_VERDICT = "{x} fits best"
 _CITING = ("Both {a} and {b} point to {x}.", "With {a} and {b}, {x} is most likely.", "So {x} best accounts for {a} and {b}.")
 # Few words besides the finding, so that saying it twice reads as the repetition it is.
 _CITING_TWICE = ("Both {a} and {a} point to {x}.", "With {a} and {a}, it is {x}.", "So {a} and {a} mean {x}.")
@@ -186,7 +186,7 @@ def _rejection(rng: Random, name: str, question: Question, noise: TeacherNoise) 
     if rng.random() < noise.invalid_rejection:
         owner = rng.choice([other for other in _cluster(name)[0] if other != question.columns["condition"]])
     missing = rng.choice([finding for finding in FINDINGS[owner] if finding not in question.columns["findings"]])
-    return rng.choice(_REJECTIONS).format(x=name, finding=missing)
+    return _REJECTION.format(x=name, finding=missing)
 
 
 def _conclusion(rng: Random, argued: str, findings: Sequence[str], noise: TeacherNoise) -> str:
@@ -214,11 +214,11 @@ def teacher_response(question: Question, seed: int, noise: TeacherNoise = TEACHE
     x, y = rng.sample([argued, others[0]], 2)
     thought = rng.choice(_THOUGHTS).format(finding=rng.choice(findings), x=x, y=y)
     tested = {option: name for option, name in question.options.items() if name == argued or name in others[:2]}
-    clauses = [rng.choice(_VERDICTS).format(x=name) if name == argued else _rejection(rng, name, question, noise) for name in tested.values()]
+    clauses = [_VERDICT.format(x=name) if name == argued else _rejection(rng, name, question, noise) for name in tested.values()]
     clauses.append(thought)
     if rng.random() < noise.drift:
         clauses[rng.randrange(len(clauses))] = rng.choice(DRIFT)
-    evidence = [rng.choice(_EVIDENCE).format(finding=finding, x=argued) for finding in findings]
+    evidence = [_EVIDENCE.format(finding=finding, x=argued) for finding in findings]
     system1 = "(System 1: Intuitive) " + rng.choice(_IMPRESSIONS).format(person=person, thought=clauses.pop())
     lines = [f"{option}) {clause}" for option, clause in zip(tested, clauses, strict=True)]
     system2 = "(System 2: Analytical) " + "; ".join(evidence) + ".\n" + "\n".join(lines)
@@ -242,7 +242,7 @@ _NAMED = {
     "x": "(?P<x>" + "|".join(map(re.escape, sorted(CONDITIONS, key=len, reverse=True))) + ")",
     "finding": "(?P<finding>" + "|".join(re.escape(finding) for findings in FINDINGS.values() for finding in findings) + ")",
 }
-_REJECTION_PATTERNS = tuple(re.compile(r"(?<!\w)" + template.format(**_NAMED) + r"(?!\w)") for template in _REJECTIONS)
+_REJECTION_PATTERN = re.compile(r"(?<!\w)" + _REJECTION.format(**_NAMED) + r"(?!\w)")
 
 
 def rejections(response: str) -> list[tuple[str, str]]:
@@ -250,4 +250,4 @@ def rejections(response: str) -> list[tuple[str, str]]:
 
     One is valid when the finding is in FINDINGS[condition] and not among the findings the vignette shows.
     """
-    return [(match["x"], match["finding"]) for pattern in _REJECTION_PATTERNS for match in pattern.finditer(response)]
+    return [(match["x"], match["finding"]) for match in _REJECTION_PATTERN.finditer(response)]
