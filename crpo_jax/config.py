@@ -126,7 +126,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Optimizer:
-    algorithm: Literal["adamw", "muon"] = setting("adamw", "muon: orthogonalised momentum for the matrices of the blocks, AdamW elsewhere", source="code")
+    algorithm: Literal["adamw", "muon"] = setting("adamw", "muon: orthogonal momentum for the blocks' matrices, AdamW elsewhere", source="code")
     learning_rate: float = setting(1e-6, "peak learning rate", source="paper", low=0)
     schedule: Literal["constant", "cosine", "linear"] = setting("constant", "after the warm-up", source="code")
     warmup_steps: int = setting(0, "linear warm-up", unit="optimizer steps", source="code", low=0)

@@ -21,10 +21,20 @@ VOCAB_SIZE = 1280
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TRAINING_VIGNETTES = 4096
 
-# What may become one token at most, first match first: the response format's own marks, so that ordinary merges make each
-# a token or two, and an option's letter with its bracket one, next to the option's name; words, with the hyphens and slashes of "anti-CCP" and "mg/dL"; single digits; runs of symbols; white space.
-SPLIT = (
-    r"\(System [12]: \p{L}+\)|</?\p{L}+>| ?\\boxed\{|[A-Z]\)| ?[\p{L}\p{M}]+(?:[-/][\p{L}\p{M}]+)*| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+# What may become one token at most, first match first.
+SPLIT = "|".join(
+    (
+        r"\(System [12]: \p{L}+\)",  # the response format's own marks: ordinary merges make each a token or two
+        r"</?\p{L}+>",
+        r" ?\\boxed\{",
+        r"[A-Z]\)",  # an option's letter with its bracket, so that it stands next to the option's name
+        r" ?[\p{L}\p{M}]+(?:[-/][\p{L}\p{M}]+)*",  # words, with the hyphens and slashes of "anti-CCP" and "mg/dL"
+        r" ?\p{N}",  # single digits
+        r" ?[^\s\p{L}\p{M}\p{N}]+",  # runs of symbols
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
 )
 
 CHAT_TEMPLATE = (

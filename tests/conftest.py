@@ -4,8 +4,6 @@ Programs of modules that say `usefixtures("quick_compiles")` are compiled with f
 CRPO_JAX_FULL_OPTIMIZATION=1 compiles them as a run would. JAX_COMPILATION_CACHE_DIR=FOLDER keeps programs between runs.
 """
 
-# ruff: noqa: E402 (the devices are set before jax is imported, the checks before anything of ours is)
-
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

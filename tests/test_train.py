@@ -30,6 +30,8 @@ SMALL = [
     "crpo.group_size=2",
     "sft.steps=2",
     "sft.batch_size=8",
+    "sft.optimizer.algorithm=adamw",
+    "parallel.unroll=false",
     "run.eval_every=2",
     "run.save_every=2",
 ]

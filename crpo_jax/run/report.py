@@ -177,6 +177,7 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
                 points = [(row["step"], row[held_out[name]]) for row in measured]
                 axis.plot(*zip(*points, strict=True), "o", color=drawn.get_color(), markersize=5)
         axis.set(title=title, xlabel="RL step", ylabel=y)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=8)

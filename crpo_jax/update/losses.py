@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 Aggregation = Literal["token_mean", "sequence_mean"]
 
 ADVANTAGE_EPS = 1e-6
-KL_LOG_RATIO_BOUND = 20.0  # e^20; beyond it exp would overflow float32 into inf - inf
+LOG_RATIO_BOUND = 20.0  # beyond it exp would overflow float32 into inf - inf
+KL_BOUND = 10.0  # [code] k3 has a tail: one token of log-ratio 10 would outweigh the whole mini-batch's policy gradient
 
 
 def group_advantages(rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"]) -> Float[np.ndarray, "p g"]:
@@ -45,16 +46,19 @@ def row_weights(lengths: Int[np.ndarray, " b"], counted: Bool[np.ndarray, " b"],
 
 
 def k3(logprobs: Float[Array, "b t"], reference: Float[Array, "b t"]) -> Float[Array, "b t"]:
-    """Equation 2 per token: ratio - log ratio - 1 of reference over policy, never negative; the log-ratio is clamped before exp."""
-    log_ratio = jnp.clip(reference - logprobs, -KL_LOG_RATIO_BOUND, KL_LOG_RATIO_BOUND)
-    return jnp.expm1(log_ratio) - log_ratio
+    """Equation 2 per token: ratio - log ratio - 1 of reference over policy, never negative.
+
+    The log-ratio is clamped before exp and the estimate bounded, as in the authors' trainer; beyond either it has no gradient.
+    """
+    log_ratio = jnp.clip(reference - logprobs, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return jnp.minimum(jnp.expm1(log_ratio) - log_ratio, KL_BOUND)
 
 
 def clipped_objective(
     log_ratio: Float[Array, "b t"], advantages: Float[Array, " b"], clip_low: float, clip_high: float
 ) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
     """PPO's min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), and where the clipped side was the smaller."""
-    ratio = jnp.exp(jnp.clip(log_ratio, -KL_LOG_RATIO_BOUND, KL_LOG_RATIO_BOUND))
+    ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
     free, clipped = ratio * advantages[:, None], jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages[:, None]
     return jnp.minimum(free, clipped), clipped < free
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from optax.contrib import MuonDimensionNumbers
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
+from optax.contrib import MuonDimensionNumbers
 
 from crpo_jax import config
 from crpo_jax.model.attention import Implementation
@@ -103,7 +103,7 @@ def like_masters(moments: Qwen2, shardings: Qwen2) -> Any:
     return jax.tree.map(lambda part, to: part if isinstance(part, absent) else to, moments, shardings, is_leaf=lambda part: isinstance(part, absent))
 
 
-def matrices(model: Qwen2) -> Any:
+def matrices(model: Any) -> Any:
     """Which axes of a stacked weight are its rows and columns: d and the rest. None for what is no matrix of a block."""
 
     def axes(name: str, dims: str) -> Any:
@@ -166,9 +166,7 @@ def trainer(
     def outputs(weights: Qwen2, batch: Batch, with_entropy: bool) -> tuple[Array, Array]:
         weights = place.ends(weights)
         b, t = batch["tokens"].shape
-        hidden = hidden_states(
-            weights, batch["tokens"], shape, placement=place, remat=parallel.remat, unroll=parallel.unroll, attention=attention
-        )
+        hidden = hidden_states(weights, batch["tokens"], shape, placement=place, remat=parallel.remat, unroll=parallel.unroll, attention=attention)
         targets = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
         chunk = chunk_length(t, b // data_size(mesh), parallel.logprob_chunk)
         constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, LOGITS_BTV))
