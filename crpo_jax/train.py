@@ -40,6 +40,8 @@ def train(settings: Config, workdir: Path) -> None:
     prompt_of = {question.id: prompt for question, prompt in zip(training.questions, training.prompts, strict=True)}
     batches = Batches(training.questions, crpo.prompts_per_step, settings.run.seed)
     steps, updates_per_step = crpo.steps or batches.steps(crpo.epochs), crpo.prompts_per_step // crpo.mini_batch_prompts
+    scorer = Scorer(settings.reward, text.effective)
+    examiner = Scorer(dataclasses.replace(settings.reward, design="crpo"), text.effective)  # designs are compared by one measure
     writer = jax.process_index() == 0
     open_workdir(workdir, settings, writes=writer)
     folder = start.start_folder(settings, shape, mesh, text, workdir)
@@ -54,8 +56,6 @@ def train(settings: Config, workdir: Path) -> None:
     if done:
         state = checkpoints.restore(done, state)
     log, progress, stop = Log(workdir, done, writes=writer), Progress(steps, done, speaks=writer), Stop()
-    scorer = Scorer(settings.reward, text.effective)
-    examiner = Scorer(dataclasses.replace(settings.reward, design="crpo"), text.effective)  # designs are compared by one measure
     progress.keep(report.opening(settings, shape, mesh, (done, steps), (training, held_out), folder, workdir))
 
     with log, scorer, examiner, checkpoints, stop:

@@ -1,13 +1,18 @@
 """8 virtual CPU devices for every test, array shapes checked at run time, small models with a different size for every dim.
 
-Programs of modules that say `usefixtures("quick_compiles")` are compiled with few optimizations, which halves their time;
-CRPO_JAX_FULL_OPTIMIZATION=1 compiles them as a run would. JAX_COMPILATION_CACHE_DIR=FOLDER keeps programs between runs.
+Most of the time goes into compiling: XLA's older emitters take a third of it, and modules that say
+`usefixtures("quick_compiles")` go without most optimizations. CRPO_JAX_FULL_OPTIMIZATION=1 compiles everything as a run
+would. JAX_COMPILATION_CACHE_DIR=FOLDER keeps programs between runs.
 """
 
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+FULL = bool(os.environ.get("CRPO_JAX_FULL_OPTIMIZATION"))
+OLDER_EMITTERS = ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") and not FULL else []  # 0.11 has none
+FLAGS = ["--xla_force_host_platform_device_count=8", *OLDER_EMITTERS]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import functools
@@ -49,6 +54,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import settings
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from crpo_jax.model.qwen2 import Qwen2
@@ -87,10 +93,7 @@ def placed(model: Qwen2, shardings: Qwen2) -> Qwen2:
 
 @pytest.fixture(scope="module")
 def quick_compiles() -> Iterator[None]:
-    if os.environ.get("CRPO_JAX_FULL_OPTIMIZATION"):
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", not FULL)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
@@ -134,3 +137,23 @@ def mesh(request: pytest.FixtureRequest) -> Mesh:
 @pytest.fixture(scope="session")
 def one_device() -> Mesh:
     return mesh_of(1, 1)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that several runs of a module need, subprocesses included, are compiled by the first: each run makes them anew."""
+    before = {
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": jax.config.jax_persistent_cache_min_compile_time_secs,
+        "jax_disable_most_optimizations": False,
+    }
+    changed = dict(zip(before, (str(tmp_path_factory.mktemp("programs")), 0.0, True), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()  # a cache that was asked before has settled where it looks
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -120,7 +120,18 @@ def test_k3_is_equation_2():
     draw = np.random.default_rng(0)
     policy, reference = draw.normal(size=(2, 3, 4)) - 2
     ratio = np.exp(reference - policy)
-    np.testing.assert_allclose(k3(jnp.float32(policy), jnp.float32(reference)), ratio - np.log(ratio) - 1, rtol=1e-4, atol=1e-6)
+    expected = ratio - np.log(ratio) - 1
+    assert 5 < expected.max() < 11
+    np.testing.assert_allclose(k3(jnp.float32(policy), jnp.float32(reference)), np.minimum(expected, 10), rtol=1e-4, atol=1e-6)
+
+
+def test_k3_is_at_most_10_and_has_no_gradient_beyond():
+    """One token of log-ratio 10 would count 22,015 and be the whole mini-batch's loss. The bound is the authors' trainer's."""
+    policy, reference = jnp.zeros((1, 4)), jnp.array([[2.5, 2.6, 10.0, -20.0]])
+    expected = [math.exp(2.5) - 3.5, math.exp(2.6) - 3.6, 10, 10]
+    np.testing.assert_allclose(k3(policy, reference)[0], expected, rtol=1e-5)
+    gradient = jax.grad(lambda x: jnp.sum(k3(x, reference)))(policy)[0]
+    np.testing.assert_allclose(gradient, [1 - math.exp(2.5), 1 - math.exp(2.6), 0, 0], rtol=1e-5)
 
 
 def test_k3_is_zero_at_equality_and_nowhere_negative():
@@ -228,7 +239,7 @@ def written_out(x: dict[str, Any], clip_low: float, clip_high: float, kl_coef: f
         ratio = math.exp(float(x["logprobs"][i, j]) - float(x["old"][i, j]))
         advantage, gap = float(x["advantages"][i]), float(x["reference"][i, j]) - float(x["logprobs"][i, j])
         policy = min(ratio * advantage, min(max(ratio, 1 - clip_low), 1 + clip_high) * advantage)
-        divergence = math.exp(gap) - gap - 1
+        divergence = min(math.exp(gap) - gap - 1, 10.0)
         total -= float(x["weights"][i]) * (policy - kl_coef * divergence + entropy_coef * float(x["entropy"][i, j]))
     return total
 

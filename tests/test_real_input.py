@@ -13,6 +13,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_once")
 def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, capfd):
     torch = pytest.importorskip("torch", reason="builds the folder with transformers and compares logits: needs torch")
     if not (SHARED / "medqa").is_dir():
