@@ -133,7 +133,7 @@ class Optimizer:
     beta1: float = setting(0.9, "AdamW", source="code", low=0, high=1)
     beta2: float = setting(0.999, "AdamW", source="code", low=0, high=1)
     eps: float = setting(1e-8, "AdamW", source="code", low=0)
-    weight_decay: float = setting(0.01, "AdamW, on matrices only", source="code", low=0)
+    weight_decay: float = setting(0.01, "on every tensor, as the authors' trainer has it", source="code", low=0)
     clip_norm: float = setting(1.0, "global gradient norm; 0 is off", source="code", low=0)
 
 
@@ -267,8 +267,8 @@ def build(kind: type, values: Any, where: str, prefix: str = "", base: Any = Non
         key = f"{prefix}{name}"
         if name not in fields_:
             close = difflib.get_close_matches(str(name), fields_, n=1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-            raise InputError(f"{where}: {key}: unknown key{hint} The legal keys here: {', '.join(fields_)}")
+            hint = f"; did you mean {prefix}{close[0]}? The" if close else "; the"
+            raise InputError(f"{where}: {key}: unknown key{hint} legal keys here: {', '.join(fields_)}")
         if is_section(hints[name]):
             changed[name] = build(hints[name], {} if value is None else value, where, key + ".", getattr(base, name))
             continue

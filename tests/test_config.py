@@ -146,7 +146,7 @@ BAD_FILES = [
         "reward: {cross_reference: {min_term: 1}}",
         "FILE: reward.cross_reference.min_term: unknown key; did you mean reward.cross_reference.min_terms?",
     ),
-    ("zzz: 1", "FILE: zzz: unknown key The legal keys here: model, tokenizer, data,"),
+    ("zzz: 1", "FILE: zzz: unknown key; the legal keys here: model, tokenizer, data,"),
     ("1: 2", "FILE: 1: unknown key"),
     ("[1, 2]", "FILE: the file: expected a mapping of settings, got [1, 2]"),
     ("just text", "FILE: the file: expected a mapping of settings, got 'just text'"),
