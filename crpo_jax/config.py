@@ -432,6 +432,15 @@ def from_arguments(args: argparse.Namespace, default: Path | None = None, model:
     return load(args.config or default, overrides, model)
 
 
+def for_platform(args: argparse.Namespace, platform: str) -> tuple[Config, str]:
+    """The config a command line asks for, or the platform's default, and its name; says which default it took."""
+    path = Path(args.config) if args.config else default_config(platform)
+    settings = from_arguments(args, path)
+    if not args.config:
+        print(f"no --config given: {path.name}, the default on {platform}", file=sys.stderr)
+    return settings, path.stem
+
+
 def run_command(name: str, main: typing.Callable[[], None]) -> typing.NoReturn:
     """Runs a command's main: bad input is one line on standard error and exit code 2, an interrupt is exit code 130."""
     try:

@@ -18,11 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = config.parser("sft", __doc__ or "")
     args = parser.parse_args(arguments)
     start_distributed()
-    default = config.default_config(jax.default_backend())
-    settings = config.from_arguments(args, default)
-    if not args.config:
-        print(f"no --config given: {default.name}, the default on {jax.default_backend()}", file=sys.stderr)
-    workdir = Path(args.workdir or f"runs/{Path(args.config or default).stem}-sft")
+    settings, name = config.for_platform(args, jax.default_backend())
+    workdir = Path(args.workdir or f"runs/{name}-sft")
     mesh = make_mesh(settings.parallel.mesh)
     shape = setup.shape_for(settings, mesh)
     text = setup.text_for(settings, shape)

@@ -1,7 +1,6 @@
 """CRPO: sample, score, update, on one mesh. `python -m crpo_jax.train --help` lists every setting."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from crpo_jax.data.loader import Batches
 from crpo_jax.model.placement import to_sampling
 from crpo_jax.parallel.mesh import data_size, make_mesh, start_distributed
 from crpo_jax.reward.rules import Score
-from crpo_jax.reward.scoring import Scorer
+from crpo_jax.reward.scoring import Scorer, ScoringError
 from crpo_jax.run import evaluation, report, setup, start
 from crpo_jax.run.checkpoint import Checkpoints
 from crpo_jax.run.metrics import Log, Progress
@@ -144,11 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = config.parser("train", __doc__ or "")
     args = parser.parse_args(arguments)
     start_distributed()
-    default = config.default_config(jax.default_backend())
-    settings = config.from_arguments(args, default)
-    if not args.config:
-        print(f"no --config given: {default.name}, the default on {jax.default_backend()}", file=sys.stderr)
-    train(settings, Path(args.workdir or f"runs/{Path(args.config or default).stem}"))
+    settings, name = config.for_platform(args, jax.default_backend())
+    try:
+        train(settings, Path(args.workdir or f"runs/{name}"))
+    except ScoringError as error:
+        raise SystemExit(f"crpo_jax.train: stopped, the reward is at fault: {error}") from None
 
 
 if __name__ == "__main__":

@@ -117,12 +117,16 @@ def test_a_failing_reward_is_counted_and_carries_no_gradient(tmp_path, monkeypat
         "    return [float(len(completion)) for completion in completions]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    metrics = run(tmp_path / "run", "crpo.steps=1", "reward.design=picky:rate", "reward.max_failed_share=1.0")
+    metrics = run(tmp_path / "run", "crpo.steps=1", "reward.design=crpo*0.5+picky:rate*0.01", "reward.max_failed_share=1.0")
     rows = samples(tmp_path / "run")
     failed = [row for row in rows if "error" in row]
     assert failed
     assert metrics[0]["reward/failed"] == pytest.approx(len(failed) / len(rows))
     assert all("an e" in row["traceback"] and row["advantage"] == 0 for row in failed)
+    assert metrics[0]["reward/component/picky:rate"] > 0
+    assert metrics[0]["reward/mean"] == pytest.approx(0.5 * metrics[0]["reward/component/crpo"] + 0.01 * metrics[0]["reward/component/picky:rate"])
+    with pytest.raises(SystemExit, match="the reward is at fault"):
+        run(tmp_path / "strict", "crpo.steps=1", "reward.design=picky:rate", "reward.max_failed_share=0.01")
 
 
 def test_a_workdir_of_another_config_is_refused(whole):

@@ -48,6 +48,9 @@ def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
     good = [one for one in scored if isinstance(one, Score)]
     names = ("accuracy", "format", "cross_reference", "consistency")
     means = {f"reward/{name}": mean([getattr(one, name) for one in good]) for name in names}
+    summed = sorted({name for one in good for name in one.components}) if any(len(one.components) > 1 for one in good) else []
+    for name in summed:  # a design that sums several rewards: each on its own, before its weight
+        means[f"reward/component/{name}"] = mean([value for one in good if (value := one.components.get(name)) is not None])
     return {"reward/mean": mean([one.total for one in good]), **means, "reward/failed": 1 - len(good) / max(len(scored), 1)}
 
 

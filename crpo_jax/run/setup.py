@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -133,8 +133,8 @@ def fresh_model(settings: config.Config, shape: Shape, mesh: Mesh) -> Qwen2:
     return jax.jit(lambda key: initial(shape, key), out_shardings=shardings)(jax.random.key(settings.run.seed))
 
 
-def sampler(settings: config.Config, shape: Shape, mesh: Mesh, text: Text, **changed: Any) -> Engine:
-    """The engine with the settings of `rollout`; `changed` replaces some of them."""
-    rollout = {**config.as_dict(settings.rollout), **changed}
-    how = Sampling(rollout["temperature"], rollout["top_p"], rollout["top_k"], text.stop_ids)
-    return Engine(shape, mesh, how, rollout["max_new_tokens"], rollout["slots"], rollout["chunk"])
+def sampler(settings: config.Config, shape: Shape, mesh: Mesh, text: Text) -> Engine:
+    """The engine with the settings of `rollout`."""
+    rollout = settings.rollout
+    how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, text.stop_ids)
+    return Engine(shape, mesh, how, rollout.max_new_tokens, rollout.slots, rollout.chunk)
