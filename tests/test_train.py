@@ -112,17 +112,17 @@ def test_one_cold_start_serves_two_designs(whole, tmp_path):
 def test_a_failing_reward_is_counted_and_carries_no_gradient(tmp_path, monkeypatch):
     (tmp_path / "picky.py").write_text(
         "def rate(prompts, completions, **columns):\n"
-        "    if any('e' in completion for completion in completions):\n"
-        "        raise ValueError('an e')\n"
+        "    if any(len(completion) % 3 == 0 for completion in completions):\n"
+        "        raise ValueError('a multiple of three')\n"
         "    return [float(len(completion)) for completion in completions]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     metrics = run(tmp_path / "run", "crpo.steps=1", "reward.design=crpo*0.5+picky:rate*0.01", "reward.max_failed_share=1.0")
     rows = samples(tmp_path / "run")
     failed = [row for row in rows if "error" in row]
-    assert failed
+    assert 0 < len(failed) < len(rows)
     assert metrics[0]["reward/failed"] == pytest.approx(len(failed) / len(rows))
-    assert all("an e" in row["traceback"] and row["advantage"] == 0 for row in failed)
+    assert all("a multiple of three" in row["traceback"] and row["advantage"] == 0 for row in failed)
     assert metrics[0]["reward/component/picky:rate"] > 0
     assert metrics[0]["reward/mean"] == pytest.approx(0.5 * metrics[0]["reward/component/crpo"] + 0.01 * metrics[0]["reward/component/picky:rate"])
     with pytest.raises(SystemExit, match="the reward is at fault"):

@@ -1,6 +1,7 @@
 """What a run leaves to read: metrics.jsonl, samples.jsonl, TensorBoard, and the line that says what is happening."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -36,10 +37,12 @@ class Log:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         if self._writes:
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            measured = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            self._metrics.write(json.dumps({"step": step, **measured}) + "\n")
             self._metrics.flush()
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            for name, value in measured.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if self._writes:
