@@ -1,6 +1,7 @@
 """config.json -> Shape: the published configs, both spellings of rope, and one line for each thing that is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -96,3 +97,27 @@ def test_names_spell_the_dims():
         names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
         name = next(name for name in names if "_" in name)
         assert weight.shape == shape.dims(("l" if "blocks" in names else "") + dims_of(name)), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"head_dim": "64"}, "head_dim: expected a positive whole number, got '64'"),
+        ({"head_dim": -2}, "head_dim: expected a positive whole number, got -2"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: expected a positive number, got None"),
+        ({"rope_theta": "x"}, "rope_theta: expected a positive number, got 'x'"),
+        ({"rope_scaling": [1]}, "rope_parameters: expected a mapping, got [1]"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected True or False, got 'false'"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(changed, expected):
+    sizes = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 256,
+        "num_hidden_layers": 2,
+    }
+    with pytest.raises(InputError, match=re.escape(expected)):
+        shape_of({**sizes, **changed})

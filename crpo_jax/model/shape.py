@@ -39,7 +39,16 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
     wanted("model_type", config.get("model_type", "qwen2"), ("qwen2",))
     wanted("hidden_act", config.get("hidden_act", "silu"), ("silu",))
     wanted("use_sliding_window", config.get("use_sliding_window", False), (False,))
+
+    def number(value: Any, key: str) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise InputError(f"{where}: {key}: expected a positive number, got {value!r}")
+        return float(value)
+
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{where}: rope_parameters: expected a mapping, got {rope!r}")
+    wanted("tie_word_embeddings", config.get("tie_word_embeddings", False), (True, False))
     wanted("rope_parameters.rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",))
     sizes = {}
     for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", "num_hidden_layers"):
@@ -51,6 +60,8 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
     if n % k:
         raise InputError(f"{where}: num_attention_heads: expected a multiple of num_key_value_heads={k}, got {n}")
     head = config.get("head_dim") or d // n
+    if not isinstance(head, int) or isinstance(head, bool) or head < 1:
+        raise InputError(f"{where}: head_dim: expected a positive whole number, got {head!r}")
     if head % 2 or (not config.get("head_dim") and d % n):
         raise InputError(f"{where}: hidden_size: expected an even multiple of num_attention_heads={n}, got {d}")
     return Shape(
@@ -62,8 +73,8 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
         v=sizes["vocab_size"],
         l=sizes["num_hidden_layers"],
         tied=bool(config.get("tie_word_embeddings", False)),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=number(rope.get("rope_theta") or config.get("rope_theta") or 10000.0, "rope_theta"),
+        norm_eps=number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
     )
 
 
@@ -76,4 +87,6 @@ def read_shape(folder: str | Path) -> Shape:
         raise InputError(f"model.path: {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path}: expected JSON, got: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a mapping of settings, got {config!r:.60}")
     return shape_of(config, str(path))
