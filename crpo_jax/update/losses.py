@@ -15,7 +15,7 @@ Aggregation = Literal["token_mean", "sequence_mean"]
 
 ADVANTAGE_EPS = 1e-6
 LOG_RATIO_BOUND = 20.0  # beyond it exp would overflow float32 into inf - inf
-KL_BOUND = 10.0  # [code] k3 has a tail: one token of log-ratio 10 would outweigh the whole mini-batch's policy gradient
+KL_BOUND = 10.0  # ours: k3 has a tail: one token of log-ratio 10 would outweigh the whole mini-batch's policy gradient
 
 
 def group_advantages(rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"]) -> Float[np.ndarray, "p g"]:
@@ -48,7 +48,7 @@ def row_weights(lengths: Int[np.ndarray, " b"], counted: Bool[np.ndarray, " b"],
 def k3(logprobs: Float[Array, "b t"], reference: Float[Array, "b t"]) -> Float[Array, "b t"]:
     """Equation 2 per token: ratio - log ratio - 1 of reference over policy, never negative.
 
-    The log-ratio is clamped before exp and the estimate bounded, as in the authors' trainer; beyond either it has no gradient.
+    The log-ratio is clamped before exp and the estimate bounded; beyond either it has no gradient.
     """
     log_ratio = jnp.clip(reference - logprobs, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return jnp.minimum(jnp.expm1(log_ratio) - log_ratio, KL_BOUND)
