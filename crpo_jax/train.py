@@ -116,7 +116,7 @@ def train(settings: Config, workdir: Path) -> None:
             updates = []
             for mini in minis:
                 weights = run.compute_weights(state.master) if updates else weights
-                gradients, totals = run.zero(), None
+                gradients, totals = run.zero()
                 for batch in mini:
                     gradients, totals = run.accumulate(gradients, totals, weights, batch)
                 state, norm, applied = run.apply(state, gradients)

@@ -102,7 +102,7 @@ def main() -> None:
     gradients = placed(abstract(shape), run.states.master)
     state = placed(jax.eval_shape(run.begin, abstract(shape)), run.states)
     weights = placed(abstract(shape, jnp.bfloat16), weight_shardings(shape, layout.compute, mesh))
-    compiled("accumulate", run.accumulate, gradients, None, weights, batch)
+    compiled("accumulate", run.accumulate, gradients, jax.eval_shape(run.zero)[1], weights, batch)
     compiled("apply", run.apply, state, gradients)
 
 

@@ -38,12 +38,11 @@ def cold_start(
     state = run.begin(master)
     for step in range(steps):
         rows = [row for _, row in batches.batch(step)]
-        gradients, totals = run.zero(), None
+        gradients, totals = run.zero()
         weights = run.compute_weights(state.master)
         for batch in _batches(rows, settings, mesh):
             gradients, totals = run.accumulate(gradients, totals, weights, batch)
         state, norm, _ = run.apply(state, gradients)
-        assert totals is not None
         metrics = {"sft/loss": float(totals["sum/nll"] / totals["sum/tokens"]), "sft/gradient_norm": float(norm)}
         if held_out and ((step + 1) % epoch == 0 or step + 1 == steps):
             metrics["sft/held_out_loss"] = mean_loss(run, run.compute_weights(state.master), held_out, settings, mesh)

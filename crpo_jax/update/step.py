@@ -46,7 +46,7 @@ class Trainer(NamedTuple):
     compute_weights(master) -> Qwen2 in the compute type and table
     reference(master) -> Qwen2 in the compute type and reference table
     logprobs(weights, batch) -> log-probs [b, t] of the next tokens
-    zero() -> gradients of 0, to accumulate into; their first metrics are None
+    zero() -> (gradients, metrics) of no rows at all, to accumulate into
     accumulate(gradients, metrics, weights, batch) -> (gradients, metrics) with one more micro-batch
     evaluate(weights, batch) -> the metrics alone
     apply(state, gradients) -> (state, gradient norm, 1.0 where the step was applied)
@@ -56,7 +56,7 @@ class Trainer(NamedTuple):
     compute_weights: Callable[..., Qwen2]
     reference: Callable[..., Qwen2]
     logprobs: Callable[..., Array]
-    zero: Callable[..., Qwen2]
+    zero: Callable[..., tuple[Qwen2, dict[str, Array]]]
     accumulate: Callable[..., tuple[Qwen2, dict[str, Array]]]
     evaluate: Callable[..., dict[str, Array]]
     apply: Callable[..., tuple[TrainState, Array, Array]]
@@ -172,8 +172,7 @@ def trainer(
         constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, LOGITS_BTV))
         return token_logprobs(weights, hidden, targets, temperature, chunk, with_entropy=with_entropy, constrain=constrain)
 
-    def losses(weights: Qwen2, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
-        logprobs, entropy = outputs(weights, batch, with_entropy=loss == "crpo")
+    def loss_of(logprobs: Array, entropy: Array, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
         mask = response_mask(batch) & (batch["weights"] > 0)[:, None]
         if loss == "supervised":
             return supervised_loss(logprobs, mask, batch["weights"])
@@ -192,10 +191,19 @@ def trainer(
             entropy_coef=settings.crpo.entropy_coef,
         )
 
-    def accumulate(gradients: Qwen2, metrics: dict[str, Array] | None, weights: Qwen2, batch: Batch) -> tuple[Qwen2, dict[str, Array]]:
+    def losses(weights: Qwen2, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+        return loss_of(*outputs(weights, batch, with_entropy=loss == "crpo"), batch)
+
+    def zero() -> tuple[Qwen2, dict[str, Array]]:
+        rows, tokens = jnp.zeros(0), jnp.zeros((0, 0))
+        nothing: Batch = {name: rows for name in ("prompt_lengths", "lengths", "advantages", "weights")}
+        nothing |= {name: tokens for name in ("tokens", "old", "reference", "sampler")}
+        gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract(shape))
+        return gradients, loss_of(tokens, tokens, nothing)[1]
+
+    def accumulate(gradients: Qwen2, metrics: dict[str, Array], weights: Qwen2, batch: Batch) -> tuple[Qwen2, dict[str, Array]]:
         new, measured = jax.grad(losses, has_aux=True)(weights, batch)
-        gradients = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), gradients, new)
-        return gradients, measured if metrics is None else combined(metrics, measured)
+        return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), gradients, new), combined(metrics, measured)
 
     def apply(state: TrainState, gradients: Any) -> tuple[TrainState, Array, Array]:
         norm = optax.tree.norm(gradients)
@@ -212,7 +220,7 @@ def trainer(
         compute_weights=jitted(converted, shardings(layout.compute)),
         reference=jitted(converted, shardings(layout.reference)),
         logprobs=jitted(lambda weights, batch: outputs(weights, batch, with_entropy=False)[0], NamedSharding(mesh, TOKENS_BT)),
-        zero=jitted(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract(shape)), master),
+        zero=jitted(zero, (master, whole)),
         accumulate=jitted(accumulate, (master, whole), (0, 1)),
         evaluate=jitted(lambda weights, batch: losses(weights, batch)[1], whole),
         apply=jitted(apply, (states, whole, whole), (0,)),
