@@ -30,6 +30,10 @@ from crpo_jax.update.losses import combined, crpo_loss, supervised_loss
 
 Batch = dict[str, Array]
 
+PER_ROW: tuple[str, ...] = ("prompt_lengths", "lengths", "advantages", "weights")
+PER_TOKEN: tuple[str, ...] = ("tokens", "old", "reference", "sampler")
+"""What a CRPO micro-batch holds: [b] and [b, t]."""
+
 
 class TrainState(NamedTuple):
     """What an optimizer step changes."""
@@ -196,8 +200,7 @@ def trainer(
 
     def zero() -> tuple[Qwen2, dict[str, Array]]:
         rows, tokens = jnp.zeros(0), jnp.zeros((0, 0))
-        nothing: Batch = {name: rows for name in ("prompt_lengths", "lengths", "advantages", "weights")}
-        nothing |= {name: tokens for name in ("tokens", "old", "reference", "sampler")}
+        nothing: Batch = dict.fromkeys(PER_ROW, rows) | dict.fromkeys(PER_TOKEN, tokens)
         gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract(shape))
         return gradients, loss_of(tokens, tokens, nothing)[1]
 
