@@ -19,6 +19,7 @@ ROOMS = {
     "rollout": {"config", "parallel", "model"},
     "update": {"config", "parallel", "model"},
     "run": {"config", "parallel", "model", "data", "reward", "judge", "rollout", "update"},
+    "planner": {"config", "parallel", "model", "rollout", "update"},
 }
 """A room's modules may import those of its own and of the rooms named here: commands -> run -> rollout, update, judge -> model
 -> parallel -> config, with the host's data and reward beside them."""
