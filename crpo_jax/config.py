@@ -181,7 +181,8 @@ class Run:
     seed: int = setting(0, "every random draw of a run follows from it")
     save_every: int = setting(10, "a checkpoint every n steps, and at the end; 0: at the end only", unit="steps", low=0)
     eval_every: int = setting(20, "a held-out evaluation every n steps, besides before and after; 0: those two only", unit="steps", low=0)
-    keep: int = setting(2, "checkpoints kept", low=1)
+    keep: int = setting(2, "newest checkpoints kept", low=1)
+    keep_best: int = setting(1, "checkpoints kept besides: of those saved at a step that was evaluated too, the highest eval/mean", low=0)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = workdir / "coldstart"
     if folder.exists():
         raise InputError(f"--workdir {workdir}: expected no fine-tuned model there yet, got {folder}")
-    open_workdir(workdir, settings)
-    if settings.model.path:
-        master = start.load_masters(hub.model_folder(settings.model.path), settings, mesh)
-    else:
-        master = setup.fresh_model(settings, shape, mesh)
-    start.fine_tuned(settings, shape, mesh, text, master, folder)
+    with open_workdir(workdir, settings):
+        if settings.model.path:
+            master = start.load_masters(hub.model_folder(settings.model.path), settings, mesh)
+        else:
+            master = setup.fresh_model(settings, shape, mesh)
+        start.fine_tuned(settings, shape, mesh, text, master, folder)
     print(f"fine-tuned model: {folder}  (crpo_jax.train takes it as model.path={folder})", file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from crpo_jax import config
-from crpo_jax.config import Config
+from crpo_jax.config import Config, InputError
 from crpo_jax.data.loader import Batches
 from crpo_jax.model.placement import to_sampling
 from crpo_jax.parallel.mesh import data_size, make_mesh, start_distributed
@@ -18,7 +18,7 @@ from crpo_jax.reward.scoring import Scorer, ScoringError
 from crpo_jax.run import evaluation, report, setup, start
 from crpo_jax.run.checkpoint import Checkpoints
 from crpo_jax.run.metrics import Log, Progress
-from crpo_jax.run.workdir import Stop, open_workdir
+from crpo_jax.run.workdir import Fault, Stop, check_inputs, open_workdir
 from crpo_jax.update.batches import Row, aligned, micro_batches, of_rows
 from crpo_jax.update.losses import group_advantages, row_weights
 from crpo_jax.update.step import on_devices, trainer
@@ -27,8 +27,8 @@ EVALUATION = 2**31 - 1
 """Stands for the step in the keys of held-out evaluations: all of them draw the same random numbers."""
 
 
-def train(settings: Config, workdir: Path) -> None:
-    """Runs CRPO to its last step, or resumes it; everything it leaves is in `workdir`."""
+def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
+    """Runs CRPO to its last step, or resumes it; everything it leaves is in `workdir`. `changes` lets another config go on there."""
     crpo, parallel, seed = settings.crpo, settings.parallel, jax.random.key(settings.run.seed)
 
     # ---- what the run starts from ----------------------------------------------------------------------------------
@@ -42,23 +42,29 @@ def train(settings: Config, workdir: Path) -> None:
     scorer = Scorer(settings.reward, text.effective)
     examiner = Scorer(dataclasses.replace(settings.reward, design="crpo"), text.effective)  # designs are compared by one measure
     writer = jax.process_index() == 0
-    open_workdir(workdir, settings, writes=writer)
+    held = open_workdir(workdir, settings, writes=writer, changes=changes)
     folder = start.start_folder(settings, shape, mesh, text, workdir)
+    check_inputs(workdir, setup.digests(training, held_out, text, folder), writes=writer, changes=changes)
 
     # ---- programs and state ----------------------------------------------------------------------------------------
     run = trainer(shape, mesh, settings, settings.optimizer, steps * updates_per_step, loss="crpo")
     engine, gather = setup.sampler(settings, shape, mesh, text), to_sampling(shape, mesh, settings.model.dtype)
     masters = start.load_masters(folder, settings, mesh)
     reference, state = run.reference(masters), run.begin(masters)
-    checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep)
-    done = checkpoints.latest() or 0
+    checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, settings.run.keep_best)
+    done, logged = checkpoints.newest()
+    if done > steps:
+        raise InputError(f"crpo.steps: expected at least the {done} that {workdir} has done, got {steps}")
     if done:
         state = checkpoints.restore(done, state)
-    log, progress, stop = Log(workdir, done, writes=writer), Progress(steps, done, speaks=writer), Stop()
+    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), Stop()
     progress.keep(report.opening(settings, shape, mesh, (done, steps), (training, held_out), folder, workdir))
 
-    with log, scorer, examiner, checkpoints, stop:
+    finished = False
+    with stop, held, log, scorer, examiner, checkpoints:
         for step in range(done, steps + 1):
+            if stop.requested:
+                break
             # ---- evaluate: the policy after `step` steps -----------------------------------------------------------
             measured: dict[str, float] = {}
             if step in (0, steps) or (settings.run.eval_every and step % settings.run.eval_every == 0):
@@ -70,6 +76,7 @@ def train(settings: Config, workdir: Path) -> None:
                 progress.keep(f"step {step}/{steps}  {len(answered)} held-out questions: {report.line(means)}")
             if step == steps:
                 log.step(step, measured)
+                finished = True
                 break
 
             # ---- sample ----------------------------------------------------------------------------------------------
@@ -89,6 +96,8 @@ def train(settings: Config, workdir: Path) -> None:
             advantages = group_advantages(rewards.reshape(grouped), valid.reshape(grouped)).reshape(-1)
             counted = valid & np.array([response.stopped or crpo.truncated == "keep" for response in responses])
             rated = time.perf_counter()
+            if stop.requested:  # the state is still that after `step` steps, and this one comes again the same
+                break
 
             # ---- mini-batches, with the log-probs of the reference and of the policy that sampled --------------------
             rows = [Row(prompts[response.prompt], response.tokens.tolist()) for response in responses]
@@ -130,24 +139,27 @@ def train(settings: Config, workdir: Path) -> None:
             log.samples(report.sample_rows(step, asked, texts, responses, scored, advantages))
             log.step(step, measured)
             progress.show(step + 1, report.line(measured))
-            if stop.requested or step + 1 == steps or (settings.run.save_every and (step + 1) % settings.run.save_every == 0):
-                checkpoints.save(step + 1, state)
-            if stop.requested:
-                progress.keep(f"stopped after step {step + 1} of {steps}; the same command goes on from there")
-                return
+            done = step + 1
+            if done == steps or (settings.run.save_every and done % settings.run.save_every == 0):
+                checkpoints.save(done, state)
+            checkpoints.check()
+        checkpoints.save(done, state)
     if writer:
-        progress.keep(report.closing(workdir, len(held_out.questions)))
+        progress.keep(report.closing(workdir, len(held_out.questions)) if finished else report.stopped(done, steps))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = config.parser("train", __doc__ or "")
+    parser.add_argument("--allow-changes", action="store_true", help="go on in a workdir that holds a run of another config or other data")
     args = parser.parse_args(arguments)
     start_distributed()
     settings, name = config.for_platform(args, jax.default_backend())
     try:
-        train(settings, Path(args.workdir or f"runs/{name}"))
+        train(settings, Path(args.workdir or f"runs/{name}"), changes=args.allow_changes)
     except ScoringError as error:
         raise SystemExit(f"crpo_jax.train: stopped, the reward is at fault: {error}") from None
+    except Fault as fault:
+        raise SystemExit(f"crpo_jax.train: stopped: {fault}") from None
 
 
 if __name__ == "__main__":

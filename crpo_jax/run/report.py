@@ -52,6 +52,11 @@ def opening(
     return "\n".join(lines)
 
 
+def stopped(done: int, steps: int) -> str:
+    """What a run that was asked to stop says when everything is on the disk."""
+    return f"stopped after step {done} of {steps}; the same command goes on from there"
+
+
 def timings(began: float, sampled: float, rated: float, updated: float, tokens: int) -> dict[str, float]:
     """Seconds of a step's phases and response tokens per second; names under time/ are what two equal runs may differ in."""
     phases = {"time/rollout": sampled - began, "time/score": rated - sampled, "time/update": updated - rated}

@@ -1,5 +1,8 @@
 """What a run starts from: tokenizer, questions with their prompts, teacher traces, the start model and the sampler."""
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +86,28 @@ def evaluation_questions(settings: config.Config, text: Text) -> Fitting:
     found = fitting(questions_for(settings.data, settings.data.eval_split), settings.data, text.tokenizer)
     count = settings.data.eval_questions or len(found.questions)
     return Fitting(found.questions[:count], found.prompts[:count], found.dropped)
+
+
+def digests(training: Fitting, asked: Fitting, text: Text, model: Path) -> dict[str, str]:
+    """SHA-256 of what a run reads from outside its config: the same numbers come only from the same inputs."""
+
+    def of_questions(found: Fitting) -> str:
+        rows = ([dataclasses.asdict(question), prompt] for question, prompt in zip(found.questions, found.prompts, strict=True))
+        return hashlib.sha256(b"".join(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n" for row in rows)).hexdigest()
+
+    def of_files(folder: Path, *patterns: str) -> str:
+        total = hashlib.sha256()
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+    return {
+        "training questions": of_questions(training),
+        "held-out questions": of_questions(asked),
+        "tokenizer": of_files(text.folder, "tokenizer.json", "tokenizer_config.json"),
+        "start model": of_files(model, "config.json", "*.safetensors"),
+    }
 
 
 @dataclass(frozen=True)

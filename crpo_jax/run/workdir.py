@@ -1,42 +1,153 @@
-"""The folder a run lives in: its config, and the signals that end a run in good order."""
+"""The folder a run lives in: its config, its inputs, the lock that keeps a second run out, and the signals that end a run in good order."""
 
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
 import os
+import shutil
 import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import BinaryIO
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from crpo_jax import config
 from crpo_jax.config import Config, InputError
 
-MAY_CHANGE = ("crpo.steps", "crpo.epochs", "parallel.", "run.save_every", "run.eval_every", "run.keep", "reward.workers", "reward.time_limit")
-"""Settings that a resumed run may change: they decide how long or how fast it runs, not what it computes up to a step."""
+MAY_CHANGE = (
+    "crpo.steps",
+    "crpo.epochs",
+    "parallel.",
+    "run.save_every",
+    "run.eval_every",
+    "run.keep",
+    "run.limits.",
+    "reward.workers",
+    "reward.time_limit",
+)
+"""Settings that a resumed run may change: they decide how long or how fast it runs, not what it computes up to a step.
+
+How long it runs does decide that where a learning rate schedule ends at the last step.
+"""
+
+ANYWAY = "Take another --workdir, or say --allow-changes to go on with it"
 
 
-def open_workdir(workdir: Path, settings: Config, *, writes: bool = True) -> None:
-    """Makes the folder, or checks that the run in it has the same config; keeps the resolved config in config.yaml."""
+class Fault(Exception):
+    """What ends a run through no fault of its input, such as a full disk: one line with what happened, what is safe and what to do.
+
+    Commands print it on standard error and exit with code 1.
+    """
+
+
+def open_workdir(workdir: Path, settings: Config, *, writes: bool = True, changes: bool = False) -> contextlib.ExitStack:
+    """Makes the folder, or checks that the run in it has the same config; keeps the resolved config in config.yaml.
+
+    No other run can take the folder until the result is closed or the process dies, however it dies. With `changes`,
+    another config is taken over: each difference is said, and the old file stays as config.1.yaml and so on.
+    """
     path = workdir / "config.yaml"
-    if path.exists():
-        changed = [line for line in config.differences(config.load(path), settings) if not line.startswith(MAY_CHANGE)]
-        if changed:
-            raise InputError(f"--workdir {workdir}: expected the config of the run it holds, got {'; '.join(changed)}. Take another --workdir")
-    elif workdir.exists() and any(workdir.iterdir()):
+    if not path.exists() and workdir.exists() and any(path.name != ".lock" for path in workdir.iterdir()):
         raise InputError(f"--workdir {workdir}: expected a new folder or one with a run's config.yaml, got a folder with other files")
+    with contextlib.ExitStack() as held:
+        if writes:
+            held.enter_context(lock(workdir))
+        changed = differences(path, settings) if path.exists() else []
+        if changed and not changes:
+            raise InputError(f"--workdir {workdir}: expected the config of the run it holds, got {'; '.join(changed)}. {ANYWAY}")
+        if changed and writes:
+            number = next(number for number in itertools.count(1) if not (workdir / f"config.{number}.yaml").exists())
+            with writing(workdir):
+                shutil.copyfile(path, workdir / f"config.{number}.yaml")
+            print(f"--allow-changes: {'; '.join(changed)}; the config until now is config.{number}.yaml", file=sys.stderr)
+        if writes:
+            replace(path, config.dump(settings))
+        return held.pop_all()
+    raise AssertionError("an ExitStack lets every exception through")
+
+
+def differences(path: Path, settings: Config) -> list[str]:
+    """The settings that differ from those in the file and are not free to."""
+    before = config.load(path)
+    free = MAY_CHANGE if before.optimizer.schedule == "constant" else tuple(key for key in MAY_CHANGE if not key.startswith("crpo."))
+    return [line for line in config.differences(before, settings) if not line.startswith(free)]
+
+
+def check_inputs(workdir: Path, digests: Mapping[str, str], *, writes: bool = True, changes: bool = False) -> None:
+    """Refuses a run whose questions, tokenizer or start model are no longer what its first steps had; inputs.json keeps their digests."""
+    path = workdir / "inputs.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else digests
+    changed = [name for name, digest in digests.items() if before.get(name) != digest]
+    if changed and not changes:
+        raise InputError(f"--workdir {workdir}: expected the inputs the run in it began with, got other {' and other '.join(changed)}. {ANYWAY}")
+    if changed and writes:
+        print(f"--allow-changes: other {' and other '.join(changed)} than the run began with", file=sys.stderr)
     if writes:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(".yaml.new")
-            fresh.write_text(config.dump(settings), encoding="utf-8")
-            os.replace(fresh, path)
-        except OSError as error:
-            raise InputError(f"--workdir {workdir}: cannot write: {error.strerror}") from None
+        replace(path, json.dumps(dict(digests), indent=2) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """The file with this text, whole or as it was."""
+    fresh = path.with_name(f"{path.name}.new")
+    with writing(path.parent):
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--workdir {workdir}: cannot write: {error.strerror}") from None
+
+
+def lock(workdir: Path) -> BinaryIO:
+    """Takes the workdir for this process, or says which one has it; the kernel lets go of it when the process ends, however."""
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.seek(0)
+            other = file.read(200).decode(errors="replace").strip() or "another process"
+            file.close()
+            raise InputError(f"--workdir {workdir}: expected a folder that no other run is using, got one that {other} has open") from None
+        print(f"--workdir {workdir}: no locks on this file system ({error.strerror}): nothing keeps a second run out of it", file=sys.stderr)
+        return file
+    with writing(workdir):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+    return file
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a request to stop after this step; a second one stops at once."""
+    """Turns the first SIGINT or SIGTERM (a TPU's preemption notice, Slurm's time limit) into a request; a second one ends the process at once.
+
+    A run that is ended at once loses no more than one that is killed: what it did since its last checkpoint.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._noted = False
         self._before: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether any process of the run was asked to stop; every process must ask at the same place."""
+        if jax.process_count() == 1:
+            return self._noted
+        return bool(np.any(multihost_utils.process_allgather(np.int32(self._noted))))
 
     def __enter__(self) -> "Stop":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -44,9 +155,12 @@ class Stop:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+        name = signal.Signals(number).name
+        if self._noted:
+            os.write(2, f"\n{name} again: stopped at once; the same command goes on from the last checkpoint\n".encode())
+            os._exit(128 + number)
+        self._noted = True
+        os.write(2, f"\n{name}: finishing this part of the step, saving, then stopping; once more stops at once\n".encode())
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
