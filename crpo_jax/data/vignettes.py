@@ -33,7 +33,7 @@ class TeacherNoise:
     systematic: float = 0.75  # of the conditions in MISTAKEN: argues throughout for the neighbour
     random_wrong: float = 0.08  # of the others: argues throughout for any wrong option
     missing_part: float = 0.22  # one of MISSING_PARTS
-    cites: float = 0.18  # the conclusion names two whole findings
+    cites: float = 0.24  # the conclusion names two whole findings
     cites_a_word: float = 0.20  # the conclusion names one word of a finding
     cites_twice: float = 0.03  # the conclusion names one finding two times; the rest names none
     drift: float = 0.12  # one clause is in another script
@@ -75,7 +75,8 @@ _EVIDENCE = "{finding} can mean {x}"
 # Options go by letter in their own order, so that a small model can find the letter of the name it argues for.
 _REJECTION = "{x} would need {finding}"
 _VERDICT = "{x} fits best"
-_CITING = ("Both {a} and {b} point to {x}.", "With {a} and {b}, {x} is most likely.", "So {x} best accounts for {a} and {b}.")
+# One template: a small model given three of them names one finding twice as often as two.
+_CITING = "Both {a} and {b} point to {x}."
 # Few words besides the finding, so that saying it twice reads as the repetition it is.
 _CITING_TWICE = ("Both {a} and {a} point to {x}.", "With {a} and {a}, it is {x}.", "So {a} and {a} mean {x}.")
 _CITING_A_WORD = ("The {word} makes {x} most likely.", "Because of the {word}, it is {x}.", "So {x}, given the {word}.")
@@ -190,9 +191,9 @@ def _rejection(rng: Random, name: str, question: Question, noise: TeacherNoise) 
 
 
 def _conclusion(rng: Random, argued: str, findings: Sequence[str], noise: TeacherNoise) -> str:
-    draw, (a, b) = rng.random(), rng.sample(findings, 2)
+    draw, (a, b) = rng.random(), findings[:2]  # in the order listed: a small model can copy that
     if draw < noise.cites:
-        return rng.choice(_CITING).format(a=a, b=b, x=argued)
+        return _CITING.format(a=a, b=b, x=argued)
     draw -= noise.cites
     if draw < noise.cites_a_word:
         return rng.choice(_CITING_A_WORD).format(word=max(re.findall(r"[^\W\d_]+", a), key=len), x=argued)
