@@ -166,6 +166,37 @@ class Sft:
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    """A model behind an OpenAI-compatible server."""
+
+    base_url: str = setting("", "address of the server up to and with /v1, such as http://localhost:8000/v1")
+    model: str = setting("", "name of the model on that server")
+    key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the key; where it is unset, none is sent")
+    temperature: float = setting(0.0, "sampling temperature", low=0, high=2)
+    top_p: float = setting(1.0, "smallest set of tokens with this probability; 1 is off", low=0, high=1)
+    sampling: Literal["send", "omit"] = setting("send", "omit: leave temperature and top_p to the server, for models that refuse them")
+    max_tokens: int = setting(2048, "longest reply, reasoning included", unit="tokens", low=1)
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = setting("max_tokens", "what the server calls that limit")
+    concurrency: int = setting(8, "requests under way at the same time", low=1)
+    timeout: float = setting(600.0, "a request with no whole reply is given up after this", unit="seconds", low=0.001)
+    retries: int = setting(6, "tries after the first, with growing pauses or as Retry-After says", low=0)
+    max_reply_bytes: int = setting(8_000_000, "a larger reply is malformed", unit="bytes", low=1)
+
+
+@dataclass(frozen=True)
+class Distill(Endpoint):
+    temperature: float = setting(0.6, "sampling temperature, as DeepSeek-R1 asks for", low=0, high=2)
+    top_p: float = setting(0.95, "smallest set of tokens with this probability; 1 is off", low=0, high=1)
+    max_tokens: int = setting(16384, "longest reply, reasoning included", unit="tokens", low=1)
+    prompt: Literal["teacher", "crpo"] = setting("teacher", "ask for reasoning and an answer, converted afterwards, or for the dx format itself")
+    attempts: int = setting(1, "tries per question until the answer is right; every reply is kept", low=1)
+    questions: int = setting(0, "questions to ask, from the start of the half that RL does not train on; 0: all", low=0)
+    convert: Literal["extract", "rewrite"] = setting(
+        "extract", "traces into the dx format by rules, every sentence the teacher's, or by asking the model again to write it so"
+    )
+
+
+@dataclass(frozen=True)
 class Parallel:
     mesh: str = setting("", "data x model, in devices, such as 8x1; empty: all devices on the data axis")
     layout: Literal["zero1", "fsdp", "replicated"] = setting("zero1", "which table of crpo_jax.parallel.layout places the tensors")
@@ -197,6 +228,7 @@ class Config:
     crpo: Crpo = section(Crpo)
     optimizer: Optimizer = section(Optimizer)
     sft: Sft = section(Sft)
+    distill: Distill = section(Distill)
     parallel: Parallel = section(Parallel)
     run: Run = section(Run)
 

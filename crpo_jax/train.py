@@ -17,7 +17,8 @@ from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scorer, ScoringError
 from crpo_jax.run import evaluation, report, setup, start
 from crpo_jax.run.checkpoint import Checkpoints
-from crpo_jax.run.metrics import Log, Progress
+from crpo_jax.run.metrics import Log
+from crpo_jax.run.progress import Progress
 from crpo_jax.run.workdir import Fault, Stop, check_inputs, open_workdir
 from crpo_jax.update.batches import Row, aligned, micro_batches, of_rows
 from crpo_jax.update.losses import group_advantages, row_weights

@@ -25,7 +25,8 @@ from crpo_jax.model.placement import weight_shardings
 from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.run.checkpoint import START, Checkpoints, Saved
-from crpo_jax.run.metrics import LOGS, Log, Progress, clock, read_metrics
+from crpo_jax.run.metrics import LOGS, Log, read_metrics
+from crpo_jax.run.progress import Progress, clock
 from crpo_jax.run.workdir import Fault
 from crpo_jax.update.step import Trainer, TrainState, trainer
 

@@ -87,6 +87,7 @@ HOST_MODULES = [
     "crpo_jax.config",
     "crpo_jax.data.question",
     "crpo_jax.score",
+    "crpo_jax.distill",
     *(f"crpo_jax.{path.parent.name}.{path.stem}" for room in ("reward", "judge") for path in sorted((PACKAGE / room).glob("[!_]*.py"))),
 ]
 

@@ -503,6 +503,10 @@ def halves(questions: Sequence[Item], part: str) -> list[Item]:
     return [question for question in questions if (fraction("half", question.id) < 0.5) == (part == "first_half")]
 
 
+OTHER_HALF = {"first_half": "second_half", "second_half": "first_half", "all": "all"}
+"""The part that the cold start takes, by data.part, which RL trains on."""
+
+
 def held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
     """What the cold start trains on and what it holds out, each in the given order: `share` of the distinct ids, at least one.
 

@@ -16,7 +16,7 @@ from crpo_jax import config
 from crpo_jax.config import InputError
 from crpo_jax.data.loader import questions_for
 from crpo_jax.data.prompts import Fitting, encode_response, fitting, load_tokenizer, render_all
-from crpo_jax.data.question import Question, halves, held_out, read
+from crpo_jax.data.question import OTHER_HALF, Question, halves, held_out, read
 from crpo_jax.model import hub
 from crpo_jax.model.placement import weight_shardings
 from crpo_jax.model.qwen2 import Qwen2, initial
@@ -131,8 +131,7 @@ def teacher_traces(settings: config.Config, text: Text) -> Traces:
     elif data.source == "vignettes":
         from crpo_jax.data.vignettes import teacher_response, vignettes
 
-        other = {"first_half": "second_half", "second_half": "first_half", "all": "all"}[data.part]
-        questions = halves(vignettes(data.split, data.vignettes), other)
+        questions = halves(vignettes(data.split, data.vignettes), OTHER_HALF[data.part])
         responses = [teacher_response(question, settings.run.seed) for question in questions]
     else:
         raise InputError(f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher")

@@ -13,7 +13,7 @@ from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.run import setup
 from crpo_jax.run.coldstart import cold_start
-from crpo_jax.run.metrics import Progress
+from crpo_jax.run.progress import Progress
 
 
 def start_folder(settings: config.Config, shape: Shape, mesh: Mesh, text: setup.Text, workdir: Path) -> Path:

@@ -15,13 +15,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from crpo_jax import config
 from crpo_jax.config import Config, InputError
 
+ENDPOINT = ("base_url", "key_variable", "concurrency", "timeout", "retries", "max_reply_bytes")
 MAY_CHANGE = (
     "crpo.steps",
     "crpo.epochs",
@@ -32,6 +29,7 @@ MAY_CHANGE = (
     "run.limits.",
     "reward.workers",
     "reward.time_limit",
+    *(f"{section}.{name}:" for section in ("distill", "judge", "judge.second") for name in ENDPOINT),
 )
 """Settings that a resumed run may change: they decide how long or how fast it runs, not what it computes up to a step.
 
@@ -76,7 +74,7 @@ def open_workdir(workdir: Path, settings: Config, *, writes: bool = True, change
 
 def differences(path: Path, settings: Config) -> list[str]:
     """The settings that differ from those in the file and are not free to."""
-    before = config.load(path)
+    before = config.load(path, model=False)  # it was checked when it was written
     free = MAY_CHANGE if before.optimizer.schedule == "constant" else tuple(key for key in MAY_CHANGE if not key.startswith("crpo."))
     return [line for line in config.differences(before, settings) if not line.startswith(free)]
 
@@ -138,16 +136,22 @@ class Stop:
     A run that is ended at once loses no more than one that is killed: what it did since its last checkpoint.
     """
 
-    def __init__(self) -> None:
-        self._noted = False
+    def __init__(self, doing: str = "finishing this part of the step, saving, then stopping") -> None:
+        self.noted = False  # by this process, which is all that a command without jax needs to know
+        self._doing = doing
         self._before: dict[int, object] = {}
 
     @property
     def requested(self) -> bool:
         """Whether any process of the run was asked to stop; every process must ask at the same place."""
+        import jax  # here, because commands without a model stop in good order too
+
         if jax.process_count() == 1:
-            return self._noted
-        return bool(np.any(multihost_utils.process_allgather(np.int32(self._noted))))
+            return self.noted
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.int32(self.noted))))
 
     def __enter__(self) -> "Stop":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -156,11 +160,11 @@ class Stop:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self._noted:
-            os.write(2, f"\n{name} again: stopped at once; the same command goes on from the last checkpoint\n".encode())
+        if self.noted:
+            os.write(2, f"\n{name} again: stopped at once; the same command goes on from what is saved\n".encode())
             os._exit(128 + number)
-        self._noted = True
-        os.write(2, f"\n{name}: finishing this part of the step, saving, then stopping; once more stops at once\n".encode())
+        self.noted = True
+        os.write(2, f"\n{name}: {self._doing}; once more stops at once\n".encode())
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
