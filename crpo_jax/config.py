@@ -144,12 +144,27 @@ class Crpo:
     prompts_per_step: int = setting(512, "questions per rollout", source="code", low=1)
     group_size: int = setting(5, "responses per question (G)", source="paper", low=2)
     mini_batch_prompts: int = setting(16, "questions per optimizer step", source="code", low=1)
+    advantage: Literal["grpo", "dr_grpo"] = setting(
+        "grpo", "rewards less their group's mean, over its deviation (equation 3); dr_grpo: without the deviation (arXiv 2503.20783)", source="paper"
+    )
+    ratio: Literal["token", "sequence"] = setting(
+        "token", "of probabilities, per token, or one per response (GSPO, arXiv 2507.18071, with aggregation sequence_mean)", source="code"
+    )
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", source="code", low=0, high=1)
-    clip_high: float = setting(0.2, "and above 1 + clip_high", source="code", low=0)
+    clip_high: float = setting(0.2, "and above 1 + clip_high; DAPO (arXiv 2503.14476) has 0.28", source="code", low=0)
+    sequence_clip_low: float = setting(3e-4, "the same for ratio=sequence, which moves far less (arXiv 2507.18071, section 5.1)", low=0, high=1)
+    sequence_clip_high: float = setting(4e-4, "the same for ratio=sequence", low=0)
+    dynamic_sampling: int = setting(
+        0, "further batches of questions sampled at most to replace groups whose rewards are all equal (DAPO)", unit="batches", low=0
+    )
     kl_coef: float = setting(0.001, "beta, weight of the k3 KL to the frozen start", source="paper", low=0)
+    kl_target: float = setting(0.0, "above 0: kl_coef follows the KL to this mean (arXiv 1909.08593, section 2.2)", unit="nats per token", low=0)
+    kl_gain: float = setting(0.1, "of that controller: kl_coef changes by at most 0.2 of it per optimizer step", low=0, high=1)
     entropy_coef: float = setting(0.001, "weight of the entropy bonus; 0 is the paper's text", source="code", low=0)
-    aggregation: Literal["token_mean", "sequence_mean"] = setting(
-        "token_mean", "over all tokens of the mini-batch, or per response and then over responses (equation 1)", source="code"
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = setting(
+        "token_mean",
+        "over all tokens of the mini-batch; per response, then over responses (equation 1); or as if each had rollout.max_new_tokens (Dr. GRPO)",
+        source="code",
     )
     truncated: Literal["keep", "mask"] = setting("keep", "responses cut at rollout.max_new_tokens: trained on, or left out of the gradient")
 
@@ -381,6 +396,8 @@ def check(config: Config, model: bool = True) -> None:
         raise InputError(
             f"crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step={c.crpo.prompts_per_step}, got {c.crpo.mini_batch_prompts}"
         )
+    if c.crpo.kl_target and not c.crpo.kl_coef:
+        raise InputError(f"crpo.kl_coef: expected more than 0, from which crpo.kl_target={c.crpo.kl_target} can move it, got 0")
     if c.reward.design == "grpo" and len(c.reward.grpo_tags) != 2:
         raise InputError(f"reward.grpo_tags: expected two tags, got {list(c.reward.grpo_tags)}")
     if c.rollout.top_p == 0:

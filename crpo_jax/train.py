@@ -21,7 +21,7 @@ from crpo_jax.run.metrics import Log
 from crpo_jax.run.progress import Progress
 from crpo_jax.run.workdir import Fault, Stop, check_inputs, open_workdir
 from crpo_jax.update.batches import Row, aligned, micro_batches, of_rows
-from crpo_jax.update.losses import group_advantages, row_weights
+from crpo_jax.update.losses import chosen_groups, group_advantages, row_weights
 from crpo_jax.update.step import on_devices, trainer
 
 EVALUATION = 2**31 - 1
@@ -39,6 +39,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
     training, held_out = setup.training_questions(settings, text), setup.evaluation_questions(settings, text)
     prompt_of = {question.id: prompt for question, prompt in zip(training.questions, training.prompts, strict=True)}
     batches = Batches(training.questions, crpo.prompts_per_step, settings.run.seed)
+    further = Batches(training.questions, crpo.prompts_per_step, settings.run.seed, stream="further")  # to replace groups that teach nothing
     steps, updates_per_step = crpo.steps or batches.steps(crpo.epochs), crpo.prompts_per_step // crpo.mini_batch_prompts
     scorer = Scorer(settings.reward, text.effective)
     examiner = Scorer(dataclasses.replace(settings.reward, design="crpo"), text.effective)  # designs are compared by one measure
@@ -80,36 +81,48 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
                 finished = True
                 break
 
-            # ---- sample ----------------------------------------------------------------------------------------------
-            began = time.perf_counter()
-            questions = [question for _, question in batches.batch(step)]
-            prompts = [prompt_of[question.id] for question in questions]
-            groups = engine.generate(gather(state.master), prompts, key=jax.random.fold_in(seed, step), group=crpo.group_size)
-            responses = [response for group in groups for response in group]
-            sampled = time.perf_counter()
+            # ---- sample and score; further questions while too few groups differ in reward, if asked for -------------
+            began, seconds = time.perf_counter(), {"rollout": 0.0, "score": 0.0}
+            policy, asked, responses, texts, scored, turn = gather(state.master), [], [], [], [], 0
+            while True:
+                drawn = further.batch(step * crpo.dynamic_sampling + turn - 1) if turn else batches.batch(step)
+                questions = [question for _, question in drawn]
+                prompts, ids = [prompt_of[question.id] for question in questions], range(turn * len(questions), (turn + 1) * len(questions))
+                groups = engine.generate(policy, prompts, key=jax.random.fold_in(seed, step), group=crpo.group_size, ids=ids)
+                new = [response for group in groups for response in group]
+                sampled = time.perf_counter()
 
-            # ---- score -----------------------------------------------------------------------------------------------
-            asked, texts = [questions[response.prompt] for response in responses], [text.of(response) for response in responses]
-            scored = scorer.score(asked, texts, [text.body(response) for response in responses])
-            valid = np.array([isinstance(one, Score) for one in scored])
-            rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored])
-            grouped = (len(questions), crpo.group_size)
-            advantages = group_advantages(rewards.reshape(grouped), valid.reshape(grouped)).reshape(-1)
-            counted = valid & np.array([response.stopped or crpo.truncated == "keep" for response in responses])
-            rated = time.perf_counter()
+                asked += [questions[response.prompt] for response in new]
+                responses, texts = responses + new, texts + [text.of(response) for response in new]
+                scored += scorer.score(asked[-len(new) :], texts[-len(new) :], [text.body(response) for response in new])
+                valid = np.array([isinstance(one, Score) for one in scored]).reshape(-1, crpo.group_size)
+                rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored]).reshape(-1, crpo.group_size)
+                chosen, varied = chosen_groups(rewards, valid, crpo.prompts_per_step)
+                seconds["rollout"] += sampled - began
+                began = time.perf_counter()
+                seconds["score"] += began - sampled
+                if stop.requested or varied == crpo.prompts_per_step or turn == crpo.dynamic_sampling:
+                    break
+                turn += 1
             if stop.requested:  # the state is still that after `step` steps, and this one comes again the same
                 break
+            del policy  # its memory is the update's now
+            advantages = group_advantages(rewards, valid, crpo.advantage).reshape(-1)
+            counted = valid.reshape(-1) & np.array([response.stopped or crpo.truncated == "keep" for response in responses])
+            trained = (chosen[:, None] * crpo.group_size + np.arange(crpo.group_size)).reshape(-1)  # of all responses, those in a mini-batch
 
             # ---- mini-batches, with the log-probs of the reference and of the policy that sampled --------------------
-            rows = [Row(prompts[response.prompt], response.tokens.tolist()) for response in responses]
+            rows = [Row(prompt_of[question.id], response.tokens.tolist()) for question, response in zip(asked, responses, strict=True)]
             lengths = np.array([len(response.tokens) for response in responses])
-            weights, minis, size = run.compute_weights(state.master), [], crpo.mini_batch_prompts * crpo.group_size
-            for first in range(0, len(rows), size):
-                part = slice(first, first + size)
-                logprobs, per_token = [response.logprobs for response in responses[part]], row_weights(lengths[part], counted[part], crpo.aggregation)
-                micros = micro_batches(rows[part], budget=parallel.micro_batch_tokens, multiple=parallel.length_multiple, shards=data_size(mesh))
+            weights, minis, size, places = run.compute_weights(state.master), [], crpo.mini_batch_prompts * crpo.group_size, 0
+            for first in range(0, len(trained), size):
+                part = trained[first : first + size]
+                logprobs, mini = [responses[i].logprobs for i in part], [rows[i] for i in part]
+                per_token = row_weights(lengths[part], counted[part], crpo.aggregation, settings.rollout.max_new_tokens)
+                micros = micro_batches(mini, budget=parallel.micro_batch_tokens, multiple=parallel.length_multiple, shards=data_size(mesh))
                 minis.append([])
                 for micro in micros:
+                    places += micro.tokens.size
                     batch = on_devices(
                         micro,
                         mesh,
@@ -125,19 +138,22 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             # ---- one optimizer step per mini-batch -------------------------------------------------------------------
             updates = []
             for mini in minis:
-                weights = run.compute_weights(state.master) if updates else weights
+                weights = run.compute_weights(state.master) if weights is None else weights
                 gradients, totals = run.zero()
                 for batch in mini:
-                    gradients, totals = run.accumulate(gradients, totals, weights, batch)
-                state, norm, applied = run.apply(state, gradients)
+                    gradients, totals = run.accumulate(gradients, totals, weights, batch, state.kl_coef)
+                weights = None  # old and new ones never stand side by side
+                state, norm, applied = run.apply(state, gradients, totals)
+                del gradients
                 updates.append((totals, norm, applied))
-            updates = jax.device_get(updates)
-            updated = time.perf_counter()
+            updates, kl_coef = jax.device_get((updates, state.kl_coef))
+            seconds["update"] = time.perf_counter() - began
 
             # ---- keep ------------------------------------------------------------------------------------------------
-            measured |= report.step_metrics(scored, responses, rewards.reshape(grouped), updates)
-            measured |= report.timings(began, sampled, rated, updated, int(lengths.sum()))
-            log.samples(report.sample_rows(step, asked, texts, responses, scored, advantages))
+            measured |= report.step_metrics(scored, responses, rewards, updates) | {"kl/coef": float(kl_coef)}
+            useful = sum(len(rows[i].prompt) + len(rows[i].response) for i in trained)
+            measured |= report.timings(seconds, int(lengths.sum()), useful, places)
+            log.samples(report.sample_rows(step, asked, texts, responses, scored, advantages, np.isin(np.arange(len(responses)), trained)))
             log.step(step, measured)
             progress.show(step + 1, report.line(measured))
             done = step + 1

@@ -12,11 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from crpo_jax.update.losses import clipped_objective, combined, crpo_loss, group_advantages, k3, row_weights, supervised_loss
+from crpo_jax.update.losses import (
+    adapted,
+    chosen_groups,
+    clipped_objective,
+    combined,
+    crpo_loss,
+    group_advantages,
+    k3,
+    row_weights,
+    supervised_loss,
+)
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("strict_ranks")]
 
-AGGREGATIONS = ("token_mean", "sequence_mean")
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 
 
 # --- advantages -------------------------------------------------------------------------------------------------------
@@ -87,6 +97,39 @@ def test_advantages_have_mean_0_and_order_of_the_rewards(rewards: list[float]):
     assert np.abs(found).max() <= (len(rewards) - 1) / math.sqrt(len(rewards)) + 1e-4  # the most that one of n can stand out
 
 
+def test_dr_grpo_centres_only():
+    """A group of small differences keeps them small: no division by its deviation, which favours questions that are nearly always solved."""
+    rewards = np.array([[1.0, 0, 0, 0, 0], [2.0, 2.0, 2.0, 2.0, 2.5], [3.0] * 5])
+    counted = np.array([[True] * 5, [True] * 4 + [False], [True] * 5])
+    found = group_advantages(rewards, counted, "dr_grpo")
+    np.testing.assert_allclose(found[0], [0.8, -0.2, -0.2, -0.2, -0.2], rtol=1e-6)
+    assert not np.any(found[1:])
+
+
+# --- which groups are trained on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("varied", "wanted", "expected", "count"),
+    [
+        ([1, 1, 1], 3, [0, 1, 2], 3),
+        ([1, 0, 0, 1, 1, 1], 3, [0, 3, 4], 3),  # those that teach something, in order
+        ([0, 1, 0, 0, 0, 1], 3, [0, 1, 5], 2),  # too few: filled up by the first of the others
+        ([0, 0, 0], 3, [0, 1, 2], 0),
+    ],
+)
+def test_chosen_groups(varied: list[int], wanted: int, expected: list[int], count: int):
+    rewards = np.array([[1.0, 2.0, 1.0] if one else [1.0, 1.0, 1.0] for one in varied])
+    found, teaching = chosen_groups(rewards, np.ones(rewards.shape, bool), wanted)
+    assert (found.tolist(), teaching) == (expected, count)
+
+
+def test_a_group_varies_only_in_what_counts():
+    rewards, counted = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [1.0, 2.0, 3.0]]), np.array([[1, 0, 1], [1, 1, 1], [0, 0, 1]], bool)
+    assert chosen_groups(rewards, counted, 1)[0].tolist() == [1]
+    assert chosen_groups(rewards, counted, 3)[1] == 1
+
+
 # --- weights of the rows ----------------------------------------------------------------------------------------------
 
 LENGTHS = np.array([4, 1, 10, 5])
@@ -102,10 +145,19 @@ def test_sequence_mean_weighs_responses_alike():
     np.testing.assert_allclose(row_weights(LENGTHS, ALL, "sequence_mean"), [1 / 16, 1 / 4, 1 / 40, 1 / 20])
 
 
-@pytest.mark.parametrize(("aggregation", "expected"), [("token_mean", [1 / 9, 0, 0, 1 / 9]), ("sequence_mean", [1 / 8, 0, 0, 1 / 10])])
+def test_constant_weighs_every_token_the_same_in_every_batch():
+    """Dr. GRPO: whatever the lengths, a token weighs 1 / (responses * the longest one possible)."""
+    np.testing.assert_allclose(row_weights(LENGTHS, ALL, "constant", 20), [1 / 80] * 4)
+    np.testing.assert_allclose(row_weights(LENGTHS * 2, ALL, "constant", 20), [1 / 80] * 4)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [("token_mean", [1 / 9, 0, 0, 1 / 9]), ("sequence_mean", [1 / 8, 0, 0, 1 / 10]), ("constant", [1 / 40, 0, 0, 1 / 40])],
+)
 def test_what_is_left_out_is_not_in_the_denominator(aggregation: Any, expected: list[float]):
     """Truncated responses once stayed in a public trainer's denominator and shrank every gradient."""
-    np.testing.assert_allclose(row_weights(LENGTHS, np.array([True, False, False, True]), aggregation), expected)
+    np.testing.assert_allclose(row_weights(LENGTHS, np.array([True, False, False, True]), aggregation, 20), expected)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -208,7 +260,7 @@ def test_extreme_ratios_are_finite(log_ratio: float, advantage: float):
 
 # --- the whole loss ---------------------------------------------------------------------------------------------------
 
-B, T = 4, 7
+B, T, LONGEST = 4, 7, 9
 COEFFICIENTS = {"clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.07, "entropy_coef": 0.05}
 MASK = np.arange(T) < np.array([[3], [7], [1], [5]])
 
@@ -228,7 +280,7 @@ def inputs(seed: int = 0, drift: float = 0.3, aggregation: Any = "token_mean") -
         **{name: jnp.float32(value) for name, value in arrays.items()},
         "mask": jnp.asarray(MASK),
         "advantages": jnp.float32(draw.normal(size=B)),
-        "weights": jnp.asarray(row_weights(MASK.sum(axis=1), np.ones(B, bool), aggregation)),
+        "weights": jnp.asarray(row_weights(MASK.sum(axis=1), np.ones(B, bool), aggregation, LONGEST)),
     }
 
 
@@ -252,7 +304,8 @@ def test_loss_is_the_equation(aggregation: Any, seed: int):
 
 
 def test_aggregations_read_literally():
-    """token_mean: the mean over all 16 tokens. sequence_mean: the mean over 4 responses of the mean over a response's tokens."""
+    """token_mean: the mean over all 16 tokens. sequence_mean: the mean over 4 responses of the mean over a response's tokens.
+    constant: the mean over 4 responses of the sum over a response's tokens, over the 9 that it might have had (Dr. GRPO)."""
     x = inputs()
     per_token = np.zeros((B, T))
     for i, j in zip(*np.nonzero(MASK), strict=True):
@@ -261,7 +314,48 @@ def test_aggregations_read_literally():
     found = {name: float(crpo_loss(**inputs(aggregation=name), **COEFFICIENTS)[0]) for name in AGGREGATIONS}
     assert found["token_mean"] == pytest.approx(per_token[MASK].mean(), rel=1e-5)
     assert found["sequence_mean"] == pytest.approx(np.mean([per_token[i][MASK[i]].mean() for i in range(B)]), rel=1e-5)
-    assert found["token_mean"] != pytest.approx(found["sequence_mean"], rel=1e-3)
+    assert found["constant"] == pytest.approx(np.mean([per_token[i][MASK[i]].sum() / 9 for i in range(B)]), rel=1e-5)
+    assert len({round(value, 3) for value in found.values()}) == 3
+
+
+def gspo_written_out(x: dict[str, Any], clip_low: float, clip_high: float, kl_coef: float, entropy_coef: float) -> float:
+    """GSPO's equation 5 response by response in float64, beside the KL and entropy of equation 1."""
+    objectives = []
+    for i in range(B):
+        here = MASK[i]
+        log_ratio = (np.float64(x["logprobs"][i]) - np.float64(x["old"][i]))[here]
+        gap = (np.float64(x["reference"][i]) - np.float64(x["logprobs"][i]))[here]
+        ratio, advantage = math.exp(log_ratio.sum() / here.sum()), float(x["advantages"][i])
+        policy = min(ratio * advantage, min(max(ratio, 1 - clip_low), 1 + clip_high) * advantage)
+        kl, entropy = np.minimum(np.exp(gap) - gap - 1, 10).mean(), np.float64(x["entropy"][i])[here].mean()
+        objectives.append(policy - kl_coef * kl + entropy_coef * entropy)
+    return -float(np.mean(objectives))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_ratio_per_response_is_gspo(seed: int):
+    x, coefficients = inputs(seed, aggregation="sequence_mean"), COEFFICIENTS | {"clip_low": 0.05, "clip_high": 0.08}
+    loss, metrics = crpo_loss(**x, **coefficients, ratio="sequence")
+    assert float(loss) == pytest.approx(gspo_written_out(x, **coefficients), rel=1e-5)
+    log_ratio, advantages = np.array([np.asarray(x["logprobs"] - x["old"])[i][MASK[i]].mean() for i in range(B)]), np.asarray(x["advantages"])
+    assert float(metrics["max/log_ratio"]) == pytest.approx(max(log_ratio.max(), 0), rel=1e-4)
+    assert float(metrics["min/log_ratio"]) == pytest.approx(min(log_ratio.min(), 0), rel=1e-4)
+    for side, clipped in (("high", (np.exp(log_ratio) > 1.08) & (advantages > 0)), ("low", (np.exp(log_ratio) < 0.95) & (advantages < 0))):
+        assert float(metrics[f"sum/clipped_{side}"]) == MASK[clipped].sum()  # by token, each standing for its response
+
+
+def test_gradients_of_gspo():
+    """Every token of a response that is not clipped has the same one: ratio * advantage / tokens, over the responses."""
+    x, coefficients = inputs(aggregation="sequence_mean"), COEFFICIENTS | {"kl_coef": 0.0, "entropy_coef": 0.0, "clip_low": 0.9, "clip_high": 9.0}
+
+    def loss(logprobs: Any) -> Any:
+        return crpo_loss(**(x | {"logprobs": jnp.asarray(logprobs)}), **coefficients, ratio="sequence")[0]
+
+    log_ratio = np.asarray(x["logprobs"] - x["old"])
+    for i, row in enumerate(np.asarray(jax.grad(loss)(x["logprobs"]))):
+        expected = -math.exp(log_ratio[i][MASK[i]].mean()) * float(x["advantages"][i]) / MASK[i].sum() / B
+        np.testing.assert_allclose(row, np.where(MASK[i], expected, 0), rtol=1e-4)
+    check_grads(loss, (x["logprobs"],), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
 def loss_of(logprobs: Any, x: dict[str, Any], **changed: float) -> Any:
@@ -340,21 +434,23 @@ def test_what_stands_under_the_mask_does_not_matter(name: str, garbage: float):
 
 def test_metrics():
     """Sums are over the tokens of the mask, whatever their weight; extremes are of the mask, with 0 where nothing differs."""
-    x = inputs()
+    x = inputs(2)
     metrics = {name: float(value) for name, value in crpo_loss(**x, **COEFFICIENTS)[1].items()}
     log_ratio = np.asarray(x["logprobs"] - x["old"])[MASK]
     advantages = np.repeat(np.asarray(x["advantages"]), MASK.sum(axis=1))
     gap = np.asarray(x["reference"] - x["logprobs"])[MASK]
     kl = np.exp(gap) - gap - 1
     clipped = ((np.exp(log_ratio) > 1.3) & (advantages > 0)) | ((np.exp(log_ratio) < 0.8) & (advantages < 0))
-    assert clipped.any()
+    assert np.any(clipped & (log_ratio > 0))
+    assert np.any(clipped & (log_ratio < 0))
     assert not clipped.all()
     expected = {
         "sum/loss": written_out(x, **COEFFICIENTS),
         "sum/policy": written_out(x, **(COEFFICIENTS | {"kl_coef": 0.0, "entropy_coef": 0.0})),
         "sum/kl": kl.sum(),
         "sum/entropy": np.asarray(x["entropy"])[MASK].sum(),
-        "sum/clipped": clipped.sum(),
+        "sum/clipped_high": (clipped & (log_ratio > 0)).sum(),
+        "sum/clipped_low": (clipped & (log_ratio < 0)).sum(),
         "sum/tokens": MASK.sum(),
         "sum/sampler_difference": np.abs(np.asarray(x["old"] - x["sampler"]))[MASK].sum(),
         "max/sampler_difference": np.abs(np.asarray(x["old"] - x["sampler"]))[MASK].max(),
@@ -396,6 +492,20 @@ def test_advantages_of_the_wrong_shape_are_seen():
     """[b] where [b, t] is meant broadcasts wherever b = t; the annotations say which, and tests check them."""
     with pytest.raises(Exception, match=re.compile("advantages", re.DOTALL)):
         crpo_loss(**(inputs() | {"advantages": jnp.ones((B, T))}), **COEFFICIENTS)
+
+
+# --- the adaptive KL coefficient ---------------------------------------------------------------------------------------
+
+
+def test_the_kl_coefficient_follows_its_target():
+    """Against the controller written out: up by at most a fiftieth while the KL is above its target, down while it is below."""
+    coefficient, expected = jnp.float32(0.01), 0.01
+    for mean, tokens in ((0.3, 70.0), (0.11, 5.0), (0.1, 9.0), (0.09, 20.0), (0.0, 3.0), (0.5, 0.0)):
+        coefficient = adapted(coefficient, jnp.float32(mean * tokens), jnp.float32(tokens), 0.1, 0.1)
+        error = min(max((mean - 0.1) / 0.1, -0.2), 0.2) if tokens else 0.0  # a mini-batch without tokens says nothing
+        expected *= 1 + 0.1 * error
+        assert float(coefficient) == pytest.approx(expected, rel=1e-5)
+    assert float(adapted(jnp.float32(1), jnp.float32(9), jnp.float32(1), 0.1, 0.1)) == pytest.approx(1.02)
 
 
 # --- the cold start's loss --------------------------------------------------------------------------------------------

@@ -129,6 +129,21 @@ def test_a_failing_reward_is_counted_and_carries_no_gradient(tmp_path, monkeypat
         run(tmp_path / "strict", "crpo.steps=1", "reward.design=picky:rate", "reward.max_failed_share=0.01")
 
 
+def test_the_variants_resume_exactly(whole, tmp_path):
+    """Resampled groups come from a stream of their own that is a function of the step; the adaptive coefficient is in the checkpoint."""
+    overrides = [f"model.path={whole / 'coldstart'}", "reward.design=grpo", "crpo.dynamic_sampling=2", "crpo.kl_target=1e-6"]
+    overrides += ["crpo.advantage=dr_grpo", "crpo.aggregation=constant", "crpo.ratio=sequence", "run.eval_every=0"]
+    metrics = run(tmp_path / "never stopped", *overrides, "crpo.steps=2")
+    run(tmp_path / "stopped", *overrides, "crpo.steps=1")
+    assert timeless(run(tmp_path / "stopped", *overrides, "crpo.steps=2")) == timeless(metrics)
+    assert samples(tmp_path / "stopped") == samples(tmp_path / "never stopped")
+    assert metrics[0]["kl/coef"] != metrics[1]["kl/coef"]
+    rows = samples(tmp_path / "stopped", 0)
+    assert len(rows) == 3 * 8 * 2  # a model that never answers: every group is the same, and two further batches are tried
+    assert sum(row["trained"] for row in rows) == 8 * 2
+    assert metrics[0]["reward/zero_variance_groups"] > 0.5
+
+
 def test_a_workdir_of_another_config_is_refused(whole):
     with pytest.raises(InputError, match=r"crpo.kl_coef: 0.001 -> 0.5"):
         run(whole, "crpo.steps=4", "crpo.kl_coef=0.5")

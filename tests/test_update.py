@@ -335,7 +335,7 @@ def test_with_learning_rate_0_the_ratio_is_1_and_nothing_moves(model: Qwen2, min
         weights, batch = run.compute_weights(state.master), whole(mini, mesh)
         batch["old"] = run.logprobs(weights, batch)
         gradients, metrics = run.accumulate(*run.zero(), weights, batch)
-        assert float(metrics["sum/clipped"]) == 0
+        assert float(metrics["sum/clipped_low"] + metrics["sum/clipped_high"]) == 0
         assert abs(float(metrics["max/log_ratio"])) < 1e-5
         assert abs(float(metrics["min/log_ratio"])) < 1e-5
         assert 0 < float(metrics["max/sampler_difference"]) < 0.1
@@ -350,7 +350,7 @@ def test_one_optimizer_step_per_rollout_needs_no_old_log_probs(model: Qwen2, min
     run, weights, micro = program(one_device), placed_whole(model), micro_batch(minis[0].rows, range(7), 8, 16)
     batch = batch_of(minis[0], micro, one_device, old=False)
     gradients, metrics = accumulated(run, weights, [batch])
-    assert metrics["max/log_ratio"] == metrics["min/log_ratio"] == metrics["sum/clipped"] == 0
+    assert metrics["max/log_ratio"] == metrics["min/log_ratio"] == metrics["sum/clipped_low"] == metrics["sum/clipped_high"] == 0
     with_old = accumulated(run, weights, [batch | {"old": run.logprobs(weights, batch)}])
     same_gradient(gradients, flat(with_old[0]))
     assert metrics["max/sampler_difference"] > 0  # the sampler's log-probs are measured against the policy's own
@@ -375,6 +375,30 @@ def test_a_second_step_compiles_nothing(model: Qwen2, minis: list[Mini], one_dev
         state, _, _ = run.apply(state, gradients)
         assert sum("accumulate" in name for name in compiled) == (1 if step == 0 else 0)
         assert (compiled == []) == (step == 1)
+
+
+def test_the_kl_coefficient_is_part_of_the_state(model: Qwen2, minis: list[Mini], one_device: Mesh):
+    """A KL far above its target raises the coefficient by a fiftieth a step, and the loss takes it from the state: same program, other weight."""
+    run = program(one_device, changed(crpo__kl_target=1e-6))
+    state, batch = begun(run, model, one_device), whole(minis[0], one_device)
+    weights = run.compute_weights(state.master)
+    gradients, metrics = run.accumulate(*run.zero(), weights, batch, state.kl_coef)
+    state, _, _ = run.apply(state, gradients, metrics)
+    assert float(state.kl_coef) == pytest.approx(0.2 * 1.02)
+    _, again = run.accumulate(*run.zero(), weights, batch, state.kl_coef)
+    kl = (float(again["sum/loss"]) - float(metrics["sum/loss"])) / (0.2 * 0.02)
+    assert kl == pytest.approx(float(metrics["sum/kl"] / metrics["sum/tokens"]), rel=1e-2)
+    constant = program(one_device)
+    state, _, _ = constant.apply(begun(constant, model, one_device), run.zero()[0], metrics)
+    assert float(state.kl_coef) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_each_ratio_has_a_clip_range_of_its_own(ratio: str, model: Qwen2, minis: list[Mini], one_device: Mesh):
+    settings = changed(crpo__ratio=ratio, crpo__clip_low=0.9, crpo__clip_high=9.0, crpo__sequence_clip_low=1e-4, crpo__sequence_clip_high=1e-4)
+    metrics = program(one_device, settings).evaluate(placed_whole(model), whole(minis[0], one_device))
+    clipped = float(metrics["sum/clipped_low"] + metrics["sum/clipped_high"])
+    assert (clipped > 0) == (ratio == "sequence")
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------

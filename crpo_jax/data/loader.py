@@ -18,10 +18,13 @@ class Batches(Generic[Item]):
 
     Step s takes the positions [s*p, (s+1)*p) of the endless sequence of epochs, p = prompts_per_step; an epoch is a
     permutation of all questions, and where it ends inside a batch the next one goes on. Process i of n takes the i-th of
-    n equal contiguous slices, so that the batch of all processes together does not depend on how many there are.
+    n equal contiguous slices, so that the batch of all processes together does not depend on how many there are. Another
+    `stream` of the same seed is another order.
     """
 
-    def __init__(self, questions: Sequence[Item], prompts_per_step: int, seed: int, process_index: int = 0, process_count: int = 1) -> None:
+    def __init__(
+        self, questions: Sequence[Item], prompts_per_step: int, seed: int, process_index: int = 0, process_count: int = 1, stream: str = "questions"
+    ) -> None:
         if not questions:
             raise InputError("data: expected at least one question to train on, got none")
         if prompts_per_step < 1 or prompts_per_step % process_count:
@@ -33,7 +36,7 @@ class Batches(Generic[Item]):
         share = prompts_per_step // process_count
         self._mine = range(process_index * share, (process_index + 1) * share)
         # grain seeds with 32 bits; seeds that agree in their low bits must not give the same order
-        low = int.from_bytes(hashlib.sha256(f"questions:{seed}".encode()).digest()[:4], "big")
+        low = int.from_bytes(hashlib.sha256(f"{stream}:{seed}".encode()).digest()[:4], "big")
         self._order: Any = grain.MapDataset.range(len(questions)).seed(low).shuffle().repeat(reseed_each_epoch=True)
 
     def batch(self, step: int) -> list[tuple[int, Item]]:

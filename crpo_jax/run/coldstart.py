@@ -42,7 +42,9 @@ def cold_start(
         weights = run.compute_weights(state.master)
         for batch in _batches(rows, settings, mesh):
             gradients, totals = run.accumulate(gradients, totals, weights, batch)
+        del weights  # old and new ones never stand side by side
         state, norm, _ = run.apply(state, gradients)
+        del gradients
         metrics = {"sft/loss": float(totals["sum/nll"] / totals["sum/tokens"]), "sft/gradient_norm": float(norm)}
         if held_out and ((step + 1) % epoch == 0 or step + 1 == steps):
             metrics["sft/held_out_loss"] = mean_loss(run, run.compute_weights(state.master), held_out, settings, mesh)

@@ -57,11 +57,18 @@ def stopped(done: int, steps: int) -> str:
     return f"stopped after step {done} of {steps}; the same command goes on from there"
 
 
-def timings(began: float, sampled: float, rated: float, updated: float, tokens: int) -> dict[str, float]:
-    """Seconds of a step's phases and response tokens per second; names under time/ are what two equal runs may differ in."""
-    phases = {"time/rollout": sampled - began, "time/score": rated - sampled, "time/update": updated - rated}
-    rates = {"time/tokens_per_second": tokens / (updated - began), "time/rollout_tokens_per_second": tokens / (sampled - began)}
-    return {**phases, **rates}
+def timings(seconds: Mapping[str, float], tokens: int, useful: int, places: int) -> dict[str, float]:
+    """Seconds of a step's phases (rollout, score, update) and what they come to; names under time/ are what two equal runs may differ in.
+
+    `tokens` were sampled; the update's micro-batches have `places`, of which `useful` hold a token of a prompt or response.
+    """
+    rates = {
+        "time/tokens_per_second": tokens / sum(seconds.values()),
+        "time/rollout_tokens_per_second": tokens / seconds["rollout"],
+        "time/update_tokens_per_second": useful / seconds["update"],
+        "time/padding": 1 - useful / places,
+    }
+    return {f"time/{phase}": spent for phase, spent in seconds.items()} | rates
 
 
 def step_metrics(
@@ -88,7 +95,8 @@ def step_metrics(
         "kl/mean": summed("kl") / tokens,
         "kl/max": float(max(total["max/kl"] for total in totals)),
         "policy/entropy": summed("entropy") / tokens,
-        "policy/clipped": summed("clipped") / tokens,
+        "policy/clipped_low": summed("clipped_low") / tokens,
+        "policy/clipped_high": summed("clipped_high") / tokens,
         "policy/ratio_max": float(np.exp(max(total["max/log_ratio"] for total in totals))),
         "policy/ratio_min": float(np.exp(min(total["min/log_ratio"] for total in totals))),
         "policy/sampler_difference_mean": summed("sampler_difference") / tokens,
@@ -99,13 +107,22 @@ def step_metrics(
 
 
 def sample_rows(
-    step: int, questions: Sequence[Any], texts: Sequence[str], responses: Sequence[Response], scored: Sequence[Scored], advantages: np.ndarray
+    step: int,
+    questions: Sequence[Any],
+    texts: Sequence[str],
+    responses: Sequence[Response],
+    scored: Sequence[Scored],
+    advantages: np.ndarray,
+    trained: np.ndarray,
 ) -> list[dict[str, Any]]:
-    """What samples.jsonl keeps of a step: every response with its reward, or with the error that left it out."""
+    """What samples.jsonl keeps of a step: every response with its reward, or with the error that left it out.
+
+    `trained` [b] says which were in a mini-batch: all of them, unless dynamic sampling replaced their group.
+    """
     rows = []
-    for question, text, response, score, advantage in zip(questions, texts, responses, scored, advantages, strict=True):
+    for question, text, response, score, advantage, used in zip(questions, texts, responses, scored, advantages, trained, strict=True):
         row = {"step": step, "id": question.id, "sample": response.sample, "tokens": len(response.tokens), "stopped": response.stopped}
-        row |= {"advantage": round(float(advantage), 5), "answer": question.answer, "response": text}
+        row |= {"advantage": round(float(advantage), 5), "trained": bool(used), "answer": question.answer, "response": text}
         rows.append(row | score_fields(score))
     return rows
 

@@ -23,11 +23,13 @@ def token_logprobs(
     chunk: int,
     *,
     with_entropy: bool,
+    entropy_gradient: bool = True,
     constrain: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """log softmax(logits / temperature) of each target, and the distribution's entropy (0 where not asked for).
 
-    `chunk` tokens of a row each are computed at a time and again in the backward pass; `constrain` places the logits.
+    Without `entropy_gradient` the entropy is a constant, which the backward pass does not make again. `chunk` tokens of a row
+    each are computed at a time and again in the backward pass; `constrain` places the logits.
     """
     b, t, d = hidden.shape
 
@@ -42,7 +44,7 @@ def token_logprobs(
         at_target = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) == part[1][..., None], shifted, 0), axis=-1)
         log_total = jnp.log(total)
         entropy = log_total - jnp.sum(mass * shifted, axis=-1) / total if with_entropy else jnp.zeros_like(total)
-        return at_target - log_total, entropy
+        return at_target - log_total, entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
 
     if t == chunk:
         return one((hidden, targets))

@@ -1,7 +1,11 @@
-"""The equations of CRPO on plain arrays: no Flax, no mesh.
+"""The equations of CRPO, and of the variants users compare it with, on plain arrays: no Flax, no mesh.
 
 Per-token arrays are [b, t]. A mask is 1 where a token belongs to a response that carries gradient; `weights` [b] are the
 aggregation's: the loss is sum over b, t of weights * mask * per-token loss, so that micro-batches and devices simply add.
+
+A variant is a choice of advantage, aggregation, ratio, clip range and of the groups trained on, within this one loss:
+Dr. GRPO (arXiv 2503.20783) centres advantages only and divides by a constant length; GSPO (2507.18071) has one ratio per
+response; DAPO (2503.14476) clips higher above than below and replaces groups whose rewards are all equal.
 """
 
 from typing import Literal
@@ -11,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-Aggregation = Literal["token_mean", "sequence_mean"]
+Advantage = Literal["grpo", "dr_grpo"]
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+Ratio = Literal["token", "sequence"]
 
 ADVANTAGE_EPS = 1e-6
 LOG_RATIO_BOUND = 20.0  # beyond it exp would overflow float32 into inf - inf
 KL_BOUND = 10.0  # ours: k3 has a tail: one token of log-ratio 10 would outweigh the whole mini-batch's policy gradient
 
 
-def group_advantages(rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"]) -> Float[np.ndarray, "p g"]:
-    """(r - mean) / (std + 1e-6) within each group (equation 3), std with ddof = 1, over the responses that count.
+def group_advantages(rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], advantage: Advantage = "grpo") -> Float[np.ndarray, "p g"]:
+    """(r - mean) / (std + 1e-6) within each group (equation 3), std with ddof = 1, over the responses that count; dr_grpo: r - mean.
 
     A response that does not count has advantage 0; so has every response of a group whose rewards are all equal.
     Two passes in float64, on the host: a handful of numbers.
@@ -28,20 +34,34 @@ def group_advantages(rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray
     for group, here, advantages in zip(rewards, counted, out, strict=True):
         values = group[here]
         if len(values) > 1 and np.ptp(values) > 0:
-            advantages[here] = (values - values.mean()) / (values.std(ddof=1) + ADVANTAGE_EPS)
+            spread = values.std(ddof=1) + ADVANTAGE_EPS if advantage == "grpo" else 1.0
+            advantages[here] = (values - values.mean()) / spread
     return out.astype(np.float32)
 
 
-def row_weights(lengths: Int[np.ndarray, " b"], counted: Bool[np.ndarray, " b"], aggregation: Aggregation) -> Float[np.ndarray, " b"]:
+def chosen_groups(rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], wanted: int) -> tuple[Int[np.ndarray, " chosen"], int]:
+    """DAPO's dynamic sampling: the first `wanted` groups whose rewards differ, in order, and how many there were of them.
+
+    Where they are fewer, the first of the others fill the mini-batches up: they carry the KL alone.
+    """
+    varied = np.array([len(group[here]) > 1 and np.ptp(group[here]) > 0 for group, here in zip(rewards, counted, strict=True)])
+    first = np.argsort(~varied, kind="stable")[:wanted]
+    return np.sort(first), int(varied[first].sum())
+
+
+def row_weights(
+    lengths: Int[np.ndarray, " b"], counted: Bool[np.ndarray, " b"], aggregation: Aggregation, longest: int = 1
+) -> Float[np.ndarray, " b"]:
     """What each token of a response weighs in the mini-batch's loss; the denominators are of the whole mini-batch.
 
     token_mean: 1 / all response tokens. sequence_mean: 1 / (the response's tokens * responses), equation 1 read literally.
+    constant: 1 / (`longest` * responses), the longest a response may be, so that length itself is not rewarded (Dr. GRPO).
     """
     lengths = np.where(counted, lengths, 0).astype(np.float64)
     if aggregation == "token_mean":
         weights = np.full(len(lengths), 1 / max(lengths.sum(), 1))
     else:
-        weights = 1 / (np.maximum(lengths, 1) * max(counted.sum(), 1))
+        weights = 1 / (max(counted.sum(), 1) * (np.maximum(lengths, 1) if aggregation == "sequence_mean" else np.full(len(lengths), longest)))
     return np.where(counted, weights, 0).astype(np.float32)
 
 
@@ -57,10 +77,17 @@ def k3(logprobs: Float[Array, "b t"], reference: Float[Array, "b t"]) -> Float[A
 def clipped_objective(
     log_ratio: Float[Array, "b t"], advantages: Float[Array, " b"], clip_low: float, clip_high: float
 ) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
-    """PPO's min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), and where the clipped side was the smaller."""
+    """PPO's min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), and where the clipped side was the smaller: above 1 for a good
+    response, below it for a bad one."""
     ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
     free, clipped = ratio * advantages[:, None], jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages[:, None]
     return jnp.minimum(free, clipped), clipped < free
+
+
+def response_log_ratio(log_ratio: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
+    """GSPO's log-ratio (equation 7): the mean over a response's tokens, on each of them."""
+    mean = jnp.sum(jnp.where(mask, log_ratio, 0), axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+    return jnp.where(mask, mean[:, None], 0)
 
 
 def crpo_loss(
@@ -73,6 +100,7 @@ def crpo_loss(
     advantages: Float[Array, " b"],
     weights: Float[Array, " b"],
     *,
+    ratio: Ratio = "token",
     clip_low: float,
     clip_high: float,
     kl_coef: float | Float[Array, ""],
@@ -81,24 +109,29 @@ def crpo_loss(
     """The negated objective (equation 1 with PPO-clip) of some rows of a mini-batch, and its metrics.
 
     `old` are the trainer's log-probs before the rollout's first optimizer step, `sampler` those the tokens were drawn with.
+    With one ratio per response every token stands for its response: weights of sequence_mean make it GSPO's equation 5.
 
     Metrics named sum/... add over micro-batches, max/... and min/... combine by maximum and minimum.
     """
     log_ratio = jnp.where(mask, logprobs - old, 0)
+    if ratio == "sequence":
+        log_ratio = response_log_ratio(log_ratio, mask)
     objective, was_clipped = clipped_objective(log_ratio, advantages, clip_low, clip_high)
     kl = jnp.where(mask, k3(jnp.where(mask, logprobs, 0), jnp.where(mask, reference, 0)), 0)
     entropy = jnp.where(mask, entropy, 0)
     each = mask * weights[:, None]
     policy, divergence, spread = jnp.sum(each * objective), jnp.sum(each * kl), jnp.sum(each * entropy)
-    loss = -policy + kl_coef * divergence - entropy_coef * spread
+    loss = -policy + kl_coef * divergence - (entropy_coef * spread if entropy_coef else 0.0)
     fixed = jax.lax.stop_gradient
+    good = (advantages > 0)[:, None]
     difference = jnp.where(mask, jnp.abs(old - sampler), 0)
     return loss, {
         "sum/loss": fixed(loss),
         "sum/policy": fixed(-policy),
         "sum/kl": jnp.sum(fixed(kl)),
         "sum/entropy": jnp.sum(fixed(entropy)),
-        "sum/clipped": jnp.sum(fixed(was_clipped & mask), dtype=jnp.float32),
+        "sum/clipped_high": jnp.sum(fixed(was_clipped & mask & good), dtype=jnp.float32),
+        "sum/clipped_low": jnp.sum(fixed(was_clipped & mask & ~good), dtype=jnp.float32),
         "sum/tokens": jnp.sum(mask, dtype=jnp.float32),
         "sum/sampler_difference": jnp.sum(difference),
         "max/sampler_difference": jnp.max(difference, initial=0),
@@ -106,6 +139,15 @@ def crpo_loss(
         "max/log_ratio": jnp.max(fixed(log_ratio), initial=0),
         "min/log_ratio": jnp.min(fixed(log_ratio), initial=0),
     }
+
+
+def adapted(kl_coef: Float[Array, ""], kl: Float[Array, ""], tokens: Float[Array, ""], target: float, gain: float) -> Float[Array, ""]:
+    """The KL coefficient after a mini-batch whose KL sums to `kl` over its tokens: beta (1 + gain * clip(mean / target - 1, -0.2, 0.2)).
+
+    The proportional controller of arXiv 1909.08593, section 2.2.
+    """
+    error = jnp.clip(kl / jnp.maximum(tokens, 1) / target - 1, -0.2, 0.2)
+    return jnp.where(tokens > 0, kl_coef * (1 + gain * error), kl_coef)
 
 
 def supervised_loss(

@@ -26,7 +26,7 @@ from crpo_jax.parallel.layout import LAYOUTS, LOGITS_BTV, ROWS_B, TOKENS_BT, Wei
 from crpo_jax.parallel.mesh import data_size, put
 from crpo_jax.update.batches import MicroBatch
 from crpo_jax.update.logprobs import chunk_length, token_logprobs
-from crpo_jax.update.losses import combined, crpo_loss, supervised_loss
+from crpo_jax.update.losses import adapted, combined, crpo_loss, supervised_loss
 
 Batch = dict[str, Array]
 
@@ -41,6 +41,7 @@ class TrainState(NamedTuple):
     master: Qwen2
     optimizer: Any
     step: Array
+    kl_coef: Array  # beta: a constant, or what the adaptive controller made of it
 
 
 class Trainer(NamedTuple):
@@ -51,9 +52,9 @@ class Trainer(NamedTuple):
     reference(master) -> Qwen2 in the compute type and reference table
     logprobs(weights, batch) -> log-probs [b, t] of the next tokens
     zero() -> (gradients, metrics) of no rows at all, to accumulate into
-    accumulate(gradients, metrics, weights, batch) -> (gradients, metrics) with one more micro-batch
+    accumulate(gradients, metrics, weights, batch[, kl_coef]) -> (gradients, metrics) with one more micro-batch
     evaluate(weights, batch) -> the metrics alone
-    apply(state, gradients) -> (state, gradient norm, 1.0 where the step was applied)
+    apply(state, gradients[, metrics]) -> (state, gradient norm, 1.0 where the step was applied); metrics steer the KL coefficient
     """
 
     begin: Callable[..., TrainState]
@@ -162,7 +163,10 @@ def trainer(
         jax.eval_shape(update.init, abstract(shape)),
         is_leaf=lambda part: isinstance(part, Qwen2),
     )
-    states: Any = TrainState(master, moments, cast(Any, whole))
+    states: Any = TrainState(master, moments, cast(Any, whole), cast(Any, whole))
+    crpo = settings.crpo
+    by_token = crpo.ratio == "token"
+    clip_low, clip_high = (crpo.clip_low, crpo.clip_high) if by_token else (crpo.sequence_clip_low, crpo.sequence_clip_high)
 
     def converted(weights: Qwen2) -> Qwen2:
         return jax.tree.map(lambda x: x.astype(dtype), weights)
@@ -174,9 +178,10 @@ def trainer(
         targets = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
         chunk = chunk_length(t, b // data_size(mesh), parallel.logprob_chunk)
         constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, LOGITS_BTV))
-        return token_logprobs(weights, hidden, targets, temperature, chunk, with_entropy=with_entropy, constrain=constrain)
+        bonus = crpo.entropy_coef > 0
+        return token_logprobs(weights, hidden, targets, temperature, chunk, with_entropy=with_entropy, entropy_gradient=bonus, constrain=constrain)
 
-    def loss_of(logprobs: Array, entropy: Array, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+    def loss_of(logprobs: Array, entropy: Array, batch: Batch, kl_coef: Array | float) -> tuple[Float[Array, ""], dict[str, Array]]:
         mask = response_mask(batch) & (batch["weights"] > 0)[:, None]
         if loss == "supervised":
             return supervised_loss(logprobs, mask, batch["weights"])
@@ -189,43 +194,49 @@ def trainer(
             mask,
             batch["advantages"],
             batch["weights"],
-            clip_low=settings.crpo.clip_low,
-            clip_high=settings.crpo.clip_high,
-            kl_coef=settings.crpo.kl_coef,
-            entropy_coef=settings.crpo.entropy_coef,
+            ratio=crpo.ratio,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            kl_coef=kl_coef,
+            entropy_coef=crpo.entropy_coef,
         )
 
-    def losses(weights: Qwen2, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
-        return loss_of(*outputs(weights, batch, with_entropy=loss == "crpo"), batch)
+    def losses(weights: Qwen2, batch: Batch, kl_coef: Array | float) -> tuple[Float[Array, ""], dict[str, Array]]:
+        return loss_of(*outputs(weights, batch, with_entropy=loss == "crpo"), batch, kl_coef)
 
     def zero() -> tuple[Qwen2, dict[str, Array]]:
         rows, tokens = jnp.zeros(0), jnp.zeros((0, 0))
         nothing: Batch = dict.fromkeys(PER_ROW, rows) | dict.fromkeys(PER_TOKEN, tokens)
         gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract(shape))
-        return gradients, loss_of(tokens, tokens, nothing)[1]
+        return gradients, loss_of(tokens, tokens, nothing, crpo.kl_coef)[1]
 
-    def accumulate(gradients: Qwen2, metrics: dict[str, Array], weights: Qwen2, batch: Batch) -> tuple[Qwen2, dict[str, Array]]:
-        new, measured = jax.grad(losses, has_aux=True)(weights, batch)
+    def accumulate(
+        gradients: Qwen2, metrics: dict[str, Array], weights: Qwen2, batch: Batch, kl_coef: Array | float = crpo.kl_coef
+    ) -> tuple[Qwen2, dict[str, Array]]:
+        new, measured = jax.grad(losses, has_aux=True)(weights, batch, kl_coef)
         return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), gradients, new), combined(metrics, measured)
 
-    def apply(state: TrainState, gradients: Any) -> tuple[TrainState, Array, Array]:
+    def apply(state: TrainState, gradients: Any, metrics: dict[str, Array] | None = None) -> tuple[TrainState, Array, Array]:
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         changes, moments = update.update(gradients, state.optimizer, state.master)
-        new = TrainState(jax.tree.map(jnp.add, state.master, changes), moments, state.step + 1)
+        kl_coef = state.kl_coef
+        if crpo.kl_target and metrics is not None:
+            kl_coef = adapted(kl_coef, metrics["sum/kl"], metrics["sum/tokens"], crpo.kl_target, crpo.kl_gain)
+        new = TrainState(jax.tree.map(jnp.add, state.master, changes), moments, state.step + 1, kl_coef)
         return jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state), norm, finite.astype(jnp.float32)
 
     def jitted(function: Any, out: Any, donate: tuple[int, ...] = ()) -> Any:
         return jax.jit(function, out_shardings=out, donate_argnums=donate)
 
     return Trainer(
-        begin=jitted(lambda weights: TrainState(weights, update.init(weights), jnp.int32(0)), states, (0,)),
+        begin=jitted(lambda weights: TrainState(weights, update.init(weights), jnp.int32(0), jnp.float32(crpo.kl_coef)), states, (0,)),
         compute_weights=jitted(converted, shardings(layout.compute)),
         reference=jitted(converted, shardings(layout.reference)),
         logprobs=jitted(lambda weights, batch: outputs(weights, batch, with_entropy=False)[0], NamedSharding(mesh, TOKENS_BT)),
         zero=jitted(zero, (master, whole)),
         accumulate=jitted(accumulate, (master, whole), (0, 1)),
-        evaluate=jitted(lambda weights, batch: losses(weights, batch)[1], whole),
+        evaluate=jitted(lambda weights, batch: losses(weights, batch, crpo.kl_coef)[1], whole),
         apply=jitted(apply, (states, whole, whole), (0,)),
         states=states,
     )
