@@ -1,0 +1,76 @@
+"""What a mesh and layout cost on hardware you may not own: memory, collectives, time bound, fits or not.
+
+Compiles the real programs at full size for the target, ahead of time, on a machine that has neither the accelerator nor the
+weights: `pip install 'crpo_jax[plan-gpu]'` for GPUs, `'crpo_jax[plan-tpu]'` for TPUs. Without them, and with --fast, it
+estimates from shapes alone. Exit code 0 where it fits, 1 where it does not, 2 for bad input.
+
+    python -m crpo_jax.plan --target 8xa6000 --mesh 8x1
+    python -m crpo_jax.plan --target v5e-16 --search
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from crpo_jax import config
+from crpo_jax.config import InputError
+from crpo_jax.planner.targets import parse_target, plug_in_missing, prepare
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = config.parser("plan", __doc__ or "")
+    p.add_argument("--target", metavar="NAME", required=True, help="devices to plan for: 8xa6000, h200, h100x8, v4-16, v5e-16, v5p-8, v6e-8, ...")
+    p.add_argument("--layout", metavar="NAME", help="sets parallel.layout")
+    p.add_argument("--search", action="store_true", help="rank all meshes and layouts of the target's devices, then plan the best")
+    p.add_argument("--fast", action="store_true", help="from shapes alone, in seconds; memory within 10%% of the compiled figures")
+    p.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    p.add_argument("--plot", metavar="FILE.png", help="a picture: memory by phase and part, a panel per layout")
+    args = p.parse_intermixed_args(arguments)
+    if args.layout:
+        args.overrides.append(f"parallel.layout={args.layout}")
+    if args.search and args.mesh:
+        raise InputError("--search: expected no --mesh beside it, since it ranks them all")
+    if args.plot and Path(args.plot).suffix.lower() != ".png":
+        raise InputError(f"--plot: expected a file that ends in .png, got {args.plot!r}")
+    if args.plot and not Path(args.plot).absolute().parent.is_dir():
+        raise InputError(f"--plot {args.plot}: no such folder")
+    settings = config.from_arguments(args, config.default_config("an accelerator"))
+    target = parse_target(args.target)
+    prepare(target)
+
+    from crpo_jax.planner import plan as planning  # jax, which reads the environment as it starts
+    from crpo_jax.planner import report
+    from crpo_jax.planner.job import job_for
+
+    job = job_for(settings, target, settings.parallel.mesh if not args.search else "")
+    missing = "" if args.fast else plug_in_missing(target)
+    if missing:
+        print(f"{missing}; estimated from shapes instead", file=sys.stderr)
+    fast, found = args.fast or bool(missing), {}
+    changed = {}
+    if args.search:
+        fitting, others, refused = planning.search(job)
+        found = {"search": [planning.as_json(one) for one in [*fitting, *others]], "refused": refused}
+        if not args.json:
+            print(report.ranking(fitting, others, refused), end="\n\n", flush=True)
+        best = (fitting or others)[0]
+        job, changed = best.job, best.changed
+    if fast:
+        plan = planning.from_shapes(job, changed)
+    else:
+        plan = dataclasses.replace(planning.by_compiling(job, lambda line: print(line, file=sys.stderr, flush=True)), changed=changed)
+    print(json.dumps({**planning.as_json(plan), **found}, indent=1) if args.json else report.text(plan))
+    if args.plot:
+        others = [planning.from_shapes(job.having(**{"parallel.layout": name})) for name in planning.LAYOUTS if name != job.layout_name]
+        report.picture([plan, *others], Path(args.plot))
+    return 0 if plan.fits else 1
+
+
+def checked() -> None:
+    raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    config.run_command("plan", checked)
