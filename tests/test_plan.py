@@ -58,9 +58,8 @@ def test_a_model_that_is_nowhere_is_refused():
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2), (2, 4)])
-@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+@pytest.mark.parametrize(("data", "model"), [(4, 2), (1, 8)])
+@pytest.mark.parametrize(("layout", "algorithm"), [(layout, "adamw") for layout in LAYOUTS] + [("zero1", "muon")])
 def test_state_is_as_large_as_the_trainers(data: int, model: int, layout: str, algorithm: str):
     """Masters and moments of the real state in its real shardings, muon's two kinds of moments included."""
     job = small(data, model, f"parallel.layout={layout}", f"optimizer.algorithm={algorithm}")
@@ -69,7 +68,7 @@ def test_state_is_as_large_as_the_trainers(data: int, model: int, layout: str, a
     parts = resident(job)["decode"]
     assert held(state.master, run.states.master) == parts["master"]
     counters = held(state.optimizer, run.states.optimizer) - parts["moments"]
-    assert 0 <= counters <= 16
+    assert 0 <= counters <= 32
 
 
 ARGUMENTS = {
@@ -84,7 +83,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize(("data", "model"), [(4, 2), (1, 8)])
+@pytest.mark.parametrize(("data", "model"), [(4, 2)])
 def test_programs_take_the_arrays_that_are_counted(data: int, model: int):
     """What a device holds of the arguments that are compiled for: the parts named here, and of tokens and scalars little more."""
     job, mesh = small(data, model, "model.dtype=float32"), mesh_of(data, model)
@@ -306,10 +305,10 @@ def test_without_a_compiler_it_says_which_to_install_and_estimates(monkeypatch: 
 
 
 def test_the_estimate_loads_nothing_heavy():
-    """Under five seconds on a busy machine means: jax, flax, and no trainer, tokenizer or reader of data."""
+    """Under five seconds on a busy machine means: jax and flax, and no tokenizer, checkpoint or reader of data."""
     check = (
         "import sys\nfrom crpo_jax import plan\nplan.main(['--target', '8xa6000', '--fast'])\n"
-        "print(sorted({'optax', 'orbax', 'transformers', 'datasets', 'grain', 'matplotlib'} & set(sys.modules)))"
+        "print(sorted({'orbax', 'transformers', 'datasets', 'grain', 'matplotlib'} & set(sys.modules)))"
     )
     clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=False, env=clean)

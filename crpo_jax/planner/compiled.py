@@ -111,8 +111,8 @@ def update_programs(job: Job, mesh: Mesh) -> list[Program]:
         Program("compute copy", run.compute_weights, (state.master,)),
         Program("reference log-probs", run.logprobs, (reference, before)),
         *([Program("old log-probs", run.logprobs, (weights, before))] if job.updates > 1 else []),
-        Program("accumulate", run.accumulate, (gradients, metrics, weights, batch)),
-        Program("optimizer step", run.apply, (state, gradients)),
+        Program("accumulate", run.accumulate, (gradients, metrics, weights, batch, state.kl_coef)),
+        Program("optimizer step", run.apply, (state, gradients, metrics)),
     ]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from crpo_jax.model.attention import QUERY_CHUNK
 from crpo_jax.model.qwen2 import Qwen2
@@ -36,7 +35,7 @@ def held(shapes: Any, shardings: Any) -> float:
 
 
 @functools.cache
-def table_bytes(shape: Shape, table: WeightTable, mesh: AbstractMesh, size: int, matrices: bool = False) -> float:
+def table_bytes(shape: Shape, table: WeightTable, mesh: Any, size: int, matrices: bool = False) -> float:
     """Bytes of the model's weights that a device holds under a table, at `size` bytes a number; or only of the blocks' matrices."""
     found = []
 
