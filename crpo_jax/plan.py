@@ -10,6 +10,7 @@ estimates from shapes alone. Exit code 0 where it fits, 1 where it does not, 2 f
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def checked() -> None:
-    raise SystemExit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read standard output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

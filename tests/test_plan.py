@@ -106,9 +106,8 @@ def test_the_estimate_is_within_a_tenth_of_what_was_compiled(recorded: dict[str,
     """Recorded by `python -m crpo_jax.plan --json` with the compilers installed; the estimate never saw a program."""
     job = paper(recorded["target"], recorded["mesh"], f"parallel.layout={recorded['layout']}", *recorded["overrides"])
     guessed = from_shapes(job)
-    for phase in guessed.phases:
-        assert phase.total == pytest.approx(recorded["totals"][phase.name], rel=0.1), phase.name
-    assert guessed.peak.total == pytest.approx(max(recorded["totals"].values()), rel=0.1)
+    totals = {phase.name: phase.total for phase in guessed.phases if phase.name in recorded["gib"]}
+    assert totals == pytest.approx({name: gib * GIB for name, gib in recorded["gib"].items()}, rel=0.1)
 
 
 def test_a_chunk_more_of_anything_costs_memory():
@@ -227,7 +226,7 @@ def test_search_ranks_every_possible_mesh_and_layout():
     assert [plan.bound for plan in fitting] == sorted(plan.bound for plan in fitting)
     assert all(plan.fits for plan in fitting)
     assert not any(plan.fits for plan in others)
-    assert len(fitting) + len(others) == len(all_jobs(job)[0]) == 5 * len(LAYOUTS)
+    assert len(fitting) + len(others) == len(all_jobs(job)[0]) == 4 * len(LAYOUTS) + 1  # 1x16 has no data axis to split over
     assert not refused
     assert "expected a model axis" in search(paper("4xh100", "", "model.path=Qwen/Qwen2.5-0.5B"))[2]["1x4"]  # 14 heads
 

@@ -105,10 +105,11 @@ def remedy(job: Job, over: float = 0.0) -> dict[str, Any] | None:
 
 
 def all_jobs(job: Job) -> tuple[list[Job], dict[str, str]]:
-    """The job on every mesh of its devices and in every layout, and why the impossible meshes are."""
+    """The job on every mesh of its devices and in every layout, and why meshes are impossible. Layouts differ only in what they
+    split over the data axis: without one, the config's own stands for all."""
     possible, refused = [], {}
     for model in (size for size in range(1, job.target.count + 1) if job.target.count % size == 0):
-        for name in LAYOUTS:
+        for name in LAYOUTS if model < job.target.count else (job.layout_name,):
             try:
                 possible.append(Job(job.having(**{"parallel.layout": name}).settings, job.shape, job.target, job.target.count // model, model))
             except InputError as error:
