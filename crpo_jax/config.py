@@ -212,6 +212,29 @@ class Distill(Endpoint):
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    samples: int = setting(4, "responses per question", source="ours", low=1)
+    temperature: float = setting(0.8, "logits are divided by it; 0 is greedy", source="code", low=0)
+    top_p: float = setting(0.95, "smallest set of tokens with this probability; 1 is off", source="code", low=0, high=1)
+    max_new_tokens: int = setting(4096, "longest response", unit="tokens", source="code", low=1)
+    questions: int = setting(0, "questions per data set, from its start; 0: all, and of the vignettes data.eval_questions", low=0)
+    answer: Literal["tagged", "anywhere"] = setting(
+        "tagged", "where the one box with the answer must stand: in the part that its format gives it, as the rewards ask, or anywhere"
+    )
+    subjects: tuple[str, ...] = setting(
+        ("meta_info", "subject_name", "medical_task", "body_system", "condition"),
+        "columns of the questions to tell accuracy apart by, where they are",
+    )
+
+
+@dataclass(frozen=True)
+class Judge(Endpoint):
+    samples: int = setting(1, "responses judged per question, of those there are", low=1)
+    questions: int = setting(0, "questions judged per data set, from its start; 0: all", low=0)
+    second: Endpoint = section(Endpoint)
+
+
+@dataclass(frozen=True)
 class Parallel:
     mesh: str = setting("", "data x model, in devices, such as 8x1; empty: all devices on the data axis")
     layout: Literal["zero1", "fsdp", "replicated"] = setting("zero1", "which table of crpo_jax.parallel.layout places the tensors")
@@ -244,6 +267,8 @@ class Config:
     optimizer: Optimizer = section(Optimizer)
     sft: Sft = section(Sft)
     distill: Distill = section(Distill)
+    evaluate: Evaluate = section(Evaluate)
+    judge: Judge = section(Judge)
     parallel: Parallel = section(Parallel)
     run: Run = section(Run)
 
@@ -402,6 +427,8 @@ def check(config: Config, model: bool = True) -> None:
         raise InputError(f"reward.grpo_tags: expected two tags, got {list(c.reward.grpo_tags)}")
     if c.rollout.top_p == 0:
         raise InputError("rollout.top_p: expected more than 0, got 0")
+    if c.evaluate.top_p == 0:
+        raise InputError("evaluate.top_p: expected more than 0, got 0")
     if model and not c.model.path:
         shape = c.model.shape
         if shape.hidden_size % shape.num_attention_heads:

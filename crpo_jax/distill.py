@@ -9,11 +9,8 @@ The key comes from the environment variable that distill.key_variable names.
 Exit code 0; 1 when questions are left without a reply; 2 for bad input.
 """
 
-import hashlib
-import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +21,7 @@ from crpo_jax.data import traces
 from crpo_jax.data.prompts import instruction, user_turn
 from crpo_jax.data.question import OTHER_HALF, Question, halves
 from crpo_jax.judge.client import Client, GivenUp, Reply, ServerError, ask_all, parameters
-from crpo_jax.judge.journal import Full, Journal, replace_rows
+from crpo_jax.judge.journal import Full, Journal, keep, key_of, replace_rows
 from crpo_jax.run.progress import Progress
 from crpo_jax.run.workdir import Stop, open_workdir
 
@@ -37,7 +34,6 @@ REWRITE = (
     "shape that the instruction asks for. Say only what the notes say: add no fact, no finding and no argument of your own, and leave nothing "
     "out that matters to the answer.\n\nInstruction:\n{instruction}\n\nQuestion:\n{question}\n\nNotes:\n{notes}"
 )
-PATIENCE = 600.0  # seconds to wait for room on a full disk, with replies in hand
 
 
 class Trace(NamedTuple):
@@ -48,23 +44,6 @@ class Trace(NamedTuple):
     model: str
     reasoning: str | None
     answer: str | None
-
-
-def key_of(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def keep(journal: Journal, row: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Appends a paid-for reply, waiting for room on a full disk before it is given up."""
-    since = time.monotonic()
-    while True:
-        try:
-            return journal.append(row)
-        except Full as error:
-            if time.monotonic() - since > PATIENCE:
-                raise
-            say(f"{error}: waiting for room, asking nothing meanwhile")
-            time.sleep(min(10.0, PATIENCE / 10))
 
 
 def teacher_turn(question: Question, settings: Config) -> list[dict[str, str]]:

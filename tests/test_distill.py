@@ -14,7 +14,7 @@ from crpo_jax import distill
 from crpo_jax.config import InputError, Reward
 from crpo_jax.data.question import Question, read, write_jsonl
 from crpo_jax.data.traces import answer_letter, converted, parted
-from crpo_jax.judge import client
+from crpo_jax.judge import client, journal
 from crpo_jax.reward.rules import score
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "coldstart" / "think_traces.jsonl"
@@ -114,7 +114,7 @@ def test_a_full_disk_keeps_the_reply_in_hand_until_there_is_room(tmp_path, argum
         return real(fd, data)
 
     monkeypatch.setattr(os, "write", write)
-    monkeypatch.setattr(distill.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(journal.time, "sleep", lambda seconds: None)
     with ChatServer(lambda request, times: says("C")) as server:
         distill.main([*arguments, f"distill.base_url={server.url}"])
         assert len(server.requests) == len(QUESTIONS)

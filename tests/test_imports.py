@@ -88,6 +88,7 @@ HOST_MODULES = [
     "crpo_jax.data.question",
     "crpo_jax.score",
     "crpo_jax.distill",
+    "crpo_jax.evaluate",
     *(f"crpo_jax.{path.parent.name}.{path.stem}" for room in ("reward", "judge") for path in sorted((PACKAGE / room).glob("[!_]*.py"))),
 ]
 

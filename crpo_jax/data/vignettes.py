@@ -17,7 +17,20 @@ from crpo_jax.config import InputError
 from crpo_jax.data.conditions import CONDITIONS, DISTRACTORS, FINDINGS
 from crpo_jax.data.question import Question
 
-__all__ = ["CONDITIONS", "DISTRACTORS", "DRIFT", "FINDINGS", "MISTAKEN", "SPLITS", "TeacherNoise", "rejections", "teacher_response", "vignettes"]
+__all__ = [
+    "CONDITIONS",
+    "DISTRACTORS",
+    "DRIFT",
+    "FINDINGS",
+    "MISTAKEN",
+    "SPLITS",
+    "TeacherNoise",
+    "claims",
+    "facts_asserted",
+    "rejections",
+    "teacher_response",
+    "vignettes",
+]
 
 SPLITS = ("train", "validation", "test")
 LETTERS = "ABCD"
@@ -252,3 +265,18 @@ def rejections(response: str) -> list[tuple[str, str]]:
     One is valid when the finding is in FINDINGS[condition] and not among the findings the vignette shows.
     """
     return [(match["x"], match["finding"]) for match in _REJECTION_PATTERN.finditer(response)]
+
+
+_CLAIM_PATTERN = re.compile(r"(?<!\w)" + _EVIDENCE.format(**_NAMED) + r"(?!\w)")
+_FACTS = sorted((*DISTRACTORS, *(finding for findings in FINDINGS.values() for finding in findings)), key=len, reverse=True)
+_FACT_PATTERN = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, _FACTS)) + r")(?!\w)")
+
+
+def claims(response: str) -> list[tuple[str, str]]:
+    """Every (finding, condition) of a response's sentences that say what a finding speaks for; true when it is in FINDINGS[condition]."""
+    return [(match["finding"], match["x"]) for match in _CLAIM_PATTERN.finditer(response)]
+
+
+def facts_asserted(text: str) -> list[str]:
+    """Every finding and distractor that a text names as a fact of the case: not those that an option is said to lack."""
+    return _FACT_PATTERN.findall(_REJECTION_PATTERN.sub(" ", text))

@@ -3,14 +3,18 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from crpo_jax.config import InputError
+
+PATIENCE = 600.0  # seconds to wait for room on a full disk, with a reply in hand
 
 
 class Full(Exception):
@@ -60,9 +64,10 @@ class Journal:
         self._end = last_line_break(path)
         os.ftruncate(self._fd, self._end)
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Raises Full where the line does not fit, with the file as it was before."""
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")  # a lone surrogate as the JSON escape it came from
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """All of the rows, or none and Full where they do not fit."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        line = text.encode("utf-8", "backslashreplace")  # a lone surrogate as the JSON escape it came from
         with self._lock:
             try:
                 written = 0
@@ -82,6 +87,24 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)  # which also gives up the lock
+
+
+def key_of(*parts: Any) -> str:
+    """What a kept reply is found by: a digest of all that was asked."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def keep(journal: Journal, row: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Appends a paid-for reply, waiting for room on a full disk before it is given up."""
+    since = time.monotonic()
+    while True:
+        try:
+            return journal.append(row)
+        except Full as error:
+            if time.monotonic() - since > PATIENCE:
+                raise
+            say(f"{error}: waiting for room, asking nothing meanwhile")
+            time.sleep(min(10.0, PATIENCE / 10))
 
 
 def last_line_break(path: Path) -> int:

@@ -29,7 +29,10 @@ MAY_CHANGE = (
     "run.limits.",
     "reward.workers",
     "reward.time_limit",
-    *(f"{section}.{name}:" for section in ("distill", "judge", "judge.second") for name in ENDPOINT),
+    *(f"distill.{name}:" for name in ENDPOINT),
+    "judge.",
+    "evaluate.answer:",
+    "evaluate.subjects:",
 )
 """Settings that a resumed run may change: they decide how long or how fast it runs, not what it computes up to a step.
 

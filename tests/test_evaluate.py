@@ -1,0 +1,136 @@
+"""The evaluate command: a small model end to end, stopped and resumed; files of others without a model or jax."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crpo_jax import config, evaluate
+from crpo_jax.config import InputError
+from crpo_jax.data.vignettes import teacher_response, vignettes
+from crpo_jax.judge.answers import Answer, row_of
+from crpo_jax.model import hub
+from crpo_jax.parallel.mesh import make_mesh
+from crpo_jax.run import answering, setup
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+SHAPE = ["model.shape.hidden_size=64", "model.shape.num_hidden_layers=1", "model.shape.num_attention_heads=8", "model.shape.intermediate_size=64"]
+SMALL = ["evaluate.max_new_tokens=12", "rollout.chunk=12", "rollout.slots=2", "evaluate.samples=2", "evaluate.questions=40"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    settings = config.load(TINY, SHAPE)
+    mesh = make_mesh("8x1")
+    shape = setup.shape_for(settings, mesh)
+    folder = tmp_path_factory.mktemp("model") / "small"
+    tokenizer = str(setup.text_for(settings, shape).folder)
+    hub.save(setup.fresh_model(settings, shape, mesh), shape, str(folder), dtype="float32", tokenizer_folder=tokenizer, generation=None)
+    return str(folder)
+
+
+def run(workdir: Path, model: str, *more: str, mesh: str = "8x1") -> None:
+    config_ = ["--config", str(TINY)] if not (workdir / "config.yaml").exists() else []
+    evaluate.main([*config_, "--mesh", mesh, "--model", model, "--data", "vignettes", "--workdir", str(workdir), *SMALL, *more])
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "responses" / "vignettes.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def by_sample(found: list[dict]) -> dict[tuple[str, int], str]:
+    return {(row["id"], row["sample"]): row["response"] for row in found}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model, compiled_once) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    run(workdir, model)
+    return workdir
+
+
+def test_every_question_is_answered_and_counted(whole):
+    assert len(rows(whole)) == len(by_sample(rows(whole))) == 80
+    found = json.loads((whole / "summary.json").read_text(encoding="utf-8"))["data"]["vignettes"]
+    assert (found["questions"], found["samples"], found["responses"], found["dropped"]) == (40, 2, 80, 0)
+    assert found["length"]["unit"] == "tokens"
+    assert found["consistency_by"] == "tokens"
+    assert set(found["exact"]) >= {"true_claims", "case_findings", "valid_rejections", "findings_invented"}
+    assert len({row["response"] for row in rows(whole)}) > 60, "samples differ"
+
+
+def test_a_stop_between_waves_and_a_torn_line_change_no_response(whole, model, tmp_path, capsys):
+    """Waves of 8 questions: stopped after the first, a line of it torn, then resumed on another mesh."""
+    real, waves = answering.Tally.add, []
+
+    def add(tally, answers):
+        real(tally, answers)
+        waves.append(len(answers))
+        if len(waves) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answering.Tally, "add", add)
+        run(tmp_path / "run", model)
+    assert "stopped; the same command goes on from there" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
+    path = tmp_path / "run" / "responses" / "vignettes.jsonl"
+    assert len(rows(tmp_path / "run")) == waves[0] < 80
+    path.write_bytes(path.read_bytes()[:-30])
+    run(tmp_path / "run", model, mesh="8x1")
+    assert by_sample(rows(tmp_path / "run")) == by_sample(rows(whole))
+    assert len(rows(tmp_path / "run")) == 80
+
+
+def test_a_finished_evaluation_draws_nothing_and_can_be_counted_anew(whole, model, monkeypatch):
+    before = (whole / "responses" / "vignettes.jsonl").read_bytes()
+    monkeypatch.setattr(answering, "sampling_weights", lambda *_: pytest.fail("the model is not needed"))
+    run(whole, model)
+    evaluate.main(["--workdir", str(whole), "evaluate.answer=anywhere", "evaluate.subjects=[sex]"])
+    assert (whole / "responses" / "vignettes.jsonl").read_bytes() == before
+    assert "sex" in json.loads((whole / "summary.json").read_text(encoding="utf-8"))["data"]["vignettes"]["subjects"]
+
+
+def test_responses_to_other_questions_are_refused(whole, model, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "responses" / "vignettes.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("woman", "person"), encoding="utf-8")
+    with pytest.raises(InputError, match="expected responses to the questions of --data, got one to 'test-"):
+        run(tmp_path / "run", model)
+
+
+def test_responses_of_another_make_need_no_jax(tmp_path):
+    question = vignettes("test", 1)[0]
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(row_of(Answer(question, 0, teacher_response(question, 0)))) + "\n", encoding="utf-8")
+    check = (
+        "import sys\nfrom crpo_jax import evaluate\nevaluate.main(sys.argv[1:])\n"
+        "loaded = sorted({'jax', 'flax', 'torch', 'transformers'} & set(sys.modules))\nassert not loaded, loaded\n"
+    )
+    arguments = ["--responses", str(tmp_path / "theirs.jsonl"), "--workdir", str(tmp_path / "run"), "reward.workers=0"]
+    done = subprocess.run([sys.executable, "-c", check, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    assert "theirs by condition" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "/nowhere"], "expected --model with --data"),
+        (["--data", "medqa"], "expected --model with --data"),
+        (["--model", "m", "--data", "nonsense"], "--data nonsense: expected vignettes, medqa"),
+        (["--responses", "/nowhere.jsonl"], "--responses /nowhere.jsonl: expected a file"),
+        ([], "expected responses to evaluate in"),
+        (["--model", "/nowhere/model", "--data", "vignettes"], "model.path: expected a folder"),
+    ],
+)
+def test_bad_input_is_named_and_writes_nothing(tmp_path, arguments, expected):
+    with pytest.raises(InputError, match=expected):
+        evaluate.main([*arguments, "--workdir", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "responses").exists()
