@@ -248,6 +248,11 @@ def test_from_arguments_without_config_takes_the_commands_default(tmp_path: Path
     assert run(["--config", str(CONFIGS[0])], default) == load(CONFIGS[0])
 
 
+def test_settings_stand_before_between_and_after_the_flags():
+    found = run(["crpo.steps=5", "--mesh", "4x2", *FROM_SCRATCH, "--workdir", "x", "run.seed=7"])
+    assert (found.crpo.steps, found.parallel.mesh, found.run.seed) == (5, "4x2", 7)
+
+
 def test_mesh_is_a_setting(tmp_path: Path):
     assert run(["--mesh", "4x2", *FROM_SCRATCH]).parallel.mesh == "4x2"
     assert run([*FROM_SCRATCH, "parallel.mesh=1x1", "--mesh", "4x2"]).parallel.mesh == "4x2"
