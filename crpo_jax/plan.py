@@ -45,27 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from crpo_jax.planner import report
     from crpo_jax.planner.job import job_for
 
-    job = job_for(settings, target, settings.parallel.mesh if not args.search else "")
     missing = "" if args.fast else plug_in_missing(target)
-    if missing:
-        print(f"{missing}; estimated from shapes instead", file=sys.stderr)
-    fast, found = args.fast or bool(missing), {}
-    changed = {}
+    fast, changed, found = args.fast or bool(missing), {}, {}
     if args.search:
-        fitting, others, refused = planning.search(job)
+        fitting, others, refused = planning.search(settings, target)
         found = {"search": [planning.as_json(one) for one in [*fitting, *others]], "refused": refused}
         if not args.json:
             print(report.ranking(fitting, others, refused), end="\n\n", flush=True)
-        best = (fitting or others)[0]
-        job, changed = best.job, best.changed
+        job, changed = (fitting or others)[0].job, (fitting or others)[0].changed
+    else:
+        job = job_for(settings, target, settings.parallel.mesh)
+    if missing:
+        print(f"{missing}; estimated from shapes instead", file=sys.stderr)
     if fast:
         plan = planning.from_shapes(job, changed)
     else:
         plan = dataclasses.replace(planning.by_compiling(job, lambda line: print(line, file=sys.stderr, flush=True)), changed=changed)
     print(json.dumps({**planning.as_json(plan), **found}, indent=1) if args.json else report.text(plan))
     if args.plot:
-        others = [planning.from_shapes(job.having(**{"parallel.layout": name})) for name in planning.LAYOUTS if name != job.layout_name]
-        report.picture([plan, *others], Path(args.plot))
+        jobs, _ = planning.all_jobs(job.settings, target)
+        beside = [one for one in jobs if one.mesh_text == job.mesh_text and one.layout_name != job.layout_name]
+        report.picture([plan, *map(planning.from_shapes, beside)], Path(args.plot))
     return 0 if plan.fits else 1
 
 

@@ -117,8 +117,8 @@ def test_a_chunk_more_of_anything_costs_memory():
         "decode": {"rollout.slots": 64},
         "accumulate": {"parallel.micro_batch_tokens": 4096},
     }.items():
-        assert sum(estimated(job.having(**changed))[phase].values()) < sum(estimated(job)[phase].values())
-    assert sum(estimated(job.having(**{"parallel.remat": False}))["accumulate"].values()) > sum(estimated(job)["accumulate"].values())
+        assert sum(estimated(job.having(changed))[phase].values()) < sum(estimated(job)[phase].values())
+    assert sum(estimated(job.having({"parallel.remat": False}))["accumulate"].values()) > sum(estimated(job)["accumulate"].values())
 
 
 # ---- collectives -----------------------------------------------------------------------------------------------------
@@ -216,19 +216,20 @@ def test_a_remedy_makes_it_fit():
     assert not from_shapes(job).fits
     changed = remedy(job)
     assert changed
-    assert from_shapes(job.having(**changed)).fits
+    assert from_shapes(job.having(changed)).fits
     assert remedy(paper("rtx4090")) is None  # 46 GiB of masters, moments and gradients fit by no batch size
 
 
 def test_search_ranks_every_possible_mesh_and_layout():
-    job = paper("v5e-16")
-    fitting, others, refused = search(job)
+    settings, target = config.load(PAPER), parse_target("v5e-16")
+    fitting, others, refused = search(settings, target)
     assert [plan.bound for plan in fitting] == sorted(plan.bound for plan in fitting)
     assert all(plan.fits for plan in fitting)
     assert not any(plan.fits for plan in others)
-    assert len(fitting) + len(others) == len(all_jobs(job)[0]) == 4 * len(LAYOUTS) + 1  # 1x16 has no data axis to split over
+    assert len(fitting) + len(others) == len(all_jobs(settings, target)[0]) == 4 * len(LAYOUTS) + 1  # 1x16 has no data axis to split over
     assert not refused
-    assert "expected a model axis" in search(paper("4xh100", "", "model.path=Qwen/Qwen2.5-0.5B"))[2]["1x4"]  # 14 heads
+    refused = search(config.load(PAPER, ["model.path=Qwen/Qwen2.5-0.5B"]), parse_target("4xh100"))[2]
+    assert "expected a model axis that divides the 14 query heads" in refused["1x4 zero1"]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

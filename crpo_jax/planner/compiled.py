@@ -63,7 +63,7 @@ def memory_of(job: Job, phase: str, taken: float) -> Memory:
     parts = resident(job)[phase]
     used = sum(parts[part] for part in TAKES[phase] if part in parts)
     stored = activations(job) if phase == "accumulate" else 0.0
-    return {**parts, "activations": stored, "temporaries": max(0.0, taken - used - stored)}
+    return {**parts, "activations": stored, "temporaries": parts.get("temporaries", 0.0) + max(0.0, taken - used - stored)}
 
 
 TAKES = {

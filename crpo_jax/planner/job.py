@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def planned_shape(settings: Config) -> Shape:
     return shape_of({**dict(zip(FIELDS, PUBLISHED[named[1]], strict=True)), "rope_theta": 1e6, "rms_norm_eps": 1e-6}, path)
 
 
+def replaced(settings: Config, changed: Mapping[str, Any]) -> Config:
+    """The settings with others in the place of some, by dotted key."""
+    for key, value in changed.items():
+        section, name = key.split(".")
+        settings = dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
+    return settings
+
+
 @dataclass(frozen=True)
 class Job:
     """One thing to plan. Counts are per device, or per data shard where rows are meant."""
@@ -83,13 +92,9 @@ class Job:
         """What training attends with."""
         return "xla"
 
-    def having(self, **changed: Any) -> "Job":
+    def having(self, changed: Mapping[str, Any]) -> "Job":
         """The same with other settings, by dotted key."""
-        settings = self.settings
-        for key, value in changed.items():
-            section, name = key.split(".")
-            settings = dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
-        return dataclasses.replace(self, settings=settings)
+        return dataclasses.replace(self, settings=replaced(self.settings, changed))
 
     # ---- the rollout -----------------------------------------------------------------------------------------------
     @property

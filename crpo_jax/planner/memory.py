@@ -76,23 +76,29 @@ def cache(job: Job, slots: int) -> float:
 
 
 def resident(job: Job) -> dict[str, Memory]:
-    """What each phase finds or leaves on a device, by phase and part: everything but activations and temporaries."""
+    """What each phase finds or leaves on a device, by phase and part: everything but activations, and of the temporaries
+    only the step's micro-batches."""
     dtype, layout = jnp.dtype(job.settings.model.dtype), job.layout
     master = trained(job)
     always = {"master": master, "moments": moments(job), "reference": of_table(job, layout.reference, dtype)}
     sampling, compute = {"weights": sampling_weights(job)}, {"weights": of_table(job, layout.compute, dtype)}
-    rollout, gradients = job.settings.rollout, {"gradients": master}
+    rollout, gradients, kept = job.settings.rollout, {"gradients": master}, {"temporaries": batches(job)}
     phases = {
         "sampling copy": sampling,
         "prefill": {**sampling, "KV cache": cache(job, min(rollout.chunk, rollout.max_new_tokens))},
         "decode": {**sampling, "KV cache": cache(job, rollout.max_new_tokens)},
-        "compute copy": compute,
-        "reference log-probs": compute,
-        "old log-probs": compute,
-        "accumulate": {**compute, **gradients},
-        "optimizer step": gradients,
+        "compute copy": {**compute, **kept},
+        "reference log-probs": {**compute, **kept},
+        "old log-probs": {**compute, **kept},
+        "accumulate": {**compute, **gradients, **kept},
+        "optimizer step": {**gradients, **kept},
     }
     return {phase: {**always, **phases[phase]} for phase in phases_of(job)}
+
+
+def batches(job: Job) -> float:
+    """A step's micro-batches, which stay on the devices from the log-probs to the last update: four arrays of 4 bytes a token."""
+    return 16.0 * job.rows * (job.settings.data.max_prompt_tokens + job.settings.rollout.max_new_tokens)
 
 
 def phases_of(job: Job) -> list[str]:
@@ -154,6 +160,6 @@ def estimated(job: Job) -> dict[str, Memory]:
     """The memory of every phase, by phase and part, without compiling anything."""
     beside, stored = temporaries(job), activations(job)
     return {
-        phase: {**parts, "activations": stored if phase == "accumulate" else 0.0, "temporaries": beside[phase]}
+        phase: {**parts, "activations": stored if phase == "accumulate" else 0.0, "temporaries": parts.get("temporaries", 0.0) + beside[phase]}
         for phase, parts in resident(job).items()
     }

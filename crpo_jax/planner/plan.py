@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from crpo_jax.config import InputError
+from crpo_jax.config import Config, InputError
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.planner.cost import estimated_collectives, link_of, seconds, works
 from crpo_jax.planner.hlo import Collective
-from crpo_jax.planner.job import Job
+from crpo_jax.planner.job import Job, planned_shape, replaced
 from crpo_jax.planner.memory import Memory, estimated, phases_of
-from crpo_jax.planner.targets import GIB
+from crpo_jax.planner.targets import GIB, Target
 
 
 @dataclass(frozen=True)
@@ -99,35 +99,38 @@ def remedies(job: Job) -> Iterator[dict[str, Any]]:
 def remedy(job: Job, over: float = 0.0) -> dict[str, Any] | None:
     """The settings to change so that the job fits, by the estimate from shapes plus `over` bytes; None where these do not help."""
     for changed in remedies(job):
-        if from_shapes(job.having(**changed)).margin >= over:
+        if from_shapes(job.having(changed)).margin >= over:
             return changed
     return None
 
 
-def all_jobs(job: Job) -> tuple[list[Job], dict[str, str]]:
-    """The job on every mesh of its devices and in every layout, and why meshes are impossible. Layouts differ only in what they
-    split over the data axis: without one, the config's own stands for all."""
-    possible, refused = [], {}
-    for model in (size for size in range(1, job.target.count + 1) if job.target.count % size == 0):
-        for name in LAYOUTS if model < job.target.count else (job.layout_name,):
+def all_jobs(settings: Config, target: Target) -> tuple[list[Job], dict[str, str]]:
+    """A job for every mesh of the target's devices and every layout, and why meshes are impossible. Layouts differ only in what
+    they split over the data axis: without one, the config's own stands for all."""
+    shape, possible, refused = planned_shape(settings), [], {}
+    for model in (size for size in range(1, target.count + 1) if target.count % size == 0):
+        for name in LAYOUTS if model < target.count else (settings.parallel.layout,):
+            chosen = replaced(settings, {"parallel.layout": name})
             try:
-                possible.append(Job(job.having(**{"parallel.layout": name}).settings, job.shape, job.target, job.target.count // model, model))
+                possible.append(Job(chosen, shape, target, target.count // model, model))
             except InputError as error:
-                refused[f"{job.target.count // model}x{model}"] = str(error)
+                refused[f"{target.count // model}x{model} {name}"] = str(error)
+    if not possible:
+        raise InputError(f"--target {target.name}: expected a model that some mesh can split, got {next(iter(refused.values()))}")
     return possible, refused
 
 
-def search(job: Job) -> tuple[list[Plan], list[Plan], dict[str, str]]:
+def search(settings: Config, target: Target) -> tuple[list[Plan], list[Plan], dict[str, str]]:
     """(plans that fit, the fastest bound first; those that do not, the closest first; refused meshes with their reasons).
 
     Where a mesh and layout fits only with smaller slots or micro-batches, it is planned with those.
     """
-    jobs, refused = all_jobs(job)
+    jobs, refused = all_jobs(settings, target)
     plans = []
-    for one in jobs:
-        plan = from_shapes(one)
-        if not plan.fits and (changed := remedy(one)):
-            plan = from_shapes(one.having(**changed), changed)
+    for job in jobs:
+        plan = from_shapes(job)
+        if not plan.fits and (changed := remedy(job)):
+            plan = from_shapes(job.having(changed), changed)
         plans.append(plan)
     fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.bound)
     return fitting, sorted((plan for plan in plans if not plan.fits), key=lambda plan: -plan.margin), refused
