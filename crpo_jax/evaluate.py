@@ -14,6 +14,7 @@ is asked for twice. judge.second.* names a second judge, whose agreement with th
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from crpo_jax import config
 from crpo_jax.config import Config, Endpoint, InputError
 from crpo_jax.data import question as questions
 from crpo_jax.data.question import Question
-from crpo_jax.judge import answers, measures, table
+from crpo_jax.judge import answers, measures, report, table
 from crpo_jax.judge.answers import Answer
 from crpo_jax.judge.client import ServerError
 from crpo_jax.judge.journal import Full
@@ -65,6 +66,16 @@ def effective_tokens(settings: Config) -> Any:
         if path and file.is_file():
             return effective_table(file, max(token_ids_of(file).values()) + 1)
     return None
+
+
+def keep_given(paths: Sequence[str], folder: Path) -> None:
+    """Copies given responses beside the summary, so that they can be judged and reported on later; others of that name stay."""
+    for path in map(Path, paths):
+        kept = folder / f"{path.stem}.jsonl"
+        if kept.exists() and kept.read_bytes() != path.read_bytes():
+            raise InputError(f"--responses {path}: expected the responses that {kept} holds already, got others; take another --workdir")
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(path, kept)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -128,7 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder or hub id (sets model.path)")
     parser.add_argument("--data", metavar="NAME_OR_FILE", nargs="+", action="extend", default=[], help="data sets to answer")
     parser.add_argument("--responses", metavar="FILE", nargs="+", action="extend", default=[], help="responses to evaluate instead")
+    parser.add_argument("--report", metavar="NAME=DIR", nargs="+", action="extend", default=[], help="evaluated workdirs; a name again is a seed")
     args = parser.parse_intermixed_args(arguments)
+    if args.report:
+        if args.model or args.data or args.responses or args.overrides:
+            raise InputError("--report: expected NAME=DIR and --workdir alone")
+        return print(report.write(args.report, Path(args.workdir or "runs") / "report"))
     for word in [word for word in args.data + args.responses if word.split("=")[0] in config.leaves()]:
         (args.data if word in args.data else args.responses).remove(word)  # a setting after the last data set
         args.overrides.append(word)
@@ -160,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 return print("stopped; the same command goes on from there", file=sys.stderr)
             except Full as error:
                 raise SystemExit(f"crpo_jax.evaluate: stopped, what is answered is kept: {error}") from None
+        if given:
+            keep_given(args.responses, folder)
         found = given or {path.stem: answers.read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
         dropped = json.loads((folder / "dropped.json").read_text(encoding="utf-8")) if (folder / "dropped.json").is_file() else {}
         try:

@@ -43,7 +43,7 @@ def row_of(answer: Answer) -> dict[str, Any]:
     """A line of a responses file: the question with all its columns and the response; `crpo_jax.score` reads it too."""
     question = answer.question
     row = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer}
-    row |= {"source": question.source, "split": question.split} | dict(question.columns)
+    row |= {name: value for name, value in (("source", question.source), ("split", question.split)) if value} | dict(question.columns)
     return row | {name: getattr(answer, name) for name in OWN}
 
 
