@@ -254,6 +254,10 @@ def test_what_does_not_fit_names_a_setting_and_exits_with_1(capsys: pytest.Captu
     assert told["peak_bytes"] > told["usable_bytes"] == int(15.75 * GIB)
     assert plan.main(["--target", "v5e-16", "--mesh", "16x1", "--fast"]) == 1
     assert "it would fit with rollout.slots=" in capsys.readouterr().out.splitlines()[-1]
+    assert plan.main(["--target", "8xa6000", "--layout", "replicated", "--fast"]) == 1
+    assert "it would fit with --mesh 8x1 parallel.layout=fsdp" in capsys.readouterr().out.splitlines()[-1]
+    assert plan.main(["--target", "rtx4090", "--fast"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("of rtx4090 does: more devices")
 
 
 def test_json_adds_up(capsys: pytest.CaptureFixture[str]):

@@ -146,7 +146,7 @@ def temporaries(job: Job) -> Memory:
     backward = blocks + max(embedding, 1.5 * chunk) + block(rows * t, 4.5, 9) + 3 * scores(rows, t)
     return {
         "sampling copy": copied,
-        "prefill": 3 * scores(prompts, longest) + block(prompts * longest, 2, 8) + 4 * drawn,
+        "prefill": (0 if tpu else 3 * scores(prompts, longest)) + block(prompts * longest, 2, 8) + 4 * drawn,
         "decode": 4 * drawn,
         "compute copy": 0.0 if split("compute") else copied,
         "reference log-probs": forward + (embedding if split("reference") else 0),

@@ -8,7 +8,7 @@ from crpo_jax.config import InputError
 from crpo_jax.model.shape import Shape
 from crpo_jax.planner.cost import link_of
 from crpo_jax.planner.memory import PARTS
-from crpo_jax.planner.plan import Plan, from_shapes, gib, remedy
+from crpo_jax.planner.plan import Plan, from_shapes, gib, remedy, search
 from crpo_jax.planner.targets import GIB
 
 
@@ -95,8 +95,14 @@ def verdict(plan: Plan) -> str:
     changed = remedy(plan.job, max(0.0, over))
     if changed:
         return f"does not fit: {need}, {gib(-plan.margin)} too much; it would fit with {settings_of(changed)}"
-    other = " or parallel.layout=fsdp" if plan.job.layout_name != "fsdp" else ""
-    return f"does not fit: {need}, {gib(-plan.margin)} too much; try more model shards (--search ranks all){other}, or more devices"
+    fitting = search(plan.job.settings, plan.job.target)[0]
+    if not fitting:
+        return (
+            f"does not fit: {need}, {gib(-plan.margin)} too much; no mesh, layout, slots or micro-batch of {plan.job.target.name} does: more devices"
+        )
+    best = fitting[0]
+    settings = settings_of({"parallel.layout": best.job.layout_name, **best.changed})
+    return f"does not fit: {need}, {gib(-plan.margin)} too much; it would fit with --mesh {best.job.mesh_text} {settings}"
 
 
 def text(plan: Plan) -> str:
