@@ -92,7 +92,7 @@ class Rollout:
     top_p: float = setting(1.0, "smallest set of tokens with this probability; 1 is off", source="code", low=0, high=1)
     top_k: int = setting(0, "most probable tokens kept; 0 is off", source="code", low=0)
     slots: int = setting(128, "rows decoded together on each data shard", unit="rows", low=1)
-    chunk: int = setting(128, "decode steps between two looks of the host at the finished rows", unit="tokens", low=1)
+    chunk: int = setting(16, "decode steps between two looks of the host at the finished rows", unit="tokens", low=1)
     stop: tuple[str, ...] = setting(("<|im_end|>", "<|endoftext|>"), "tokens that end a response; the one drawn belongs to it")
 
 

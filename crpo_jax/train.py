@@ -19,6 +19,7 @@ from crpo_jax.run import evaluation, report, setup, start
 from crpo_jax.run.checkpoint import Checkpoints
 from crpo_jax.run.metrics import Log
 from crpo_jax.run.progress import Progress
+from crpo_jax.run.responses import respond
 from crpo_jax.run.workdir import Fault, Stop, check_inputs, open_workdir
 from crpo_jax.update.batches import Row, aligned, micro_batches, of_rows
 from crpo_jax.update.losses import chosen_groups, group_advantages, row_weights
@@ -71,7 +72,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             measured: dict[str, float] = {}
             if step in (0, steps) or (settings.run.eval_every and step % settings.run.eval_every == 0):
                 key = jax.random.fold_in(seed, EVALUATION)
-                answered, means = evaluation.answer(engine, gather(state.master), held_out, examiner, text, key)
+                answered, means = evaluation.answer(engine, gather(state.master), held_out, examiner, text, key, report.sampling(progress, step))
                 measured |= {f"eval/{name.split('/')[1]}": value for name, value in means.items()}
                 if writer:
                     report.keep_answers(workdir, step, answered)
@@ -88,13 +89,12 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
                 drawn = further.batch(step * crpo.dynamic_sampling + turn - 1) if turn else batches.batch(step)
                 questions = [question for _, question in drawn]
                 prompts, ids = [prompt_of[question.id] for question in questions], range(turn * len(questions), (turn + 1) * len(questions))
-                groups = engine.generate(policy, prompts, key=jax.random.fold_in(seed, step), group=crpo.group_size, ids=ids)
-                new = [response for group in groups for response in group]
+                key, told = jax.random.fold_in(seed, step), report.sampling(progress, step)
+                new = respond(engine, policy, questions, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=told)
                 sampled = time.perf_counter()
 
-                asked += [questions[response.prompt] for response in new]
-                responses, texts = responses + new, texts + [text.of(response) for response in new]
-                scored += scorer.score(asked[-len(new) :], texts[-len(new) :], [text.body(response) for response in new])
+                asked, responses, texts = asked + new.questions, responses + new.responses, texts + new.texts
+                scored += scorer.collect(new.scoring)  # most were scored while the longest responses were decoded
                 valid = np.array([isinstance(one, Score) for one in scored]).reshape(-1, crpo.group_size)
                 rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored]).reshape(-1, crpo.group_size)
                 chosen, varied = chosen_groups(rewards, valid, crpo.prompts_per_step)

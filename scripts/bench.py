@@ -19,13 +19,8 @@ import jax.numpy as jnp
 
 from crpo_jax import config
 from crpo_jax.config import InputError
-from crpo_jax.model import hub
-from crpo_jax.model.placement import to_sampling
-from crpo_jax.model.shape import read_shape
-from crpo_jax.parallel.layout import LAYOUTS, TENSOR, check_layout
-from crpo_jax.parallel.mesh import data_size, make_mesh
-from crpo_jax.rollout.draw import Sampling
-from crpo_jax.rollout.engine import Engine
+from crpo_jax.parallel.mesh import model_size
+from crpo_jax.rollout import Response, Sampling, Tally, load
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -66,22 +61,31 @@ def read_prompts(path: str, vocabulary: int) -> list[list[int]]:
 
 
 def rollout(args: argparse.Namespace) -> dict[str, Any]:
-    """Samples every prompt's group, once to compile and then --repeats times, each with a key of its own."""
-    mesh = make_mesh(args.mesh)
-    shape = read_shape(hub.model_folder(args.model))
-    check_layout(LAYOUTS["replicated"], mesh, {letter: getattr(shape, letter) for letter in "dnkfv"})
-    prompts = read_prompts(args.prompts, shape.v)
-    weights = jax.block_until_ready(to_sampling(shape, mesh, args.dtype)(hub.load(args.model, mesh, TENSOR, jnp.dtype(args.dtype))[1]))
-    how = Sampling(args.temperature, stop_ids=tuple(args.stop))
-    engine = Engine(shape, mesh, how, args.max_new, args.slots, args.chunk)
+    """Samples every prompt's group, once to compile and then --repeats times, each with a key of its own.
 
-    def sample(seed: int, limit: int = args.max_new) -> list[Any]:
-        return engine.generate(weights, prompts, key=jax.random.key(seed), group=args.group, limits=[limit] * len(prompts))
+    Bytes of a decode step on each device: all weights that a token's logits need, and the cache as long as it was.
+    """
+    how = Sampling(args.temperature, stop_ids=tuple(args.stop))
+    engine, weights = load(args.model, how, args.max_new, mesh=args.mesh, dtype=args.dtype, slots=args.slots, chunk=args.chunk)
+    jax.block_until_ready(weights)
+    prompts = read_prompts(args.prompts, engine.shape.v)
+    tallies: list[Tally] = []
+
+    def sample(seed: int, limit: int = args.max_new) -> list[list[Response]]:
+        tallies.clear()
+        limits = [limit] * len(prompts)
+        return engine.generate(weights, prompts, key=jax.random.key(seed), group=args.group, limits=limits, progress=tallies.append)
 
     first, _ = timed(lambda: sample(0))
-    runs = [timed(lambda seed=seed: sample(seed)) for seed in range(1, args.repeats + 1)]
     prefill = statistics.median(timed(lambda seed=seed: sample(seed, 1))[0] for seed in range(args.repeats))
+    runs = [timed(lambda seed=seed: sample(seed)) for seed in range(1, args.repeats + 1)]
     whole, tokens = statistics.median(spent for spent, _ in runs), sum(len(one.tokens) for group in runs[-1][1] for one in group)
+    read = weights._replace(embed_vd=None) if weights.unembed_dv is not None else weights  # a token reads one row of an embedding of its own
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(read)) // model_size(engine.mesh)
+    steps = max(tallies[-1].steps, 1)
+    before = [0, *(tally.steps for tally in tallies)]
+    cache_bytes = sum((tally.steps - old) * tally.cache_bytes for old, tally in zip(before, tallies, strict=False)) / steps
+    speed = bandwidth()
     return {
         "peer": "crpo_jax",
         "what": "rollout",
@@ -91,14 +95,16 @@ def rollout(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": round(tokens / whole, 1),
         "prefill_seconds": round(prefill, 3),
         "decode_seconds": round(whole - prefill, 3),
-        "bandwidth_gb_per_second": round(bandwidth() / 1e9, 1),
-        "devices": data_size(mesh),
+        "steps": steps,
+        "bytes_per_step": round(weight_bytes + cache_bytes),
+        "bandwidth": round(speed),
+        "share_of_bandwidth": round((weight_bytes + cache_bytes) * steps / max(runs[-1][0] - prefill, 1e-9) / speed, 3),
     }
 
 
 def main() -> None:
-    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(required=True, metavar="PART", parser_class=config.Parser)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(required=True, metavar="PART")
     part = parts.add_parser("rollout", help="sampling: prefill and decode")
     part.set_defaults(run=rollout)
     part.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder")
@@ -111,7 +117,7 @@ def main() -> None:
     part.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and cache")
     part.add_argument("--repeats", type=int, default=3, help="timed runs after the first")
     part.add_argument("--slots", type=int, default=128, help="rows decoded together on each data shard")
-    part.add_argument("--chunk", type=int, default=128, help="decode steps between two looks of the host")
+    part.add_argument("--chunk", type=int, default=16, help="decode steps between two looks of the host")
     args = parser.parse_args()
     print(json.dumps(args.run(args)))
 

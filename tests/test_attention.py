@@ -136,7 +136,7 @@ def test_decoding_is_the_last_row_of_the_whole():
 
     prompt_k, prompt_v = normal(p, K, t, H), normal(p, K, t, H)
     cache_k, cache_v, q = normal(p * g, K, s, H), normal(p * g, K, s, H), normal(p * g, N, H)
-    out = decode(q, prompt_k, prompt_v, jnp.arange(t) < lengths[:, None], cache_k, cache_v, jnp.arange(s) <= cursor)
+    out = decode(q, prompt_k, prompt_v, jnp.arange(t) < lengths[:, None], cache_k, cache_v, jnp.arange(s) <= np.full((p * g, 1), cursor))
     for row in range(p * g):
         prompt = row // g
         keys, values = (
@@ -155,7 +155,7 @@ def test_decoding_reads_no_slot_that_is_not_seen():
     draw = np.random.default_rng(3)
     arrays = [np.float32(draw.normal(size=sizes)) for sizes in ((p * g, N, H), (p, K, t, H), (p, K, t, H), (p * g, K, s, H), (p * g, K, s, H))]
     q, prompt_k, prompt_v, cache_k, cache_v = arrays
-    prompt_seen, cache_seen = jnp.arange(t) < np.array([[2], [3]]), jnp.arange(s) <= 0
+    prompt_seen, cache_seen = jnp.arange(t) < np.array([[2], [3]]), jnp.arange(s) <= np.zeros((p * g, 1))
     clean = decode(q, prompt_k, prompt_v, prompt_seen, cache_k, cache_v, cache_seen)
     for keys, values in ((prompt_k, prompt_v), (cache_k, cache_v)):
         keys[:, :, -1:], values[:, :, -1:] = 1e30, 1e30
@@ -167,5 +167,5 @@ def test_decoding_with_extreme_scores():
     draw = np.random.default_rng(4)
     q, prompt_k, cache_k = (np.float32(draw.normal(size=sizes) * 1e8) for sizes in ((p * g, N, H), (p, K, t, H), (p * g, K, s, H)))
     prompt_v, cache_v = np.ones((p, K, t, H), np.float32), np.ones((p * g, K, s, H), np.float32)
-    out = decode(q, prompt_k, prompt_v, jnp.ones((p, t), bool), cache_k, cache_v, jnp.ones(s, bool))
+    out = decode(q, prompt_k, prompt_v, jnp.ones((p, t), bool), cache_k, cache_v, jnp.ones((p * g, s), bool))
     np.testing.assert_allclose(out, np.ones_like(q), rtol=1e-6)

@@ -11,7 +11,7 @@ from conftest import mesh_of
 from jax.sharding import PartitionSpec as P
 from scipy.stats import chisquare
 
-from crpo_jax.model.qwen2 import Shard
+from crpo_jax.model.decode import Shard
 from crpo_jax.parallel.mesh import MODEL
 from crpo_jax.rollout.draw import Sampling, draw, invert, row_keys, threshold
 
@@ -23,18 +23,18 @@ inverted = jax.jit(lambda mass, uniform, vocabulary: invert(mass, uniform, WHOLE
 
 @functools.cache
 def program(how: Sampling, vocabulary: int, shards: int) -> Any:
-    """(logits, keys, position) -> tokens and log-probs, the vocabulary over `shards` devices."""
+    """(logits, keys, positions) -> tokens and log-probs, the vocabulary over `shards` devices."""
 
-    def one(logits: jax.Array, keys: jax.Array, position: jax.Array) -> Any:
-        return draw(logits, keys, position, how, Shard(MODEL if shards > 1 else None), vocabulary)
+    def one(logits: jax.Array, keys: jax.Array, positions: jax.Array) -> Any:
+        return draw(logits, keys, positions, how, Shard(MODEL if shards > 1 else None), vocabulary)
 
     specs = (P(None, MODEL), P(), P())
     return jax.jit(jax.shard_map(one, mesh=mesh_of(1, shards), in_specs=specs, out_specs=P(), check_vma=False))
 
 
 def drawn(logits: np.ndarray, how: Sampling = PLAIN, *, seed: int = 0, position: int = 0, shards: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    keys = row_keys(jax.random.key(seed), jnp.arange(len(logits)), jnp.arange(1))
-    tokens, logprobs = program(how, logits.shape[1], shards)(jnp.float32(logits), keys, jnp.int32(position))
+    keys = row_keys(jax.random.key(seed), jnp.arange(len(logits)), jnp.zeros(len(logits), jnp.int32))
+    tokens, logprobs = program(how, logits.shape[1], shards)(jnp.float32(logits), keys, jnp.full(len(logits), position, jnp.int32))
     return np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -211,15 +211,17 @@ def test_top_k_of_one_and_a_tiny_top_p_are_greedy():
 
 
 def test_a_key_belongs_to_prompt_and_sample():
-    """Prompt-major; whoever else is in the batch, and in which order, a row's key is folded from its own two numbers."""
-    key = jax.random.key(3)
-    keys = row_keys(key, jnp.array([5, 0, 9]), jnp.arange(4))
-    data = jax.random.key_data(keys)
-    assert len({tuple(row.tolist()) for row in data}) == 12
-    np.testing.assert_array_equal(jax.random.key_data(row_keys(key, jnp.array([9, 5]), jnp.arange(4))), np.concatenate([data[8:], data[:4]]))
-    np.testing.assert_array_equal(jax.random.key_data(row_keys(key, jnp.array([0]), jnp.array([2]))), data[6:7])
-    swapped = row_keys(key, jnp.array([2]), jnp.array([0]))
-    assert not np.array_equal(jax.random.key_data(swapped)[0], data[6])  # (prompt 0, sample 2) is not (prompt 2, sample 0)
+    """Whoever else is in the batch, and in which order, a row's key is folded from its own two numbers."""
+    key, prompts, samples = jax.random.key(3), np.repeat([5, 0, 9], 4), np.tile(np.arange(4), 3)
+
+    def data(prompts: Any, samples: Any) -> np.ndarray:
+        return np.asarray(jax.random.key_data(row_keys(key, jnp.array(prompts), jnp.array(samples))))
+
+    all_ = data(prompts, samples)
+    assert len({tuple(row.tolist()) for row in all_}) == 12
+    shuffled = np.random.default_rng(0).permutation(12)[:7]
+    np.testing.assert_array_equal(data(prompts[shuffled], samples[shuffled]), all_[shuffled])
+    assert not np.array_equal(data([2], [0])[0], data([0], [2])[0])  # (prompt 0, sample 2) is not (prompt 2, sample 0)
 
 
 def test_a_token_depends_on_its_key_and_position_alone():

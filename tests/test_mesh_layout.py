@@ -177,17 +177,29 @@ def test_every_model_shard_holds_the_kv_head_of_its_queries(mesh: Mesh, model: Q
     """Query head q reads KV head q // (n / k); after copying, the same must hold inside each shard, heads counted locally."""
     weights = to_sampling(SHAPE, mesh, "float32")(model)
     n, k, shards = SHAPE.n, SHAPE.k, mesh.shape[MODEL]
-    assert len(weights.blocks) == SHAPE.l
-    for layer, block in enumerate(weights.blocks):
-        for name in ("k_dkh", "k_bias_kh", "v_dkh", "v_bias_kh"):
-            whole = np.asarray(getattr(model.blocks, name)[layer])
-            axis = dims_of(name).index("k")
-            for shard in getattr(block, name)[...].addressable_shards:
-                index = list(mesh.devices.flat).index(shard.device) % shards
-                local, queries = shard.data.shape[axis], n // shards
+    assert len(weights.layers) == SHAPE.l
+    for layer, of in enumerate(weights.layers):
+        for fused, names in (("qkv", ("q_dnh", "k_dkh", "v_dkh")), ("qkv_bias", ("q_bias_nh", "k_bias_kh", "v_bias_kh"))):
+            q, *kv = (
+                np.asarray(getattr(model.blocks, name)[layer]).reshape(-1, heads, SHAPE.h) for name, heads in zip(names, (n, k, k), strict=True)
+            )
+            for shard in getattr(of, fused).addressable_shards:
+                index, queries = list(mesh.devices.flat).index(shard.device) % shards, n // shards
+                held = np.asarray(shard.data).reshape(q.shape[0], -1, SHAPE.h)
+                local = (held.shape[1] - queries) // 2
+                np.testing.assert_array_equal(held[:, :queries], q[:, index * queries : (index + 1) * queries])
                 for query in range(queries):
-                    here = np.take(np.asarray(shard.data), query // (queries // local), axis)
-                    np.testing.assert_array_equal(here, np.take(whole, (index * queries + query) // (n // k), axis))
+                    for part, whole in enumerate(kv):
+                        here = held[:, queries + part * local + query // (queries // local)]
+                        np.testing.assert_array_equal(here, whole[:, (index * queries + query) // (n // k)])
+
+
+def test_every_model_shard_holds_the_up_columns_of_its_gates(mesh: Mesh, model: Qwen2):
+    weights, columns = to_sampling(SHAPE, mesh, "float32")(model), SHAPE.f // mesh.shape[MODEL]
+    for shard in weights.layers[1].gate_up.addressable_shards:
+        first = list(mesh.devices.flat).index(shard.device) % mesh.shape[MODEL] * columns
+        for name, held in zip(("gate_df", "up_df"), np.split(np.asarray(shard.data), 2, axis=1), strict=True):
+            np.testing.assert_array_equal(held, getattr(model.blocks, name)[1][:, first : first + columns])
 
 
 def test_sampling_form_is_the_tensor_table_on_every_mesh(mesh: Mesh, model: Qwen2):
@@ -196,8 +208,8 @@ def test_sampling_form_is_the_tensor_table_on_every_mesh(mesh: Mesh, model: Qwen
     for value, to in zip(jax.tree.leaves(weights), jax.tree.leaves(wanted), strict=True):
         assert value.sharding.is_equivalent_to(to, value.ndim)
         assert value.dtype == "bfloat16"
-    np.testing.assert_array_equal(weights.embed_vd[...], model.embed_vd[...].astype("bfloat16"))
-    np.testing.assert_array_equal(weights.blocks[1].down_fd[...], model.blocks.down_fd[1].astype("bfloat16"))
+    np.testing.assert_array_equal(weights.embed_vd, model.embed_vd[...].astype("bfloat16"))
+    np.testing.assert_array_equal(weights.layers[1].down_fd, model.blocks.down_fd[1].astype("bfloat16"))
 
 
 def test_training_placement_copies_kv_heads_in_blocks(mesh: Mesh):

@@ -11,8 +11,9 @@ from conftest import SHAPE, mesh_of, placed, random_model
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from crpo_jax.model.decode import Shard, embed
 from crpo_jax.model.placement import training_placement, weight_shardings
-from crpo_jax.model.qwen2 import Qwen2, Shard, abstract, dot, embed, hidden_states, initial, logits, rms_norm, rope
+from crpo_jax.model.qwen2 import Qwen2, abstract, dot, hidden_states, initial, logits, rms_norm, rope
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.parallel.mesh import MODEL
 
@@ -142,15 +143,12 @@ def test_the_forward_is_the_same_on_every_mesh(mesh: Mesh, layout: str, model: Q
 
 @pytest.mark.parametrize("shards", [2, 4, 8])
 def test_an_embedding_split_over_the_vocabulary(shards: int, model: Qwen2):
-    mesh = mesh_of(1, shards)
-    tokens = jnp.arange(SHAPE.v)
-    split = jax.shard_map(lambda model: embed(model, tokens, Shard(MODEL)), mesh=mesh, in_specs=(specs(model),), out_specs=P(), check_vma=False)
-    np.testing.assert_array_equal(jax.jit(split)(model), model.embed_vd[...])
-    np.testing.assert_array_equal(embed(model, tokens, Shard(None)), model.embed_vd[...])
-
-
-def specs(model: Qwen2) -> Qwen2:
-    return Qwen2(lambda name, _: P(MODEL) if name == "embed_vd" else P(), tied=model.tied)
+    tokens, table = jnp.arange(SHAPE.v), model.embed_vd[...]
+    split = jax.shard_map(
+        lambda table: embed(table, tokens, Shard(MODEL)), mesh=mesh_of(1, shards), in_specs=P(MODEL), out_specs=P(), check_vma=False
+    )
+    np.testing.assert_array_equal(jax.jit(split)(table), table)
+    np.testing.assert_array_equal(embed(table, tokens, Shard(None)), table)
 
 
 # --- a model from scratch ---------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
 
+from crpo_jax.model.decode import Cache, Shard, decode, prefill
 from crpo_jax.model.hub import load, save
 from crpo_jax.model.placement import to_sampling
-from crpo_jax.model.qwen2 import Cache, Qwen2, Shard, decode, hidden_states, logits, prefill
+from crpo_jax.model.qwen2 import Qwen2, hidden_states, logits
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import TENSOR
 from crpo_jax.parallel.mesh import DATA, MODEL
@@ -46,8 +47,9 @@ def sampler_logits(model: Qwen2, shape: Shape, prompts: list[np.ndarray], respon
         row[: len(prompt)] = prompt
     b, s = responses.shape
     weights = to_sampling(shape, one_device(), "float32")(model)
-    first, kept = jax.jit(lambda model, tokens: prefill(model, tokens, lengths, shape, Shard(None), "xla"))(weights, tokens)
-    step = jax.jit(lambda model, tokens, cursor, cache: decode(model, tokens, lengths, cursor, cache, shape, Shard(None)))
+    first, kept = jax.jit(lambda weights, tokens: prefill(weights, tokens, lengths, shape, Shard(None), "xla"))(weights, tokens)
+    before = jnp.repeat(lengths, b // len(prompts))
+    step = jax.jit(lambda weights, tokens, cursor, cache: decode(weights, tokens, before + cursor, lengths, cursor, cache, shape, Shard(None)))
     cache = [Cache(k, v, *(jnp.zeros((b, shape.k, s, shape.h)) for _ in range(2))) for k, v in kept]
     found = [np.repeat(np.asarray(first), b // len(prompts), axis=0)]
     for cursor in range(s):

@@ -1,6 +1,10 @@
 """The sampler against the plainest loop there is: a whole forward pass per token, on one device, all rows to the end."""
 
+import doctest
+import gc
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,13 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SHAPE, mesh_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh
 
+import crpo_jax.rollout
 from crpo_jax.config import InputError
+from crpo_jax.model.decode import Shard, Weights
+from crpo_jax.model.hub import save
 from crpo_jax.model.placement import to_sampling
-from crpo_jax.model.qwen2 import Qwen2, Shard, hidden_states, logits
+from crpo_jax.model.qwen2 import Qwen2, hidden_states, logits
+from crpo_jax.rollout import engine
 from crpo_jax.rollout.draw import Sampling, draw, row_keys
-from crpo_jax.rollout.engine import Engine, Response
+from crpo_jax.rollout.engine import Engine, Response, Tally
 from crpo_jax.update.logprobs import token_logprobs
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
@@ -31,12 +41,12 @@ KEY = jax.random.key(4)
 def plain(model: Qwen2, how: Sampling, prompts: Sequence[Sequence[int]] = PROMPTS, width: int = WIDTH) -> list[list[Response]]:
     """`GROUP` responses per prompt; a row that ended goes on unread."""
     rows = [(i, g, list(prompt)) for i, prompt in enumerate(prompts) for g in range(GROUP)]
-    keys = row_keys(KEY, jnp.arange(len(prompts)), jnp.arange(GROUP))
+    keys = row_keys(KEY, *(jnp.array(numbers) for numbers in zip(*((i, g) for i, g, _ in rows), strict=True)))
 
     @jax.jit
     def step(model: Qwen2, tokens: jax.Array, lengths: jax.Array, position: jax.Array) -> Any:
         last = hidden_states(model, tokens, SHAPE)[jnp.arange(len(rows)), lengths - 1]
-        return draw(logits(model, last), keys, position, how, Shard(None), SHAPE.v)
+        return draw(logits(model, last), keys, jnp.full(len(rows), position), how, Shard(None), SHAPE.v)
 
     logprobs: list[list[float]] = [[] for _ in rows]
     for position in range(width):
@@ -66,7 +76,7 @@ def expected(model: Qwen2) -> list[list[Response]]:
 
 
 @pytest.fixture(scope="module")
-def weights(model: Qwen2, one_device: Mesh) -> Qwen2:
+def weights(model: Qwen2, one_device: Mesh) -> Weights:
     return to_sampling(SHAPE, one_device, "float32")(model)
 
 
@@ -94,7 +104,7 @@ def test_same_tokens_as_the_plain_loop_on_every_mesh(mesh: Mesh, model: Qwen2, e
         np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=0, atol=1e-4)
 
 
-def test_sampler_log_probs_are_the_trainers(model: Qwen2, weights: Qwen2, one_device: Mesh):
+def test_sampler_log_probs_are_the_trainers(model: Qwen2, weights: Weights, one_device: Mesh):
     """Contract 3, for every token of every response: at most 1e-4 in float32, the temperature in both."""
     made = Engine(SHAPE, one_device, HOW, WIDTH, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=GROUP)
     responses = [response for group in made for response in group]
@@ -114,7 +124,7 @@ def test_sampler_log_probs_are_the_trainers(model: Qwen2, weights: Qwen2, one_de
         np.testing.assert_allclose(row[first : first + len(response.tokens)], response.logprobs, rtol=0, atol=1e-4)
 
 
-def test_greedy_is_the_plain_loop(model: Qwen2, weights: Qwen2, one_device: Mesh):
+def test_greedy_is_the_plain_loop(model: Qwen2, weights: Weights, one_device: Mesh):
     how = Sampling(temperature=0, stop_ids=STOPS)
     made = Engine(SHAPE, one_device, how, WIDTH, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=GROUP)
     assert tokens_of(made) == tokens_of(plain(model, how))
@@ -125,28 +135,102 @@ def test_greedy_is_the_plain_loop(model: Qwen2, weights: Qwen2, one_device: Mesh
 
 
 @pytest.mark.parametrize(
-    ("slots", "chunk"),
+    ("slots", "chunk", "response_slots"),
     [
-        (128, WIDTH),  # one wave, the cache whole from the start
-        (6, 6),  # two prompts a wave, the cache grown once
-        (1, 64),  # fewer slots than a group has rows
+        (128, WIDTH, 128),  # one wave, one look at the end
+        (128, 2, 4),  # the cache grows, then rows are collected as others end
+        (6, 2, 4),  # two prompts a wave: what is left of waves is set aside and joined
+        (1, 3, 128),  # fewer slots than a group has rows
     ],
 )
-def test_slots_and_chunks_do_not_change_a_token(slots: int, chunk: int, weights: Qwen2, one_device: Mesh, expected: list[list[Response]]):
+def test_slots_and_chunks_do_not_change_a_token(
+    slots: int,
+    chunk: int,
+    response_slots: int,
+    weights: Weights,
+    one_device: Mesh,
+    expected: list[list[Response]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(engine, "RESPONSE_SLOTS", response_slots)
     made = Engine(SHAPE, one_device, HOW, WIDTH, slots=slots, chunk=chunk).generate(weights, PROMPTS, key=KEY, group=GROUP)
     assert tokens_of(made) == tokens_of(expected)
+
+
+@settings(max_examples=6)
+@given(
+    order=st.permutations(range(len(PROMPTS))),
+    count=st.integers(1, len(PROMPTS)),
+    limits=st.lists(st.integers(1, WIDTH), min_size=len(PROMPTS), max_size=len(PROMPTS)),
+    halvings=st.sampled_from([1, 3]),
+)
+def test_any_schedule_gives_the_tokens_of_the_plain_loop(
+    order: list[int], count: int, limits: list[int], halvings: int, model: Qwen2, expected: list[list[Response]]
+):
+    """Any arrival order, number of prompts and limits, on two data shards of one prompt each at a time, caches that grow with every chunk;
+    the log-probs are the plain loop's too."""
+    mesh, chosen = mesh_of(2, 1), order[:count]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "RESPONSE_SLOTS", 4)
+        patch.setattr(engine, "HALVINGS", halvings)
+        made = Engine(SHAPE, mesh, HOW, WIDTH, slots=GROUP, chunk=2).generate(
+            to_sampling(SHAPE, mesh, "float32")(model),
+            [PROMPTS[i] for i in chosen],
+            key=KEY,
+            group=GROUP,
+            ids=chosen,
+            limits=[limits[i] for i in chosen],
+        )
+    for i, group in zip(chosen, made, strict=True):
+        for found, wanted in zip(group, expected[i], strict=True):
+            np.testing.assert_array_equal(found.tokens, wanted.tokens[: limits[i]])
+            np.testing.assert_allclose(found.logprobs, wanted.logprobs[: limits[i]], rtol=0, atol=1e-4)
 
 
 def test_more_prompts_than_slots_on_data_shards(model: Qwen2, expected: list[list[Response]]):
     """4 shards of one prompt each: the second wave has 3 prompts and a row of filling, which must never run."""
     mesh = mesh_of(4, 2)
-    made = Engine(SHAPE, mesh, HOW, WIDTH, slots=GROUP, chunk=WIDTH).generate(
-        to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP
-    )
+    made = Engine(SHAPE, mesh, HOW, WIDTH, slots=GROUP, chunk=2).generate(to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP)
     assert tokens_of(made) == tokens_of(expected)
 
 
-def test_the_order_of_prompts_does_not_change_a_token(weights: Qwen2, one_device: Mesh, expected: list[list[Response]]):
+def test_one_long_response_holds_up_nobody(weights: Weights, one_device: Mesh, monkeypatch: pytest.MonkeyPatch):
+    """8 prompts in waves of 2, one of them eight times as long as the rest: waiting for it in each wave would cost 4 * 8 chunks, and
+    in its own alone 11; what is left of it goes on at the end in a loop of few rows. No stop tokens, so that limits are lengths."""
+    calls: list[tuple[int, int]] = []
+    short, long = 2, 16
+    how = Engine(SHAPE, one_device, Sampling(0.9), long, slots=2, chunk=2)
+    limits = [long, *[short] * 7]
+    advance = engine.Schedule.advance
+
+    def counted(self: engine.Schedule, deck: engine.Deck) -> None:
+        calls.append((len(deck.rows), len(deck.running)))
+        advance(self, deck)
+
+    monkeypatch.setattr(engine.Schedule, "advance", counted)
+    made = how.generate(weights, [[1 + i] for i in range(8)], key=KEY, limits=limits)
+    assert [len(response.tokens) for (response,) in made] == limits
+    assert sorted(calls) == sorted([(2, 2)] * 4 + [(1, 1)] * 7)
+
+
+def test_rows_left_of_several_waves_are_joined(weights: Weights, one_device: Mesh, monkeypatch: pytest.MonkeyPatch):
+    """Four waves of four rows leave one long row each: they go on together, in one loop of four."""
+    calls: list[tuple[int, int]] = []
+    advance = engine.Schedule.advance
+
+    def counted(self: engine.Schedule, deck: engine.Deck) -> None:
+        calls.append((len(deck.rows), len(deck.running)))
+        advance(self, deck)
+
+    monkeypatch.setattr(engine.Schedule, "advance", counted)
+    limits = [8, 1, 1, 1] * 4
+    made = Engine(SHAPE, one_device, Sampling(0.9), 8, slots=4, chunk=4).generate(weights, [[1 + i] for i in range(16)], key=KEY, limits=limits)
+    assert [len(response.tokens) for (response,) in made] == limits
+    assert (4, 4) in calls or (4, 3) in calls
+    assert sum(running for _, running in calls) == 8
+
+
+def test_the_order_of_prompts_does_not_change_a_token(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
     """With their numbers beside them, prompts may come in any order and company; responses come back in the order asked."""
     how = Engine(SHAPE, one_device, HOW, WIDTH, slots=6, chunk=6)
     for order in ([6, 5, 4, 3, 2, 1, 0], [2, 0, 5]):
@@ -155,12 +239,12 @@ def test_the_order_of_prompts_does_not_change_a_token(weights: Qwen2, one_device
         assert [[(r.prompt, r.sample) for r in group] for group in made] == [[(place, g) for g in range(GROUP)] for place in range(len(order))]
 
 
-def test_a_larger_group_begins_with_the_smaller(weights: Qwen2, one_device: Mesh, expected: list[list[Response]]):
+def test_a_larger_group_begins_with_the_smaller(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
     made = Engine(SHAPE, one_device, HOW, WIDTH, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=1)
     assert tokens_of(made) == [group[:1] for group in tokens_of(expected)]
 
 
-def test_another_key_or_number_draws_other_tokens(weights: Qwen2, one_device: Mesh, expected: list[list[Response]]):
+def test_another_key_or_number_draws_other_tokens(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
     how = Engine(SHAPE, one_device, HOW, WIDTH, chunk=WIDTH)
     assert tokens_of(how.generate(weights, PROMPTS, key=jax.random.key(5), group=GROUP)) != tokens_of(expected)
     moved = how.generate(weights, PROMPTS, key=KEY, group=GROUP, ids=range(1, len(PROMPTS) + 1))
@@ -171,7 +255,7 @@ def test_another_key_or_number_draws_other_tokens(weights: Qwen2, one_device: Me
 
 
 @pytest.fixture(scope="module")
-def limited(weights: Qwen2, one_device: Mesh) -> tuple[list[int], list[list[Response]]]:
+def limited(weights: Weights, one_device: Mesh) -> tuple[list[int], list[list[Response]]]:
     limits = [1, 2, 10, 4, 3, 9, 5]
     return limits, Engine(SHAPE, one_device, HOW, WIDTH, chunk=6).generate(weights, PROMPTS, key=KEY, group=GROUP, limits=limits)
 
@@ -194,7 +278,7 @@ def test_the_stop_token_belongs_to_the_response_and_nothing_after_it(limited: tu
             assert np.all(response.logprobs < 0)
 
 
-def test_a_stop_token_drawn_last_is_a_stop(weights: Qwen2, one_device: Mesh, expected: list[list[Response]]):
+def test_a_stop_token_drawn_last_is_a_stop(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
     """At the very limit a response that says it is done is done, not truncated."""
     which = next((i, g) for i, group in enumerate(expected) for g, response in enumerate(group) if response.stopped and len(response.tokens) > 1)
     limit = len(expected[which[0]][which[1]].tokens)
@@ -204,12 +288,12 @@ def test_a_stop_token_drawn_last_is_a_stop(weights: Qwen2, one_device: Mesh, exp
     assert len(made[which[0]][which[1]].tokens) == limit
 
 
-def test_no_stop_tokens_at_all(weights: Qwen2, one_device: Mesh):
+def test_no_stop_tokens_at_all(weights: Weights, one_device: Mesh):
     made = Engine(SHAPE, one_device, Sampling(0.9), WIDTH, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=GROUP)
     assert all(len(response.tokens) == WIDTH and not response.stopped for group in made for response in group)
 
 
-def test_one_token_responses(weights: Qwen2, one_device: Mesh, expected: list[list[Response]]):
+def test_one_token_responses(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
     """The first token comes from the prefill alone."""
     made = Engine(SHAPE, one_device, HOW, 1, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=GROUP)
     assert [[token[:1] for token, _ in group] for group in tokens_of(expected)] == [[token for token, _ in group] for group in tokens_of(made)]
@@ -218,17 +302,34 @@ def test_one_token_responses(weights: Qwen2, one_device: Mesh, expected: list[li
 # --- what a caller sees -----------------------------------------------------------------------------------------------
 
 
-def test_finished_hands_over_every_wave(weights: Qwen2, one_device: Mesh):
-    """Each response once, two prompts at a time, short prompts first: scoring goes on while later waves decode."""
-    waves: list[list[Response]] = []
-    made = Engine(SHAPE, one_device, HOW, WIDTH, slots=6, chunk=6).generate(weights, PROMPTS, key=KEY, group=GROUP, finished=waves.append)
-    assert [len(wave) for wave in waves] == [6, 6, 6, 3]
-    told = {(r.prompt, r.sample): r.tokens.tolist() for wave in waves for r in wave}
-    assert told == {(r.prompt, r.sample): r.tokens.tolist() for group in made for r in group}
-    assert [len(PROMPTS[wave[0].prompt]) for wave in waves] == sorted(len(PROMPTS[wave[0].prompt]) for wave in waves)
+def test_responses_are_handed_over_as_they_end(weights: Weights, one_device: Mesh):
+    """Each once and long before the last, so that scoring goes on while others decode; the tally counts them."""
+    told: list[list[Response]] = []
+    tallies: list[Tally] = []
+    how = Engine(SHAPE, one_device, HOW, WIDTH, slots=6, chunk=2)
+    made = how.generate(weights, PROMPTS, key=KEY, group=GROUP, finished=told.append, progress=tallies.append)
+    responses = [response for group in made for response in group]
+    assert len(told) > 4
+    assert {(r.prompt, r.sample): r.tokens.tolist() for some in told for r in some} == {(r.prompt, r.sample): r.tokens.tolist() for r in responses}
+    assert sum(map(len, told)) == len(responses)
+    tokens = sum(len(response.tokens) for response in responses)
+    assert tallies[-1][:5] == (len(PROMPTS), len(responses), len(responses), tokens, tokens)
+    assert tallies[-1].seconds_left == 0
+    assert tallies[-1].mean_length == tokens / len(responses)
+    assert all(one.tokens <= two.tokens and one.responses <= two.responses and one.prompts <= two.prompts for one, two in itertools.pairwise(tallies))
 
 
-def test_no_prompts(weights: Qwen2, one_device: Mesh):
+def test_nothing_stays_on_the_devices(model: Qwen2, one_device: Mesh):
+    """Weights in their sampling form, caches and rows are given back: the update needs the memory."""
+    how, gather = Engine(SHAPE, one_device, HOW, WIDTH, chunk=2), to_sampling(SHAPE, one_device, "float32")
+    how.generate(gather(model), PROMPTS, key=KEY, group=GROUP)
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    how.generate(gather(model), PROMPTS, key=KEY, group=GROUP)
+    assert sum(array.nbytes for array in jax.live_arrays()) == before
+
+
+def test_no_prompts(weights: Weights, one_device: Mesh):
     assert Engine(SHAPE, one_device, HOW, WIDTH).generate(weights, [], key=KEY) == []
 
 
@@ -240,15 +341,15 @@ def test_no_prompts(weights: Qwen2, one_device: Mesh):
         ([[1]], [11], "prompt 0: expected at least 1 token and a limit between 1 and 10, got 1 tokens, limit 11"),
     ],
 )
-def test_refused(prompts: list[list[int]], limits: list[int] | None, line: str, weights: Qwen2, one_device: Mesh):
+def test_refused(prompts: list[list[int]], limits: list[int] | None, line: str, weights: Weights, one_device: Mesh):
     with pytest.raises(InputError) as error:
         Engine(SHAPE, one_device, HOW, WIDTH).generate(weights, prompts, key=KEY, limits=limits)
     assert str(error.value) == line
 
 
-def test_nothing_is_compiled_twice(weights: Qwen2, one_device: Mesh, compiled: list[str]):
-    """Other prompts, limits and keys of the same padded shapes enter the same programs."""
-    how = Engine(SHAPE, one_device, Sampling(0.97, stop_ids=STOPS), WIDTH, slots=9, chunk=WIDTH)  # a temperature that no other test has
+def test_nothing_is_compiled_twice(weights: Weights, one_device: Mesh, compiled: list[str]):
+    """Other prompts, limits and keys enter the same programs where rows end at about the same time (no stop tokens)."""
+    how = Engine(SHAPE, one_device, Sampling(0.97), WIDTH, slots=9, chunk=WIDTH)  # a temperature that no other test has
     keys = [jax.random.key(seed) for seed in range(3)]
     how.generate(weights, PROMPTS, key=KEY, group=GROUP)
     assert len(compiled) >= 2  # the listener hears
@@ -257,3 +358,13 @@ def test_nothing_is_compiled_twice(weights: Qwen2, one_device: Mesh, compiled: l
         others = [np.random.default_rng(seed).integers(SHAPE.v, size=length).tolist() for length in reversed(LENGTHS)]
         how.generate(weights, others, key=key, group=GROUP, limits=[WIDTH - seed] * len(others))
     assert compiled == []
+
+
+# --- on its own -------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_in_the_docstring(model: Qwen2, tmp_path: Path):
+    save(model, SHAPE, tmp_path / "model", dtype="float32")
+    found = doctest.DocTestFinder().find(crpo_jax.rollout, "crpo_jax.rollout", globs={"folder": str(tmp_path / "model")})
+    assert len(found[0].examples) > 5
+    assert doctest.DocTestRunner().run(found[0]).failed == 0

@@ -48,7 +48,7 @@ def decode_attention(
     prompt_seen: Bool[Array, "p t"],
     cache_k: Float[Array, "b k s h"],
     cache_v: Float[Array, "b k s h"],
-    cache_seen: Bool[Array, " s"],
+    cache_seen: Bool[Array, "b s"],
 ) -> Float[Array, "b n h"]:
     """One new token per row over its prompt's keys, which the g rows of a group share unrepeated, and its own response's."""
     b, n, h = q.shape
@@ -60,7 +60,7 @@ def decode_attention(
     prompt_scores = jnp.where(prompt_seen[:, None, None], prompt_scores, -jnp.inf)
     prompt_scores = prompt_scores.reshape(p, kv, g, r, t).transpose(0, 2, 1, 3, 4).reshape(b, kv, r, t)
     own_scores = jnp.einsum("bkrh,bksh->bkrs", own, cache_k, preferred_element_type=jnp.float32) * h**-0.5
-    own_scores = jnp.where(cache_seen, own_scores, -jnp.inf)
+    own_scores = jnp.where(cache_seen[:, None, None], own_scores, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([prompt_scores, own_scores], axis=-1), axis=-1).astype(prompt_v.dtype)
     over_prompt = weights[..., :t].reshape(p, g, kv, r, t).transpose(0, 2, 1, 3, 4).reshape(p, kv, g * r, t)
     out = jnp.einsum("pkqt,pkth->pkqh", over_prompt, prompt_v).reshape(p, kv, g, r, h).transpose(0, 2, 1, 3, 4).reshape(b, kv, r, h)

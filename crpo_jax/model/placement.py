@@ -9,9 +9,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crpo_jax.model.decode import Layer, Weights
 from crpo_jax.model.qwen2 import Block, Placement, Qwen2, dims_of
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import HIDDEN_BTD, KV_BTKH, TENSOR, WeightTable, kv_copies, spec
+from crpo_jax.parallel.mesh import MODEL, model_size
 
 
 def weight_shardings(shape: Shape, table: WeightTable, mesh: Mesh) -> Qwen2:
@@ -52,32 +54,50 @@ def _with(model: Qwen2, change: Any, blocks: Any) -> Qwen2:
     return new
 
 
-def sampling_form(model: Qwen2, shape: Shape, mesh: Mesh, dtype: Any) -> Qwen2:
-    """The weights as the sampler wants them: cast, a buffer per layer, KV heads repeated past their number; call under `jit`.
+def sampling_form(model: Qwen2, shape: Shape, mesh: Mesh, dtype: Any) -> Weights:
+    """The weights as the sampler wants them: cast, a buffer per layer, projections of one input side by side, KV heads repeated past
+    their number; call under `jit`."""
+    copies, shards = kv_copies(mesh, shape.k), model_size(mesh)
 
-    Per-layer buffers, because slicing stacked weights inside the token loop would copy every layer's weights each token.
-    """
-    copies = kv_copies(mesh, shape.k)
+    def beside(*parts: Any, leading: int) -> Any:
+        """The parts' last dims as one, in which every model shard has its piece of each part in turn."""
+        split = [part.reshape(*part.shape[:leading], shards, -1) for part in parts]
+        return jnp.concatenate(split, axis=-1).reshape(*parts[0].shape[:leading], -1)
 
-    def layer(index: int) -> Block:
-        def make(name: str, _: str) -> Any:
-            weight = getattr(model.blocks, name)[index].astype(dtype)
-            return jnp.repeat(weight, copies, axis=dims_of(name).index("k")) if copies > 1 and "k" in dims_of(name) else weight
+    def layer(index: int) -> Layer:
+        def weight(name: str) -> Any:
+            value = getattr(model.blocks, name)[index].astype(dtype)
+            return jnp.repeat(value, copies, axis=dims_of(name).index("k")) if copies > 1 and "k" in dims_of(name) else value
 
-        return Block(make, stacked=False)
+        return Layer(
+            attn_norm_d=weight("attn_norm_d"),
+            qkv=beside(weight("q_dnh"), weight("k_dkh"), weight("v_dkh"), leading=1),
+            qkv_bias=beside(weight("q_bias_nh"), weight("k_bias_kh"), weight("v_bias_kh"), leading=0),
+            o_nhd=weight("o_nhd"),
+            mlp_norm_d=weight("mlp_norm_d"),
+            gate_up=beside(weight("gate_df"), weight("up_df"), leading=1),
+            down_fd=weight("down_fd"),
+        )
 
-    blocks = nnx.List([layer(index) for index in range(shape.l)])
-    return _with(model, lambda _, value: value.astype(dtype), blocks)
+    return Weights(
+        embed_vd=model.embed_vd[...].astype(dtype),
+        layers=tuple(layer(index) for index in range(shape.l)),
+        final_norm_d=model.final_norm_d[...].astype(dtype),
+        unembed_dv=None if model.tied else model.unembed_dv[...].astype(dtype),
+    )
 
 
-def sampling_shardings(shape: Shape, mesh: Mesh, *, specs: bool = False) -> Qwen2:
+def sampling_shardings(shape: Shape, mesh: Mesh, *, specs: bool = False) -> Weights:
     """The NamedSharding (or, for `shard_map`, the spec) of every weight in its sampling form: the tensor-parallel table."""
 
-    def make(name: str, _: str) -> Any:
-        here = P(*getattr(TENSOR, name))
+    fused = {"qkv": P(None, MODEL), "qkv_bias": P(MODEL), "gate_up": P(None, MODEL)}
+
+    def place(name: str) -> Any:
+        here = fused.get(name) or P(*getattr(TENSOR, name))
         return here if specs else NamedSharding(mesh, here)
 
-    return Qwen2(make, tied=shape.tied, stacked=False, layers=shape.l)
+    layer = Layer._make(map(place, Layer._fields))
+    return Weights(place("embed_vd"), (layer,) * shape.l, place("final_norm_d"), None if shape.tied else place("unembed_dv"))
 
 
 @functools.cache

@@ -1,8 +1,7 @@
 """Qwen2 and Qwen2.5 in Flax: one declaration per weight, each name spelling its dims.
 
 `hidden_states` is the training forward: a scan over stacked blocks under `jit`, where the compiler splits the work by
-the layout. `prefill` and `decode` are the sampler's: manual inside `shard_map`, blocks unrolled, the cache an explicit
-argument and result. All three share the block's arithmetic.
+the layout. The sampler's forward, over weights of another form, is in `decode.py`.
 
 Source: "Qwen2.5 Technical Report" (arXiv 2412.15115); parity with transformers' Qwen2ForCausalLM is a test.
 """
@@ -13,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from crpo_jax.model.attention import Implementation, causal_attention, decode_attention
+from crpo_jax.model.attention import Implementation, causal_attention
 from crpo_jax.model.shape import Shape
 
 Make = Callable[[str, str], Any]
@@ -175,81 +174,3 @@ def hidden_states(
     x = placement.activations(model.embed_vd[...][tokens])
     x, _ = jax.lax.scan(jax.checkpoint(one) if remat else one, x, model.blocks, unroll=unroll)
     return rms_norm(x, model.final_norm_d[...], shape.norm_eps)
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer: the prompts', shared by their groups, and the responses'."""
-
-    prompt_k_pkth: Array
-    prompt_v_pkth: Array
-    k_bksh: Array
-    v_bksh: Array
-
-
-class Shard(NamedTuple):
-    """The part of a tensor-parallel model that this device holds; `axis` None means the whole of it."""
-
-    axis: str | None
-
-    def sum(self, x: Array) -> Array:
-        return x if self.axis is None else jax.lax.psum(x, self.axis)
-
-    def max(self, x: Array) -> Array:
-        return x if self.axis is None else jax.lax.pmax(x, self.axis)
-
-    def gather(self, x: Array, dim: int) -> Array:
-        return x if self.axis is None else jax.lax.all_gather(x, self.axis, axis=dim, tiled=True)
-
-    def place(self) -> Array:
-        return jnp.int32(0) if self.axis is None else jax.lax.axis_index(self.axis)
-
-
-def embed(model: Qwen2, tokens: Int[Array, "..."], shard: Shard) -> Float[Array, "... d"]:
-    """Rows of an embedding whose vocabulary is split over the model axis: each device adds those it holds."""
-    table = model.embed_vd[...]
-    if shard.axis is None:
-        return table[tokens]
-    local = tokens - shard.place() * table.shape[0]
-    held = (local >= 0) & (local < table.shape[0])
-    return shard.sum(jnp.where(held[..., None], table[jnp.where(held, local, 0)], 0))
-
-
-def prefill(
-    model: Qwen2, tokens: Int[Array, "p t"], lengths: Int[Array, " p"], shape: Shape, shard: Shard, attention: Implementation
-) -> tuple[Float[Array, "p v"], list[tuple[Array, Array]]]:
-    """Logits after each prompt's last token (this device's part of v) and every layer's prompt keys and values [p, k, t, h]."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, kept = embed(model, tokens, shard), []
-    for block in model.blocks:
-        q, k, v = qkv(block, x, positions, shape)
-        kept.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
-        x = x + shard.sum(dot(causal_attention(q, k, v, attention), block.o_nhd[...], 2))
-        x = x + shard.sum(mlp(block, x, shape))
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return logits(model, rms_norm(last, model.final_norm_d[...], shape.norm_eps)), kept
-
-
-def decode(
-    model: Qwen2,
-    tokens: Int[Array, " b"],
-    prompt_lengths: Int[Array, " p"],
-    cursor: Int[Array, ""],
-    cache: Sequence[Cache],
-    shape: Shape,
-    shard: Shard,
-) -> tuple[Float[Array, "b v"], list[Cache]]:
-    """Logits after one more token per row, written into slot `cursor` of every layer's cache (this device's part of v)."""
-    b, p = tokens.shape[0], prompt_lengths.shape[0]
-    positions = jnp.repeat(prompt_lengths, b // p) + cursor
-    prompt_seen: Bool[Array, "p t"] = jnp.arange(cache[0].prompt_k_pkth.shape[2]) < prompt_lengths[:, None]
-    cache_seen = jnp.arange(cache[0].k_bksh.shape[2]) <= cursor
-    x, new = embed(model, tokens, shard), []
-    for block, old in zip(model.blocks, cache, strict=True):
-        q, k, v = qkv(block, x, positions, shape)
-        k_bksh = jax.lax.dynamic_update_slice_in_dim(old.k_bksh, k[:, :, None], cursor, axis=2)
-        v_bksh = jax.lax.dynamic_update_slice_in_dim(old.v_bksh, v[:, :, None], cursor, axis=2)
-        new.append(Cache(old.prompt_k_pkth, old.prompt_v_pkth, k_bksh, v_bksh))
-        mixed = decode_attention(q, old.prompt_k_pkth, old.prompt_v_pkth, prompt_seen, k_bksh, v_bksh, cache_seen)
-        x = x + shard.sum(dot(mixed, block.o_nhd[...], 2))
-        x = x + shard.sum(mlp(block, x, shape))
-    return logits(model, rms_norm(x, model.final_norm_d[...], shape.norm_eps)), new

@@ -11,14 +11,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crpo_jax.model.placement import sampling_shardings, to_sampling, weight_shardings
 from crpo_jax.model.qwen2 import abstract
-from crpo_jax.parallel.layout import ROWS_B, TOKENS_BT
+from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, TOKENS_BT
 from crpo_jax.planner.cost import estimated_collectives
 from crpo_jax.planner.hlo import Collective, collectives
 from crpo_jax.planner.job import Job
 from crpo_jax.planner.memory import Memory, activations, resident
 from crpo_jax.planner.targets import mesh_on, options
 from crpo_jax.rollout.draw import Sampling
-from crpo_jax.rollout.sample import programs, wave_specs
+from crpo_jax.rollout.engine import response_slots
+from crpo_jax.rollout.sample import Rows, programs
 from crpo_jax.update.step import PER_ROW, PER_TOKEN, trainer
 
 
@@ -85,7 +86,7 @@ class Program(NamedTuple):
     phase: str
     function: Any
     arguments: tuple[Any, ...]
-    slots: int = 0  # of the cache, for the program that makes it
+    slots: tuple[int, int] | None = None  # of the cache, for the program that makes it
 
     def lower(self) -> Any:
         return self.function.lower(*self.arguments, **({"slots": self.slots} if self.slots else {}))
@@ -120,21 +121,22 @@ def rollout_programs(job: Job, mesh: Mesh) -> list[Program]:
     settings, shape = job.settings, job.shape
     rollout = settings.rollout
     how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, tuple(range(len(rollout.stop))))
-    run: Any = programs(shape, mesh, how, rollout.max_new_tokens, job.attention)
+    chunk = min(rollout.chunk, rollout.max_new_tokens)
+    run: Any = programs(shape, mesh, how, chunk, job.attention)
     gather = to_sampling(shape, mesh, settings.model.dtype)
     master = placed(abstract(shape), weight_shardings(shape, job.layout.master, mesh))
     weights = placed(jax.eval_shape(gather, abstract(shape)), sampling_shardings(shape, mesh))
-    p, b = job.wave_prompts * job.data, job.wave_rows * job.data
-    of_tokens, of_rows = NamedSharding(mesh, TOKENS_BT), NamedSharding(mesh, ROWS_B)
-    prompts = jax.ShapeDtypeStruct((p, settings.data.max_prompt_tokens), jnp.int32, sharding=of_tokens)
-    lengths, limits = (jax.ShapeDtypeStruct((size,), jnp.int32, sharding=of_rows) for size in (p, b))
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
-    keys = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=of_rows)
-    begin = (weights, prompts, lengths, keys, limits)
-    wave = jax.eval_shape(lambda *given: run.start(*given, slots=rollout.max_new_tokens), *begin)
-    specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), wave_specs(shape.l), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    p, b, longest = job.wave_prompts * job.data, job.wave_rows * job.data, settings.data.max_prompt_tokens
+    whole, of_tokens, of_rows, of_caches = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), TOKENS_BT, ROWS_B, CACHE_BKSH))
+    prompts = jax.ShapeDtypeStruct((p, longest), jnp.int32, sharding=of_tokens)
+    rows = Rows._make([jax.ShapeDtypeStruct((b,), jnp.int32, sharding=of_rows)] * len(Rows._fields))
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    begin = (weights, prompts, rows, key)
+    full, _ = jax.eval_shape(lambda *given: run.start(*given, slots=(longest, rollout.max_new_tokens)), *begin)
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_caches), full)
     return [
         Program("sampling copy", gather, (master,)),
-        Program("prefill", run.start, begin, min(rollout.chunk, rollout.max_new_tokens)),
-        Program("decode", run.advance, (weights, placed(wave, specs))),
+        Program("prefill", run.start, begin, (longest, response_slots(chunk, rollout.max_new_tokens))),
+        Program("decode", run.advance, (weights, cache, rows, key, number, number)),
     ]

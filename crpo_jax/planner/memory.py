@@ -17,6 +17,7 @@ from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import CACHE_BKSH, TENSOR, WeightTable, kv_copies, sharding, spec
 from crpo_jax.planner.job import Job
+from crpo_jax.rollout.engine import response_slots
 
 PARTS = ("weights", "master", "moments", "gradients", "reference", "KV cache", "activations", "temporaries")
 PHASES = ("sampling copy", "prefill", "decode", "compute copy", "reference log-probs", "old log-probs", "accumulate", "optimizer step")
@@ -85,7 +86,7 @@ def resident(job: Job) -> dict[str, Memory]:
     rollout, gradients, kept = job.settings.rollout, {"gradients": master}, {"temporaries": batches(job)}
     phases = {
         "sampling copy": sampling,
-        "prefill": {**sampling, "KV cache": cache(job, min(rollout.chunk, rollout.max_new_tokens))},
+        "prefill": {**sampling, "KV cache": cache(job, response_slots(rollout.chunk, rollout.max_new_tokens))},
         "decode": {**sampling, "KV cache": cache(job, rollout.max_new_tokens)},
         "compute copy": {**compute, **kept},
         "reference log-probs": {**compute, **kept},

@@ -74,18 +74,20 @@ class Batch:
     """Responses handed in together; `Scorer.collect` waits for their scores."""
 
     questions: Sequence[Question]
-    responses: Sequence[str]
-    token_ids: Sequence[TokenIds] | None
+    responses: list[str]
+    token_ids: list[TokenIds | None]
     values: dict[str, list[Value | Failure]]
-    missing: int
+    missing: int  # values
     number: int
+    awaited: int  # responses
     failed: set[int] = field(default_factory=set)
     error: ScoringError | None = None
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def job(self, part: str, rows: Sequence[int]) -> Job:
-        ids = None if self.token_ids is None else [self.token_ids[row] for row in rows]
+        known = [ids for row in rows if (ids := self.token_ids[row]) is not None]
+        ids = known if len(known) == len(rows) else None  # a batch has all of them or none
         return Job(part, [self.questions[row] for row in rows], [self.responses[row] for row in rows], ids)
 
     def give_up(self, error: ScoringError) -> None:
@@ -229,25 +231,39 @@ class Scorer:
 
     def submit(self, questions: Sequence[Question], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None) -> Batch:
         """Hand a batch to the workers and return at once; with no workers it is scored here and now."""
-        if not self._open:
-            raise RuntimeError("Scorer: use it in a with statement; this one is not open")
         n = len(responses)
         if len(questions) != n or (token_ids is not None and len(token_ids) != n):
             raise ValueError(
                 f"Scorer: expected as many questions and token_ids as responses={n}, got {len(questions)} and {token_ids and len(token_ids)}"
             )
-        batch = Batch(questions, responses, token_ids, {name: [None] * n for name in self.names}, n * len(self.names), next(self._batches))
+        batch = self.expect(questions)
+        self.add(batch, range(n), responses, token_ids)
+        return batch
+
+    def expect(self, questions: Sequence[Question]) -> Batch:
+        """A batch of one response per question, which `add` hands over a part at a time."""
+        if not self._open:
+            raise RuntimeError("Scorer: use it in a with statement; this one is not open")
+        n = len(questions)
+        values: dict[str, list[Value | Failure]] = {name: [None] * n for name in self.names}
+        batch = Batch(questions, [""] * n, [None] * n, values, n * len(self.names), next(self._batches), n)
         if n == 0:
             batch.done.set()
-            return batch
+        return batch
+
+    def add(self, batch: Batch, rows: Sequence[int], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None) -> None:
+        """The responses to some of a batch's questions, each question's once. A user's function waits for all of them."""
+        for place, row in enumerate(rows):
+            batch.responses[row], batch.token_ids[row] = responses[place], None if token_ids is None else token_ids[place]
+        batch.awaited -= len(rows)
         for name in self.names:
             if name in self.setup.functions:
-                self._put(Task(batch, name, range(n)))
+                if not batch.awaited and batch.responses:
+                    self._put(Task(batch, name, range(len(batch.responses))))
                 continue
-            chunk = max(1, min(CHUNK, math.ceil(n / (2 * max(1, self.settings.workers)))))
-            for start in range(0, n, chunk):
-                self._put(Task(batch, name, range(start, min(start + chunk, n))))
-        return batch
+            chunk = max(1, min(CHUNK, math.ceil(len(rows) / (2 * max(1, self.settings.workers)))))
+            for start in range(0, len(rows), chunk):
+                self._put(Task(batch, name, rows[start : start + chunk]))
 
     def collect(self, batch: Batch) -> list[Scored]:
         """Wait for a batch; ScoringError when too many of its responses failed."""

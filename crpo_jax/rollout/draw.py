@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from crpo_jax.model.qwen2 import Shard
+from crpo_jax.model.decode import Shard
 
 BLOCKS = 64  # vocabulary blocks at most; the number used is the largest power of two that divides the vocabulary
 BISECTIONS = 32  # halvings of the threshold search of top-p and top-k
@@ -26,16 +26,16 @@ class Sampling(NamedTuple):
     stop_ids: tuple[int, ...] = ()
 
 
-def row_keys(key: Key[Array, ""], prompt_ids: Int[Array, " p"], samples: Int[Array, " g"]) -> Key[Array, " b"]:
+def row_keys(key: Key[Array, ""], prompts: Int[Array, " b"], samples: Int[Array, " b"]) -> Key[Array, " b"]:
     """A key per row from (step key, prompt, sample): a token depends on neither its slot nor who shares its batch."""
     fold = jax.random.fold_in
-    return jax.vmap(lambda p: jax.vmap(lambda g: fold(fold(key, p), g))(samples))(prompt_ids).reshape(-1)
+    return jax.vmap(lambda prompt, sample: fold(fold(key, prompt), sample))(prompts, samples)
 
 
 def draw(
-    logits: Float[Array, "b v"], keys: Key[Array, " b"], position: Int[Array, ""], how: Sampling, shard: Shard, vocabulary: int
+    logits: Float[Array, "b v"], keys: Key[Array, " b"], positions: Int[Array, " b"], how: Sampling, shard: Shard, vocabulary: int
 ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
-    """The next token of every row and its log-prob under softmax(logits / temperature), before top-p and top-k.
+    """Token number `positions` of every row's response and its log-prob under softmax(logits / temperature), before top-p and top-k.
 
     The log-prob is the trainer's: with top-p or top-k on, tokens come from a narrower distribution than it describes.
     """
@@ -55,7 +55,7 @@ def draw(
         if how.top_p < 1:
             within = how.top_p * shard.sum(jnp.sum(kept, axis=-1))
             kept = jnp.where(kept >= threshold(kept, within, shard, by_count=False)[:, None], kept, 0)
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
+        uniform = jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(keys, positions)
         tokens = invert(kept, uniform, shard, vocabulary)
     held = (tokens >= first) & (tokens < first + local)
     picked = jnp.take_along_axis(scaled, jnp.where(held, tokens - first, 0)[:, None], axis=-1)[:, 0]

@@ -20,8 +20,8 @@ from crpo_jax.data.question import Question
 from crpo_jax.judge.answers import Answer, letter_of, row_of
 from crpo_jax.judge.journal import Journal
 from crpo_jax.model import hub
+from crpo_jax.model.decode import Weights
 from crpo_jax.model.placement import to_sampling
-from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.parallel.mesh import make_mesh
@@ -70,7 +70,7 @@ def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Pa
 
 def ask(
     engine: Engine,
-    weights: Qwen2,
+    weights: Weights,
     asked: Fitting,
     left: np.ndarray,
     text: setup.Text,
@@ -111,7 +111,7 @@ def samples_on_disk(journal: Journal, asked: Fitting) -> dict[str, set[int]]:
     return found
 
 
-def sampling_weights(settings: Config, shape: Shape, mesh: Mesh) -> Qwen2:
+def sampling_weights(settings: Config, shape: Shape, mesh: Mesh) -> Weights:
     """The model's weights in their sampling form, never held in more than model.dtype."""
     loaded = hub.load(settings.model.path, mesh, LAYOUTS[settings.parallel.layout].master, jax.numpy.dtype(settings.model.dtype))[1]
     return to_sampling(shape, mesh, settings.model.dtype)(loaded)

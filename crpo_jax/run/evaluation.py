@@ -1,7 +1,7 @@
 """Held-out questions answered by the policy and scored by the run's own reward."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,10 +9,11 @@ import numpy as np
 
 from crpo_jax.data.prompts import Fitting
 from crpo_jax.data.question import Question
-from crpo_jax.model.qwen2 import Qwen2
+from crpo_jax.model.decode import Weights
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scored, Scorer
-from crpo_jax.rollout.engine import Engine, Response
+from crpo_jax.rollout.engine import Engine, Response, Tally
+from crpo_jax.run.responses import respond
 from crpo_jax.run.setup import Text
 
 
@@ -26,21 +27,21 @@ class Answered(NamedTuple):
 
 def answer(
     engine: Engine,
-    weights: Qwen2,
+    weights: Weights,
     asked: Fitting,
     scorer: Scorer,
     text: Text,
     key: jax.Array,
+    progress: Callable[[Tally], None] | None = None,
 ) -> tuple[list[Answered], dict[str, float]]:
     """One response per question, and the means of its measures.
 
     The same key draws the same random numbers before and after training, so that two evaluations differ by the policy alone.
     """
-    responses = [one for (one,) in engine.generate(weights, asked.prompts, key=key)]
-    texts = [text.of(response) for response in responses]
-    scored = scorer.score(asked.questions, texts, [text.body(response) for response in responses])
-    answered = [Answered(*parts) for parts in zip(asked.questions, texts, scored, strict=True)]
-    return answered, {**reward_means(scored), **response_means(responses)}
+    found = respond(engine, weights, asked.questions, asked.prompts, scorer, text, key, progress=progress)
+    scored = scorer.collect(found.scoring)
+    answered = [Answered(*parts) for parts in zip(found.questions, found.texts, scored, strict=True)]
+    return answered, {**reward_means(scored), **response_means(found.responses)}
 
 
 def reward_means(scored: Sequence[Scored]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a person sees of a run: a line per step, the opening, the closing table, the learning curve."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.mesh import DATA, MODEL
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scored
-from crpo_jax.rollout.engine import Response
+from crpo_jax.rollout.engine import Response, Tally
 from crpo_jax.run.evaluation import Answered, response_means, reward_means, standard_error
 from crpo_jax.run.metrics import read_metrics, whole_lines
+from crpo_jax.run.progress import Progress, clock
 
 SHOWN = {"mean": "reward", "accuracy": "accuracy", "format": "format", "cross_reference": "cites", "consistency": "on-language", "length": "tokens"}
 
@@ -30,6 +31,17 @@ def line(values: Mapping[str, float]) -> str:
     if "kl/mean" in values:
         parts += [f"kl {values['kl/mean']:.3f}", f"{values['time/tokens_per_second']:,.0f} tok/s"]
     return "  ".join(parts)
+
+
+def sampling(progress: Progress, step: int) -> Callable[[Tally], None]:
+    """Shows how far a rollout is."""
+
+    def show(tally: Tally) -> None:
+        parts = [f"sampling: {tally.prompts:,} prompts, {tally.responses:,} of {tally.total:,} responses done"]
+        parts += [f"{tally.tokens / tally.seconds:,.0f} tok/s", f"mean length {tally.mean_length:.0f}", f"about {clock(tally.seconds_left)} to go"]
+        progress.show(step, "  ".join(parts))
+
+    return show
 
 
 def opening(
