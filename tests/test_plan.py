@@ -18,7 +18,7 @@ from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.planner import compiled, hlo, report
 from crpo_jax.planner.cost import works
 from crpo_jax.planner.job import PUBLISHED, Job, job_for, planned_shape
-from crpo_jax.planner.memory import PHASES, estimated, held, resident
+from crpo_jax.planner.memory import PHASES, estimated, held, resident, set_aside
 from crpo_jax.planner.plan import all_jobs, from_shapes, remedy, search
 from crpo_jax.planner.targets import GIB, parse_target, plug_in_missing
 from crpo_jax.update.step import trainer
@@ -93,7 +93,7 @@ def test_programs_take_the_arrays_that_are_counted(data: int, model: int):
         one.lower()  # the real program accepts them
     assert set(found) == set(PHASES)
     for phase, parts in ARGUMENTS.items():
-        counted = sum(resident(job)[phase][part] for part in parts)
+        counted = sum(resident(job)[phase][part] for part in parts) - (set_aside(job) if phase == "decode" else 0)
         assert counted <= found[phase] <= counted + 8192, phase
 
 
@@ -106,7 +106,8 @@ def test_the_estimate_is_within_a_tenth_of_what_was_compiled(recorded: dict[str,
     """Recorded by `python -m crpo_jax.plan --json` with the compilers installed; the estimate never saw a program."""
     job = paper(recorded["target"], recorded["mesh"], f"parallel.layout={recorded['layout']}", *recorded["overrides"])
     guessed = from_shapes(job)
-    totals = {phase.name: phase.total for phase in guessed.phases if phase.name in recorded["gib"]}
+    aside = {"decode": set_aside(job)}  # beside the programs: exact, and not the compiler's to say
+    totals = {phase.name: phase.total - aside.get(phase.name, 0.0) for phase in guessed.phases}
     assert totals == pytest.approx({name: gib * GIB for name, gib in recorded["gib"].items()}, rel=0.1)
 
 

@@ -15,7 +15,7 @@ from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, TOKENS_BT
 from crpo_jax.planner.cost import estimated_collectives
 from crpo_jax.planner.hlo import Collective, collectives
 from crpo_jax.planner.job import Job
-from crpo_jax.planner.memory import Memory, activations, resident
+from crpo_jax.planner.memory import Memory, activations, resident, set_aside
 from crpo_jax.planner.targets import mesh_on, options
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import response_slots
@@ -62,7 +62,7 @@ def memory_of(job: Job, phase: str, taken: float) -> Memory:
     are in `temporaries`.
     """
     parts = resident(job)[phase]
-    used = sum(parts[part] for part in TAKES[phase] if part in parts)
+    used = sum(parts[part] for part in TAKES[phase] if part in parts) - (set_aside(job) if phase == "decode" else 0)
     stored = activations(job) if phase == "accumulate" else 0.0
     return {**parts, "activations": stored, "temporaries": parts.get("temporaries", 0.0) + max(0.0, taken - used - stored)}
 
@@ -77,7 +77,7 @@ TAKES = {
     "accumulate": ("weights", "gradients"),
     "optimizer step": ("master", "moments", "gradients"),
 }
-"""The parts that are arguments or results of a phase's program; the others lie beside it."""
+"""The parts that are arguments or results of a phase's program; the others lie beside it, as does the cache of rows set aside."""
 
 
 class Program(NamedTuple):

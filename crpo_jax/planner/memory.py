@@ -76,6 +76,13 @@ def cache(job: Job, slots: int) -> float:
     return one(job.wave_prompts, job.settings.data.max_prompt_tokens) + one(job.wave_rows, slots)
 
 
+def set_aside(job: Job) -> float:
+    """The most that the sampler keeps of earlier waves while another runs: half of what a whole wave of the longest length holds, its
+    rows with their own copies of their prompts (`crpo_jax.rollout.engine.Schedule.room_for_a_wave`). Nothing where all is one wave."""
+    longest = job.settings.data.max_prompt_tokens + job.settings.rollout.max_new_tokens
+    return (cache(job, longest) - cache(job, 0)) / 2 if job.waves > 1 else 0.0
+
+
 def resident(job: Job) -> dict[str, Memory]:
     """What each phase finds or leaves on a device, by phase and part: everything but activations, and of the temporaries
     only the step's micro-batches."""
@@ -87,7 +94,7 @@ def resident(job: Job) -> dict[str, Memory]:
     phases = {
         "sampling copy": sampling,
         "prefill": {**sampling, "KV cache": cache(job, response_slots(rollout.chunk, rollout.max_new_tokens))},
-        "decode": {**sampling, "KV cache": cache(job, rollout.max_new_tokens)},
+        "decode": {**sampling, "KV cache": cache(job, rollout.max_new_tokens) + set_aside(job)},
         "compute copy": {**compute, **kept},
         "reference log-probs": {**compute, **kept},
         "old log-probs": {**compute, **kept},

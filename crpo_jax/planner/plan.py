@@ -109,7 +109,7 @@ def all_jobs(settings: Config, target: Target) -> tuple[list[Job], dict[str, str
     they split over the data axis: without one, the config's own stands for all."""
     shape, possible, refused = planned_shape(settings), [], {}
     for model in (size for size in range(1, target.count + 1) if target.count % size == 0):
-        for name in LAYOUTS if model < target.count else (settings.parallel.layout,):
+        for name in LAYOUTS if model < target.count else [settings.parallel.layout] if settings.parallel.layout in LAYOUTS else ["zero1"]:
             chosen = replaced(settings, {"parallel.layout": name})
             try:
                 possible.append(Job(chosen, shape, target, target.count // model, model))
