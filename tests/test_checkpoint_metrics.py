@@ -24,6 +24,8 @@ from crpo_jax.config import InputError
 from crpo_jax.model.placement import weight_shardings
 from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.parallel.layout import LAYOUTS
+from crpo_jax.rollout.engine import Tally
+from crpo_jax.run import report
 from crpo_jax.run.checkpoint import START, Checkpoints, Saved
 from crpo_jax.run.metrics import LOGS, Log, read_metrics
 from crpo_jax.run.progress import Progress, clock
@@ -359,6 +361,14 @@ def test_progress_keeps_a_file_clean():
     progress.show(1, "reward 1.00")
     progress.keep("step 1/10")
     assert file.getvalue() == "step 1/10\n"
+
+
+def test_a_rollout_says_how_far_it_is():
+    """30 of 40 responses in 60 seconds, 2,400 tokens in all: 40 tokens a second, and 20 seconds for the 10 left."""
+    screen = Terminal()
+    show = report.sampling(Progress(10, 0, stream=screen), 3)
+    show(Tally(prompts=5, responses=30, total=40, tokens=2400, done_tokens=1500, steps=90, cache_bytes=0, seconds=60.0))
+    assert "3/10  sampling: 5 prompts, 30 of 40 responses done  40 tok/s  mean length 50  about 0:20 to go" in screen.getvalue()
 
 
 def test_time_left_counts_from_where_a_resumed_run_began():

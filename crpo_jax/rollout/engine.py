@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,10 +110,6 @@ class Deck:
     @property
     def slots(self) -> int:
         return self.cache[0].k_bksh.shape[2]
-
-    @property
-    def bytes(self) -> int:
-        return sum(part.nbytes for layer in self.cache for part in layer)
 
     @property
     def reach(self) -> int:
@@ -355,12 +351,11 @@ class Schedule:
             for place, (number, source, row) in enumerate(found, shard * size):
                 rows[place], sources[number, place] = row, source
         chosen = [put(source, self.mesh, ROWS_B) for source in sources]
-        cache: list[Any] = []
-        for index in range(len(decks[0].cache)):
+        cache: list[Cache] = []
+        while decks[0].cache:  # a layer at a time: the old one is given back before the next is made
             layer = self.run.empty(b=len(rows), slots=slots, dtype=dtype)
             for deck, source in zip(decks, chosen, strict=True):
-                layer = self.run.collect(deck.cache[index], layer, source, np.int32(deck.cursor), np.int32(cursor))
-                deck.cache[index] = None  # type: ignore[call-overload]  (given back before the next layer is made)
+                layer = self.run.collect(deck.cache.pop(0), layer, source, np.int32(deck.cursor), np.int32(cursor))
             cache.append(layer)
         self.decks = [deck for deck in self.decks if deck not in decks] + [Deck(rows, cache, cursor)]
 
