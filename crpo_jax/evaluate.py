@@ -166,10 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"--workdir {workdir}: expected responses to evaluate in {folder}, got none; give --model and --data, or --responses")
     with open_workdir(workdir, settings), Stop("finishing this wave of responses, keeping it, then stopping") as stop:
         if sets:
-            from crpo_jax.parallel.mesh import start_distributed
+            from crpo_jax.parallel.processes import self_test
             from crpo_jax.run.answering import Stopped, examine
 
-            start_distributed()
+            self_test()
             try:
                 examine(settings, sets, folder, stop)
             except Stopped:

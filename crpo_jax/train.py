@@ -12,7 +12,8 @@ from crpo_jax import config
 from crpo_jax.config import Config, InputError
 from crpo_jax.data.loader import Batches
 from crpo_jax.model.placement import to_sampling
-from crpo_jax.parallel.mesh import data_size, make_mesh, start_distributed
+from crpo_jax.parallel import processes
+from crpo_jax.parallel.mesh import data_size, make_mesh
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scorer, ScoringError
 from crpo_jax.run import evaluation, report, setup, start
@@ -46,6 +47,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
     examiner = Scorer(dataclasses.replace(settings.reward, design="crpo"), text.effective)  # designs are compared by one measure
     writer = jax.process_index() == 0
     held = open_workdir(workdir, settings, writes=writer, changes=changes)
+    start.wait_for_workdir(workdir)
     folder = start.start_folder(settings, shape, mesh, text, workdir)
     check_inputs(workdir, setup.digests(training, held_out, text, folder), writes=writer, changes=changes)
 
@@ -93,8 +95,9 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
                 new = respond(engine, policy, questions, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=told)
                 sampled = time.perf_counter()
 
-                asked, responses, texts = asked + new.questions, responses + new.responses, texts + new.texts
-                scored += scorer.collect(new.scoring)  # most were scored while the longest responses were decoded
+                asked, responses = asked + new.questions, responses + new.responses
+                said, marks = new.scores()  # most were scored while the longest responses were decoded
+                texts, scored = texts + said, scored + marks
                 valid = np.array([isinstance(one, Score) for one in scored]).reshape(-1, crpo.group_size)
                 rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored]).reshape(-1, crpo.group_size)
                 chosen, varied = chosen_groups(rewards, valid, crpo.prompts_per_step)
@@ -168,15 +171,16 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = config.parser("train", __doc__ or "")
     parser.add_argument("--allow-changes", action="store_true", help="go on in a workdir that holds a run of another config or other data")
+    processes.add_flags(parser)
     args = parser.parse_args(arguments)
-    start_distributed()
-    settings, name = config.for_platform(args, jax.default_backend())
-    try:
-        train(settings, Path(args.workdir or f"runs/{name}"), changes=args.allow_changes)
-    except ScoringError as error:
-        raise SystemExit(f"crpo_jax.train: stopped, the reward is at fault: {error}") from None
-    except Fault as fault:
-        raise SystemExit(f"crpo_jax.train: stopped: {fault}") from None
+    with processes.joined("train", args):
+        settings, name = config.for_platform(args, jax.default_backend())
+        try:
+            train(settings, Path(args.workdir or f"runs/{name}"), changes=args.allow_changes)
+        except ScoringError as error:
+            raise SystemExit(f"crpo_jax.train: stopped, the reward is at fault: {error}") from None
+        except Fault as fault:
+            raise SystemExit(f"crpo_jax.train: stopped: {fault}") from None
 
 
 if __name__ == "__main__":

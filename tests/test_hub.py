@@ -427,14 +427,15 @@ def test_save_never_overwrites_and_leaves_no_half_folder(tmp_path: Path):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 PROCESS = """
+    import os
     import sys
     import jax
     from crpo_jax.config import InputError
     from crpo_jax.model.hub import load, save
     from crpo_jax.parallel.layout import LAYOUTS
-    from crpo_jax.parallel.mesh import make_mesh, start_distributed
+    from crpo_jax.parallel.mesh import make_mesh
 
-    start_distributed()
+    jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], 2, int(os.environ["JAX_PROCESS_ID"]))
     source, target = sys.argv[1:]
     assert (jax.process_count(), len(jax.local_devices()), len(jax.devices())) == (2, 4, 8)
     shape, model = load(source, make_mesh("4x2"), LAYOUTS["zero1"].master)
@@ -461,7 +462,6 @@ def test_two_processes_load_and_save_together(tmp_path: Path):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     shared.pop("JAX_NUM_CPU_DEVICES", None)

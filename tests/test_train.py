@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from pair import Pair
 
 from crpo_jax import export, sft, train
 from crpo_jax.config import InputError
@@ -176,6 +177,45 @@ def test_sigterm_ends_after_the_step_and_the_run_goes_on(whole, tmp_path):
     assert "stopped after step" in said or "resuming" in said or len(read_metrics(tmp_path / "run")) == 5
     run(tmp_path / "run", "crpo.steps=4")
     assert timeless(read_metrics(tmp_path / "run")) == timeless(read_metrics(whole))
+
+
+def assert_same(metrics, expected):
+    """Equal but for the order of float32 sums, which differs between processes and threads."""
+    for ours, theirs in zip(timeless(metrics), timeless(expected), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-5, err_msg=f"step {theirs['step']}: {name}")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_that_outlives_them(whole, tmp_path):
+    """Two processes of four devices, then a stop asked of one of them, then one of them killed: in the end the run of one process."""
+    workdir, expected = tmp_path / "run", read_metrics(whole)
+    settings = [f"model.path={whole / 'coldstart'}", "crpo.steps=4"]
+    command = ["-m", "crpo_jax.train", "--workdir", str(workdir), "--mesh", "8x1", *SMALL, *settings]
+
+    pair = Pair(*command)
+    pair.wait_until(lambda: len(read_metrics(workdir)) >= 1)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    (code, said), (other_code, other_said) = pair.ended()
+    assert (code, other_code) == (0, 0), said + other_said
+    assert "stopped after step" in said
+    done = len(read_metrics(workdir))
+    assert 1 <= done < 4
+    assert_same(read_metrics(workdir), expected[:done])
+
+    pair = Pair(*command)
+    pair.wait_until(lambda: len(read_metrics(workdir)) > done)
+    pair.processes[1].kill()
+    (code, said), _ = pair.ended()
+    last = said.strip().splitlines()[-1]
+    assert code != 0
+    assert last.startswith("crpo_jax.train: process 0 of 2")
+    assert "the same command in every process goes on from the last checkpoint" in last
+
+    run(workdir, *settings)  # what is left, in one process
+    assert_same(read_metrics(workdir), expected)
+    assert samples(workdir) == samples(whole)
 
 
 BAD_INPUT = [

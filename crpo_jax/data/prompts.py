@@ -5,7 +5,7 @@ with the end-of-turn token. The cold start, RL and evaluation all come through h
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -160,13 +160,13 @@ class Fitting:
     dropped: dict[str, int]  # tokens by question id
 
 
-def fitting(questions: Sequence[Question], data: Data, tokenizer: "Tokenizer") -> Fitting:
+def fitting(questions: Sequence[Question], data: Data, tokenizer: "Tokenizer", render: Callable[..., list[list[int]]] = render_all) -> Fitting:
     """Questions whose prompt fits; a longer one is dropped and counted, or an error, by data.overlong_prompts.
 
     It is never cut: a model that sees half a case, or half the options, is asked another question.
     """
     kept, prompts, dropped = [], [], {}
-    for question, prompt in zip(questions, render_all(questions, data.prompt, data.system_prompt, tokenizer), strict=True):
+    for question, prompt in zip(questions, render(questions, data.prompt, data.system_prompt, tokenizer), strict=True):
         if len(prompt) <= data.max_prompt_tokens:
             kept.append(question)
             prompts.append(prompt)

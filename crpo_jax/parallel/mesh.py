@@ -1,6 +1,5 @@
 """The device mesh: `DxM` is D devices on the data axis times M on the model axis."""
 
-import os
 import re
 from typing import Any
 
@@ -12,21 +11,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from crpo_jax.config import InputError
 
 DATA, MODEL = "data", "model"
-
-
-def start_distributed() -> None:
-    """Joins the other processes of a cluster, where the environment names one; must run before the first array.
-
-    TPU slices and Slurm are recognised by JAX itself; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say who is who.
-    """
-    explicit = [name for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in os.environ]
-    if explicit and len(explicit) < 3:
-        raise InputError(f"expected JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID together, got only {', '.join(explicit)}")
-    if explicit:
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-        jax.distributed.initialize()
 
 
 def parse_mesh(text: str) -> tuple[int, int]:

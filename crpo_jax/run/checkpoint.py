@@ -49,6 +49,7 @@ class Checkpoints:
         self._saver = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._writes = jax.process_index() == 0
         self._damaged: set[int] = set()
+        self._there: int | None = None  # the step of the state last saved or restored
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
 
@@ -96,7 +97,7 @@ class Checkpoints:
     def save(self, steps_done: int, state: TrainState) -> None:
         """Copies the state off the devices and writes it while the run goes on; Fault where the one before could not be written."""
         self.wait()
-        if steps_done in self.steps():
+        if steps_done == self._there:  # not a look at the folder: every process must decide the same, and only one names what it wrote
             return
         logs = {name: length(self._folder.parent / name) for name in LOGS} if self._writes else {}
         written = self._folder / f"{steps_done}.unfinished"
@@ -105,6 +106,7 @@ class Checkpoints:
             self._saver.save(written, args=ocp.args.StandardSave(as_tree(state)), force=True)
         except (OSError, ValueError) as error:
             raise self._fault(steps_done, error) from None
+        self._there = steps_done
         self._writer = threading.Thread(target=self._finish, args=(written, Saved(steps_done, logs)), name="checkpoint")
         self._writer.start()
 
@@ -172,6 +174,7 @@ class Checkpoints:
         """The state after `steps_done` RL steps, placed like `like` (whose memory it does not need any more)."""
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), as_tree(like))
         restored = self._saver.restore(self._folder / str(steps_done), args=ocp.args.StandardRestore(wanted))
+        self._there = steps_done
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in sorted(restored, key=int)])
 
     def __enter__(self) -> "Checkpoints":

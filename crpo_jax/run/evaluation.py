@@ -39,8 +39,8 @@ def answer(
     The same key draws the same random numbers before and after training, so that two evaluations differ by the policy alone.
     """
     found = respond(engine, weights, asked.questions, asked.prompts, scorer, text, key, progress=progress)
-    scored = scorer.collect(found.scoring)
-    answered = [Answered(*parts) for parts in zip(found.questions, found.texts, scored, strict=True)]
+    texts, scored = found.scores()
+    answered = [Answered(*parts) for parts in zip(found.questions, texts, scored, strict=True)]
     return answered, {**reward_means(scored), **response_means(found.responses)}
 
 

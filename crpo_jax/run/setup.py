@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from crpo_jax.model.placement import weight_shardings
 from crpo_jax.model.qwen2 import Qwen2, initial
 from crpo_jax.model.shape import Shape, read_shape, shape_of
 from crpo_jax.parallel.layout import LAYOUTS, check_layout
+from crpo_jax.parallel.processes import gathered, share
 from crpo_jax.reward.effective import effective_table
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import Engine, Response
@@ -77,13 +78,18 @@ def shape_for(settings: config.Config, mesh: Mesh) -> Shape:
     return shape
 
 
+def rendered(questions: Sequence[Question], *how: Any) -> list[list[int]]:
+    """Prompt tokens of all questions; each process renders its share of them, and then all hold all."""
+    return gathered(render_all([questions[i] for i in share(len(questions))], *how))
+
+
 def training_questions(settings: config.Config, text: Text) -> Fitting:
-    return fitting(questions_for(settings.data, settings.data.split), settings.data, text.tokenizer)
+    return fitting(questions_for(settings.data, settings.data.split), settings.data, text.tokenizer, rendered)
 
 
 def evaluation_questions(settings: config.Config, text: Text) -> Fitting:
     """The first data.eval_questions that fit; the same for every run of a config."""
-    found = fitting(questions_for(settings.data, settings.data.eval_split), settings.data, text.tokenizer)
+    found = fitting(questions_for(settings.data, settings.data.eval_split), settings.data, text.tokenizer, rendered)
     count = settings.data.eval_questions or len(found.questions)
     return Fitting(found.questions[:count], found.prompts[:count], found.dropped)
 

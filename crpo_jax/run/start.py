@@ -7,13 +7,22 @@ import jax
 from jax.sharding import Mesh
 
 from crpo_jax import config
+from crpo_jax.config import InputError
 from crpo_jax.model import hub
 from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.model.shape import Shape
+from crpo_jax.parallel import processes
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.run import setup
 from crpo_jax.run.coldstart import cold_start
 from crpo_jax.run.progress import Progress
+
+
+def wait_for_workdir(workdir: Path) -> None:
+    """Returns when the process that writes has opened the workdir; InputError in one that does not see it."""
+    processes.wait_for_all("the workdir is open")
+    if not (workdir / "config.yaml").exists():
+        raise InputError(f"--workdir {workdir}: expected a folder on a disk that all processes share, got one that only the first of them sees")
 
 
 def start_folder(settings: config.Config, shape: Shape, mesh: Mesh, text: setup.Text, workdir: Path) -> Path:

@@ -54,23 +54,25 @@ def open_workdir(workdir: Path, settings: Config, *, writes: bool = True, change
 
     No other run can take the folder until the result is closed or the process dies, however it dies. With `changes`,
     another config is taken over: each difference is said, and the old file stays as config.1.yaml and so on.
+
+    Of several processes the one that writes does this for all (`start.wait_for_workdir`).
     """
     path = workdir / "config.yaml"
+    if not writes:
+        return contextlib.ExitStack()
     if not path.exists() and workdir.exists() and any(path.name != ".lock" for path in workdir.iterdir()):
         raise InputError(f"--workdir {workdir}: expected a new folder or one with a run's config.yaml, got a folder with other files")
     with contextlib.ExitStack() as held:
-        if writes:
-            held.enter_context(lock(workdir))
+        held.enter_context(lock(workdir))
         changed = differences(path, settings) if path.exists() else []
         if changed and not changes:
             raise InputError(f"--workdir {workdir}: expected the config of the run it holds, got {'; '.join(changed)}. {ANYWAY}")
-        if changed and writes:
+        if changed:
             number = next(number for number in itertools.count(1) if not (workdir / f"config.{number}.yaml").exists())
             with writing(workdir):
                 shutil.copyfile(path, workdir / f"config.{number}.yaml")
             print(f"--allow-changes: {'; '.join(changed)}; the config until now is config.{number}.yaml", file=sys.stderr)
-        if writes:
-            replace(path, config.dump(settings))
+        replace(path, config.dump(settings))
         return held.pop_all()
     raise AssertionError("an ExitStack lets every exception through")
 
@@ -147,14 +149,9 @@ class Stop:
     @property
     def requested(self) -> bool:
         """Whether any process of the run was asked to stop; every process must ask at the same place."""
-        import jax  # here, because commands without a model stop in good order too
+        from crpo_jax.parallel import processes  # here, because commands without a model stop in good order too, and need no jax
 
-        if jax.process_count() == 1:
-            return self.noted
-        import numpy as np
-        from jax.experimental import multihost_utils
-
-        return bool(np.any(multihost_utils.process_allgather(np.int32(self.noted))))
+        return processes.anywhere(self.noted)
 
     def __enter__(self) -> "Stop":
         for number in (signal.SIGINT, signal.SIGTERM):
