@@ -43,7 +43,7 @@ class TeacherNoise:
     Every rate is a share of responses, except `invalid_rejection`, a share of rejected options.
     """
 
-    systematic: float = 0.75  # of the conditions in MISTAKEN: argues throughout for the neighbour
+    systematic: float = 0.6  # of the conditions in MISTAKEN: argues throughout for the neighbour
     random_wrong: float = 0.08  # of the others: argues throughout for any wrong option
     missing_part: float = 0.22  # one of MISSING_PARTS
     cites: float = 0.24  # the conclusion names two whole findings
@@ -85,7 +85,7 @@ _IMPRESSIONS = ("A {person}, so {thought}.", "Looking at a {person}, {thought}."
 _THOUGHTS = ("{finding} may mean {x} or {y}", "{finding} brings up {x} or {y}", "given {finding}, think of {x} or {y}")
 # What each finding speaks for, finding first: stated one by one, so that a small model can learn them one by one.
 _EVIDENCE = "{finding} can mean {x}"
-# Options go by letter in their own order, so that a small model can find the letter of the name it argues for.
+# Every option, by letter and in its own order: a small model that has to choose which to test, or to look a letter up, fails at it.
 _REJECTION = "{x} would need {finding}"
 _VERDICT = "{x} fits best"
 # One template: a small model given three of them names one finding twice as often as two.
@@ -227,14 +227,13 @@ def teacher_response(question: Question, seed: int, noise: TeacherNoise = TEACHE
 
     x, y = rng.sample([argued, others[0]], 2)
     thought = rng.choice(_THOUGHTS).format(finding=rng.choice(findings), x=x, y=y)
-    tested = {option: name for option, name in question.options.items() if name == argued or name in others[:2]}
-    clauses = [_VERDICT.format(x=name) if name == argued else _rejection(rng, name, question, noise) for name in tested.values()]
+    clauses = [_VERDICT.format(x=name) if name == argued else _rejection(rng, name, question, noise) for name in question.options.values()]
     clauses.append(thought)
     if rng.random() < noise.drift:
         clauses[rng.randrange(len(clauses))] = rng.choice(DRIFT)
     evidence = [_EVIDENCE.format(finding=finding, x=argued) for finding in findings]
     system1 = "(System 1: Intuitive) " + rng.choice(_IMPRESSIONS).format(person=person, thought=clauses.pop())
-    lines = [f"{option}) {clause}" for option, clause in zip(tested, clauses, strict=True)]
+    lines = [f"{option}) {clause}" for option, clause in zip(question.options, clauses, strict=True)]
     system2 = "(System 2: Analytical) " + "; ".join(evidence) + ".\n" + "\n".join(lines)
     conclusion, box = _conclusion(rng, argued, findings, noise), f" \\boxed{{{letter}}}"
 
