@@ -187,7 +187,7 @@ def test_teacher_errs_as_often_as_its_noise_says(traces):
         f"mistaken {mistaken:.3f}, others wrong {others:.3f}, complete {complete:.3f}, "
         f"boxless {boxless:.3f}, cites {cited:.3f} of the complete, drift {drift:.3f}, invalid rejections {invalid:.3f} of {len(rejected)}"
     )
-    assert 0.65 <= accuracy <= 0.72
+    assert 0.72 <= accuracy <= 0.78
     assert abs(mistaken - noise.systematic) < 0.04
     assert abs(others - noise.random_wrong) < 0.02
     assert abs(complete - (1 - noise.missing_part * 5 / 6)) < 0.03  # a missing box leaves the four parts
@@ -195,7 +195,7 @@ def test_teacher_errs_as_often_as_its_noise_says(traces):
     assert abs(drift - noise.drift) < 0.02
     assert abs(cited - noise.cites) < 0.03
     assert abs(invalid - noise.invalid_rejection) < 0.03
-    assert len(rejected) > 1.8 * TRACES
+    assert len(rejected) > 2.7 * TRACES
 
 
 def test_a_teacher_without_noise_is_right_whole_and_citing(questions):
