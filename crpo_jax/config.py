@@ -126,7 +126,9 @@ class Reward:
 
 @dataclass(frozen=True)
 class Optimizer:
-    algorithm: Literal["adamw", "muon"] = setting("adamw", "muon: orthogonal momentum for the blocks' matrices, AdamW elsewhere", source="code")
+    algorithm: Literal["adamw", "muon"] = setting(
+        "adamw", "muon: orthogonal momentum for the blocks' matrices, AdamW with Nesterov's momentum elsewhere", source="code"
+    )
     learning_rate: float = setting(1e-6, "peak learning rate", source="paper", low=0)
     schedule: Literal["constant", "cosine", "linear"] = setting("constant", "after the warm-up", source="code")
     warmup_steps: int = setting(0, "linear warm-up", unit="optimizer steps", source="code", low=0)
@@ -237,7 +239,12 @@ class Judge(Endpoint):
 @dataclass(frozen=True)
 class Parallel:
     mesh: str = setting("", "data x model, in devices, such as 8x1; empty: all devices on the data axis")
-    layout: Literal["zero1", "fsdp", "replicated"] = setting("zero1", "which table of crpo_jax.parallel.layout places the tensors")
+    layout: Literal["zero1", "fsdp", "replicated", "auto"] = setting(
+        "zero1", "which table of crpo_jax.parallel.layout places the tensors; auto: zero1, or fsdp where that would fill half of a device's memory"
+    )
+    attention: Literal["auto", "xla", "cudnn", "splash"] = setting(
+        "auto", "causal attention of prompts and training: cuDNN on GPUs, Splash on TPUs, XLA by chunks of queries anywhere; auto follows the devices"
+    )
     remat: bool = setting(True, "recompute each block in the backward pass instead of storing its activations")
     unroll: bool = setting(False, "unroll the blocks in training instead of scanning over them: faster for a few layers, slow to compile for many")
     micro_batch_tokens: int = setting(8192, "budget of one forward and backward pass per device, padding included", unit="tokens", low=1)
@@ -489,7 +496,7 @@ def default_config(platform: str) -> Path:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and exit code 2, and that takes settings before, between and after the flags."""
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (overloads)
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> typing.NoReturn:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def export(args: argparse.Namespace, workdir: Path) -> None:
     settings = config.from_arguments(args, workdir / "config.yaml")
     mesh = make_mesh(settings.parallel.mesh)
-    shape = setup.shape_for(settings, mesh)
+    settings, shape = setup.shape_for(settings, mesh)
     text = setup.text_for(settings, shape)
     with Checkpoints(workdir / "checkpoints", settings.run.keep) as checkpoints:
         step = checkpoints.chosen(args.step)

@@ -28,7 +28,7 @@ def fine_tune(args: argparse.Namespace) -> None:
     settings, name = config.for_platform(args, jax.default_backend())
     workdir = Path(args.workdir or f"runs/{name}-sft")
     mesh = make_mesh(settings.parallel.mesh)
-    shape = setup.shape_for(settings, mesh)
+    settings, shape = setup.shape_for(settings, mesh)
     text = setup.text_for(settings, shape)
     folder = workdir / "coldstart"
     if folder.exists():

@@ -36,7 +36,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
 
     # ---- what the run starts from ----------------------------------------------------------------------------------
     mesh = make_mesh(parallel.mesh)
-    shape = setup.shape_for(settings, mesh)
+    settings, shape = setup.shape_for(settings, mesh)
     text = setup.text_for(settings, shape)
     training, held_out = setup.training_questions(settings, text), setup.evaluation_questions(settings, text)
     prompt_of = {question.id: prompt for question, prompt in zip(training.questions, training.prompts, strict=True)}
@@ -154,8 +154,10 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
 
             # ---- keep ------------------------------------------------------------------------------------------------
             measured |= report.step_metrics(scored, responses, rewards, updates) | {"kl/coef": float(kl_coef)}
-            useful = sum(len(rows[i].prompt) + len(rows[i].response) for i in trained)
-            measured |= report.timings(seconds, int(lengths.sum()), useful, places)
+            useful = [len(rows[i].prompt) + len(rows[i].response) for i in trained]
+            passes = 5 if updates_per_step > 1 else 4  # forward and backward, the reference's forward, and the old policy's if needed
+            measured |= report.timings(seconds, int(lengths.sum()), sum(useful), places)
+            measured |= report.utilization(shape, mesh, useful, passes, seconds["update"])
             log.samples(report.sample_rows(step, asked, texts, responses, scored, advantages, np.isin(np.arange(len(responses)), trained)))
             log.step(step, measured)
             progress.show(step + 1, report.line(measured))

@@ -1,9 +1,12 @@
 """Times one part of an RL step on this machine and prints one JSON line.
 
     python scripts/bench.py rollout --model DIR --prompts FILE.jsonl --group 5 --max-new 64 [--stop IDS...] [--mesh DxM]
+    python scripts/bench.py update --model DIR --lengths FILE.json [--padded] [--mesh DxM] [section.key=value ...]
 
 `first_seconds` includes compilation; `seconds` is the median of the repeats after it. A prompts file has one object with
-`tokens` per line. Useful tokens are those of the responses, stop tokens included. All times are wall-clock seconds.
+`tokens` per line; useful tokens of a rollout are those of the responses, stop tokens included. A lengths file is a list of
+rows' lengths; an update is one gradient of a log-prob loss over all of them, and every token of a row is useful. All times
+are wall-clock seconds.
 """
 
 import argparse
@@ -16,11 +19,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crpo_jax import config
 from crpo_jax.config import InputError
-from crpo_jax.parallel.mesh import model_size
+from crpo_jax.model import hub
+from crpo_jax.model.shape import forward_flops, read_shape
+from crpo_jax.parallel.layout import LAYOUTS, check_layout
+from crpo_jax.parallel.mesh import data_size, make_mesh, model_size
 from crpo_jax.rollout import Response, Sampling, Tally, load
+from crpo_jax.update.batches import MicroBatch, Row, micro_batch, micro_batches, of_rows
+from crpo_jax.update.losses import row_weights
+from crpo_jax.update.step import on_devices, trainer
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -102,6 +112,64 @@ def rollout(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def read_lengths(path: str) -> list[int]:
+    """The lengths of rows, in tokens."""
+    try:
+        lengths = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--lengths {path}: expected a readable JSON file, got {error}") from None
+    if not isinstance(lengths, list) or not lengths or not all(type(length) is int and length > 1 for length in lengths):
+        raise InputError(f"--lengths {path}: expected a list of whole numbers above 1, got {str(lengths)[:60]}")
+    return lengths
+
+
+def update(args: argparse.Namespace) -> dict[str, Any]:
+    """Gradients of the mean log-prob of all rows, micro-batches made on the host each time; the optimizer step is not in it.
+
+    With --padded every row is as long as the longest, in arrival order, under the same token budget.
+    """
+    mesh, lengths = make_mesh(args.mesh), read_lengths(args.lengths)
+    settings = config.load(None, [f"model.dtype={args.dtype}", *args.overrides], model=False)
+    shape, parallel = read_shape(hub.model_folder(args.model)), settings.parallel
+    layout = LAYOUTS[parallel.layout]
+    check_layout(layout, mesh, {letter: getattr(shape, letter) for letter in "dnkfv"})
+    run = trainer(shape, mesh, settings, settings.optimizer, 1, loss="supervised")
+    weights = jax.block_until_ready(run.compute_weights(hub.load(args.model, mesh, layout.master, jnp.float32)[1]))
+    draw = np.random.default_rng(0)
+    rows = [Row([0], draw.integers(shape.v, size=length - 1).tolist()) for length in lengths]
+    per_token = row_weights(np.array(lengths) - 1, np.ones(len(rows), bool), "token_mean")
+
+    def micros() -> list[MicroBatch]:
+        if not args.padded:
+            return micro_batches(rows, budget=parallel.micro_batch_tokens, multiple=parallel.length_multiple, shards=data_size(mesh))
+        t = -(-max(lengths) // parallel.length_multiple) * parallel.length_multiple
+        b = data_size(mesh) * max(1, parallel.micro_batch_tokens // t)
+        return [micro_batch(rows, range(first, min(first + b, len(rows))), b, t) for first in range(0, len(rows), b)]
+
+    def gradient() -> Any:
+        gradients, totals = run.zero()
+        for micro in micros():
+            batch = on_devices(micro, mesh, weights=of_rows(per_token, micro.rows))
+            gradients, totals = run.accumulate(gradients, totals, weights, batch)
+        return gradients, totals
+
+    first, _ = timed(gradient)
+    spent = statistics.median(timed(gradient)[0] for _ in range(args.repeats))
+    flops = 3 * sum(forward_flops(shape, length) for length in lengths)
+    return {
+        "peer": "crpo_jax padded" if args.padded else "crpo_jax",
+        "what": "update",
+        "first_seconds": round(first, 3),
+        "seconds": round(spent, 3),
+        "useful_tokens": sum(lengths),
+        "tokens_per_second": round(sum(lengths) / spent, 1),
+        "padding": round(1 - sum(lengths) / sum(micro.tokens.size for micro in micros()), 4),
+        "shapes": len({micro.tokens.shape for micro in micros()}),
+        "model_gflops_per_second": round(flops / spent / 1e9, 1),
+        "devices": mesh.size,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(required=True, metavar="PART")
@@ -118,6 +186,15 @@ def main() -> None:
     part.add_argument("--repeats", type=int, default=3, help="timed runs after the first")
     part.add_argument("--slots", type=int, default=128, help="rows decoded together on each data shard")
     part.add_argument("--chunk", type=int, default=16, help="decode steps between two looks of the host")
+    part = parts.add_parser("update", help="one gradient over rows of different lengths")
+    part.set_defaults(run=update)
+    part.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder")
+    part.add_argument("--lengths", required=True, metavar="FILE", help="JSON list of the rows' lengths")
+    part.add_argument("--padded", action="store_true", help="pad every row to the longest, in arrival order")
+    part.add_argument("--mesh", default="", metavar="DxM", help="data x model, in devices; default: all on the data axis")
+    part.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute type")
+    part.add_argument("--repeats", type=int, default=3, help="timed runs after the first")
+    part.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, such as parallel.micro_batch_tokens=4096")
     args = parser.parse_args()
     print(json.dumps(args.run(args)))
 

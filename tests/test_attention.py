@@ -1,16 +1,21 @@
 """Attention against the formula written out in float64, for training (whole or by chunks of queries) and for decoding."""
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHAPE
+from conftest import SHAPE, mesh_of
+from jax.sharding import NamedSharding
 from jax.test_util import check_grads
 
+from crpo_jax.config import InputError
 from crpo_jax.model import attention
-from crpo_jax.model.attention import causal_attention, decode_attention
+from crpo_jax.model.attention import causal_attention, decode_attention, implementation
+from crpo_jax.model.placement import training_placement
+from crpo_jax.parallel.layout import KV_BTKH, Q_BTNH
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
@@ -120,6 +125,67 @@ def test_scores_are_float32_for_bfloat16_inputs():
     assert out.dtype == jnp.bfloat16
     exact = naive(*(np.asarray(x, np.float64) for x in (q, k, v)))
     np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=0.02, atol=0.1)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def test_splash_on_each_devices_rows_and_heads(monkeypatch: pytest.MonkeyPatch):
+    """The TPU's kernel, interpreted: values and gradients are those of XLA's attention, rows and heads split over 4 devices."""
+    monkeypatch.setattr(attention, "INTERPRET", True)
+    mesh, (q, k, v) = mesh_of(2, 2), random_qkv(b=2, t=128)
+    weights = np.random.default_rng(9).normal(size=q.shape)
+
+    def run(name: Any) -> Any:
+        attend = training_placement(SHAPE, mesh, name).attend
+        here = [jax.device_put(x, NamedSharding(mesh, to)) for x, to in ((q, Q_BTNH), (k, KV_BTKH), (v, KV_BTKH))]
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attend(*x) * weights), argnums=(0, 1, 2)))(*here)
+
+    (value, grads), (expected, expected_grads) = run("splash"), run("xla")
+    assert float(value) == pytest.approx(float(expected), rel=1e-4)
+    for found, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_without_whole_tiles_go_to_xla():
+    """No TPU here: had Splash been asked, it would have failed."""
+    q, k, v = random_qkv()
+    np.testing.assert_array_equal(causal_attention(*map(jnp.asarray, (q, k, v)), "splash"), attend(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "dtype", "width", "expected"),
+    [
+        ("auto", "cpu", "bfloat16", 128, "xla"),
+        ("auto", "gpu", "bfloat16", 128, "cudnn"),
+        ("auto", "cuda", "bfloat16", 64, "cudnn"),  # a compile-only GPU calls itself so
+        ("auto", "gpu", "float32", 128, "xla"),
+        ("auto", "gpu", "bfloat16", 6, "xla"),
+        ("auto", "tpu", "float32", 64, "splash"),
+        ("xla", "tpu", "bfloat16", 128, "xla"),
+    ],
+)
+def test_auto_follows_the_devices(wanted: str, platform: str, dtype: str, width: int, expected: str):
+    assert implementation(wanted, platform, dtype, width) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "dtype", "line"),
+    [
+        ("splash", "cpu", "float32", "parallel.attention: expected auto, xla, or splash on tpu, got splash on cpu"),
+        ("cudnn", "tpu", "bfloat16", "parallel.attention: expected auto, xla, or cudnn on gpu, got cudnn on tpu"),
+        (
+            "cudnn",
+            "gpu",
+            "float32",
+            "parallel.attention: expected auto, xla, or cudnn on gpu with model.dtype=bfloat16 and heads of a multiple of 8 up to 128, "
+            "got cudnn on gpu with float32 and heads of 128",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(wanted: str, platform: str, dtype: str, line: str):
+    with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
+        implementation(wanted, platform, dtype, 128)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_later_overrides_win_over_earlier_ones_and_over_the_file(tmp_path: Path)
 
 def test_layouts_are_those_of_the_table():
     """config imports no jax, so it spells the names of the layouts a second time."""
-    assert typing.get_args(typing.get_type_hints(Parallel)["layout"]) == tuple(LAYOUTS)
+    assert typing.get_args(typing.get_type_hints(Parallel)["layout"]) == (*LAYOUTS, "auto")
 
 
 def test_a_command_without_a_model_needs_no_tokenizer():

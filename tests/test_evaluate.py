@@ -28,7 +28,7 @@ SMALL = ["evaluate.max_new_tokens=12", "rollout.chunk=12", "rollout.slots=2", "e
 def model(tmp_path_factory) -> str:
     settings = config.load(TINY, SHAPE)
     mesh = make_mesh("8x1")
-    shape = setup.shape_for(settings, mesh)
+    settings, shape = setup.shape_for(settings, mesh)
     folder = tmp_path_factory.mktemp("model") / "small"
     tokenizer = str(setup.text_for(settings, shape).folder)
     hub.save(setup.fresh_model(settings, shape, mesh), shape, str(folder), dtype="float32", tokenizer_folder=tokenizer, generation=None)

@@ -18,7 +18,7 @@ ROOMS = {
     "judge": {"config", "data", "reward"},
     "rollout": {"config", "parallel", "model"},
     "update": {"config", "parallel", "model"},
-    "run": {"config", "parallel", "model", "data", "reward", "judge", "rollout", "update"},
+    "run": {"config", "parallel", "model", "data", "reward", "judge", "rollout", "update", "planner"},
     "planner": {"config", "parallel", "model", "rollout", "update"},
 }
 """A room's modules may import those of its own and of the rooms named here: commands -> run -> rollout, update, judge -> model

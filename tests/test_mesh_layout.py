@@ -14,10 +14,10 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from crpo_jax.config import InputError
-from crpo_jax.model.placement import sampling_shardings, to_sampling, training_placement, weight_shardings
+from crpo_jax.model.placement import automatic_layout, resident_bytes, sampling_shardings, to_sampling, training_placement, weight_shardings
 from crpo_jax.model.qwen2 import Block, Qwen2, abstract, dims_of
 from crpo_jax.parallel import layout
-from crpo_jax.parallel.layout import LAYOUTS, SHARDED, TENSOR, WeightTable, check_layout, kv_copies, spec
+from crpo_jax.parallel.layout import LAYOUTS, SHARDED, TENSOR, WeightTable, check_layout, kv_copies, spec, wasteful
 from crpo_jax.parallel.mesh import DATA, MODEL, data_size, make_mesh, model_size, parse_mesh
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
@@ -119,7 +119,7 @@ def test_activation_specs_have_an_entry_per_dim(name: str, dims: str):
     placed = getattr(layout, name)
     assert len(placed) == len(dims)
     for letter, axis in zip(dims, placed, strict=True):
-        assert axis == {"b": DATA, "k": MODEL, "v": MODEL}.get(letter)
+        assert axis == {"b": DATA, "n": MODEL, "k": MODEL, "v": MODEL}.get(letter)
 
 
 def test_there_are_activation_specs():
@@ -246,6 +246,43 @@ def test_a_replicated_width_need_not_be_divided():
     check_layout(LAYOUTS["replicated"], mesh_of(8, 1), SIZES | {"d": 12})
     with pytest.raises(InputError, match="divides the width 12"):
         check_layout(LAYOUTS["zero1"], mesh_of(8, 1), SIZES | {"d": 12})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name", "prompts", "rows", "lines"),
+    [
+        ((4, 2), "zero1", 8, 16, []),
+        ((2, 4), "fsdp", 2, 2, ["4 model shards keep 2 copies of each of the 2 KV heads: the cache does not shrink beyond 2 shards"]),
+        ((8, 1), "fsdp", 8, 5, ["a mini-batch of 5 responses leaves 3 of 8 data shards idle in every update (crpo.mini_batch_prompts)"]),
+        ((8, 1), "zero1", 6, 8, ["a rollout of 6 questions leaves 2 of 8 data shards idle (crpo.prompts_per_step)"]),
+        (
+            (2, 1),
+            "replicated",
+            2,
+            2,
+            ["each of 2 data shards keeps masters and moments whole, 12 bytes a parameter; parallel.layout=zero1 splits them"],
+        ),
+    ],
+)
+def test_what_would_be_wasted_is_said(sizes: tuple[int, int], name: str, prompts: int, rows: int, lines: list[str]):
+    assert wasteful(LAYOUTS[name], mesh_of(*sizes), SIZES, prompts, rows) == lines
+
+
+def test_what_training_keeps_is_counted_from_the_tables(mesh: Mesh):
+    """By hand for one tensor: of q_dnh, fsdp keeps an eighth everywhere; zero1's compute copy is split over the model axis alone."""
+    one = {name: resident_bytes(SHAPE, each, mesh_of(1, 1), "bfloat16") for name, each in LAYOUTS.items()}
+    assert one == dict.fromkeys(LAYOUTS, sum(leaf.size for leaf in jax.tree.leaves(abstract(SHAPE))) * 20)  # 16 + 2 + 2 bytes
+    here = {name: resident_bytes(SHAPE, each, mesh, "bfloat16") for name, each in LAYOUTS.items()}
+    assert here["fsdp"] <= here["zero1"] <= here["replicated"] <= one["zero1"]
+    assert (here["fsdp"] < here["zero1"]) == (mesh.shape[DATA] > 1)
+
+
+def test_auto_takes_the_layout_that_leaves_room():
+    mesh = mesh_of(8, 1)
+    needs = resident_bytes(SHAPE, LAYOUTS["zero1"], mesh, "bfloat16")
+    assert automatic_layout(SHAPE, mesh, "bfloat16", None) == "zero1"
+    assert automatic_layout(SHAPE, mesh, "bfloat16", 2 * needs) == "zero1"
+    assert automatic_layout(SHAPE, mesh, "bfloat16", 2 * needs - 1) == "fsdp"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -9,7 +9,7 @@ import pytest
 
 from crpo_jax.config import InputError
 from crpo_jax.model.qwen2 import abstract, dims_of, parameter_count
-from crpo_jax.model.shape import Shape, read_shape, shape_of
+from crpo_jax.model.shape import Shape, forward_flops, read_shape, shape_of
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5"
 
@@ -121,3 +121,10 @@ def test_values_of_another_kind_are_refused_by_name(changed, expected):
     }
     with pytest.raises(InputError, match=re.escape(expected)):
         shape_of({**sizes, **changed})
+
+
+def test_flops_of_a_forward_pass():
+    """By hand: 2 per weight and token, the embedding's look-up none; attention 4 per query, head width and key that it sees, half of all."""
+    s = Shape(d=4, n=2, k=1, h=2, f=8, v=10, l=3, tied=True, rope_theta=1e4, norm_eps=1e-6)
+    block = 4 * (2 * 2) + 2 * 4 * (1 * 2) + (2 * 2) * 4 + 3 * 4 * 8
+    assert forward_flops(s, 6) == 2 * (3 * block + 4 * 10) * 6 + 3 * 2 * 2 * 4 * 6 * 6 / 2

@@ -462,7 +462,7 @@ def test_muon_turns_the_blocks_matrices_and_leaves_the_rest_to_adam(model: Qwen2
         state, _, _ = run.apply(state, gradients)
         moments_lie_beside_their_weights(state)
         after.append(dict(named(state.master)))
-    adam = optax.chain(optax.clip_by_global_norm(o.clip_norm), optax.nadamw(o.learning_rate, o.beta1, o.beta2, weight_decay=0.0))
+    adam = optax.chain(optax.clip_by_global_norm(o.clip_norm), optax.nadamw(o.learning_rate, o.beta1, o.beta2, o.eps, weight_decay=0.0))
     changes, _ = adam.update(written_out(model, minis[0])[1], adam.init(model), model)
     before, as_adam = dict(named(model)), dict(named(changes))
     for name, weight in after[0].items():

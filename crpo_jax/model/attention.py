@@ -3,25 +3,53 @@
 n query heads share k KV heads in groups of r = n / k. Scores and softmax are float32, whatever the compute type.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
-Implementation = Literal["xla", "cudnn"]
+from crpo_jax.config import InputError
+
+Implementation = Literal["xla", "cudnn", "splash"]
 
 QUERY_CHUNK = 512  # queries whose scores stand in memory at once
 UNSEEN = -1e30  # added to the score of a key that a query must not see; finite, so that no row of scores is all -inf
+SPLASH_BLOCKS = (512, 256, 128)  # tile sizes of queries and keys, the largest that divides the row; 128 lanes are a TPU's least
+INTERPRET = False  # Splash without a TPU, slowly: tests set it
+
+
+def implementation(wanted: str, platform: str, dtype: Any, head_width: int) -> Implementation:
+    """What `parallel.attention` means on a platform: auto is cuDNN on GPUs where it can (16 bits, heads of a multiple of 8 up to
+    128), Splash on TPUs, and XLA elsewhere. A kernel that this platform or model cannot run is refused."""
+    platform = {"cuda": "gpu"}.get(platform, platform)
+    cudnn = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
+    possible: dict[str, bool] = {"xla": True, "cudnn": platform == "gpu" and cudnn, "splash": platform == "tpu"}
+    if wanted == "auto":
+        return "cudnn" if possible["cudnn"] else "splash" if possible["splash"] else "xla"
+    for name in ("xla", "cudnn", "splash"):
+        if name == wanted and possible[name]:
+            return name
+    reason = " with model.dtype=bfloat16 and heads of a multiple of 8 up to 128" if wanted == "cudnn" and platform == "gpu" else ""
+    here = f"{wanted} on {platform}" + (f" with {jnp.dtype(dtype)} and heads of {head_width}" if reason else "")
+    names = {"cudnn": "cudnn on gpu", "splash": "splash on tpu"}
+    raise InputError(f"parallel.attention: expected auto, xla, or {names.get(wanted, wanted)}{reason}, got {here}")
 
 
 def causal_attention(
     q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"], implementation: Implementation
 ) -> Float[Array, "b t n h"]:
-    """Each token attends to itself and those before it; rows are right-padded, so no real token ever sees padding."""
+    """Each token attends to itself and those before it; rows are right-padded, so no real token ever sees padding.
+
+    A padding token attends to itself at least, so nothing here is NaN. Splash takes rows of whole tiles; others go to XLA. On
+    more than one device the kernels need `shard_map` around them: the compiler cannot split them.
+    """
+    b, t, n, h = q.shape
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    b, t, n, h = q.shape
+    if implementation == "splash" and t % SPLASH_BLOCKS[-1] == 0:
+        return splash(q, k, v)
     kv = k.shape[2]
     r, chunk = n // kv, t if t % QUERY_CHUNK else min(QUERY_CHUNK, t)
     # Heads beside rows and the r queries of a KV head along its query axis: plain batched products, as fast as XLA has them.
@@ -39,6 +67,21 @@ def causal_attention(
     starts = jnp.arange(0, t, chunk)
     out = one(starts[0], queries[0])[None] if t == chunk else jax.lax.map(lambda x: jax.checkpoint(one)(*x), (starts, queries))
     return out.reshape(t // chunk, b, kv, r, chunk, h).transpose(1, 0, 4, 2, 3, 5).reshape(b, t, n, h)
+
+
+def splash(q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> Float[Array, "b t n h"]:
+    """Causal attention by the TPU's own kernel; scores never leave the chip. `t` is a multiple of 128."""
+    t, n, h = q.shape[1:]
+    b = next(size for size in SPLASH_BLOCKS if t % size == 0)
+    kernel: Any = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((t, t))] * n),
+        block_sizes=splash_attention_kernel.BlockSizes(b, b, b, b, b, b, b, b),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=INTERPRET,
+    )
+    heads_first = [x.transpose(0, 2, 1, 3) for x in (q * jnp.asarray(h**-0.5, q.dtype), k, v)]
+    return jax.vmap(kernel)(*heads_first).transpose(0, 2, 1, 3)
 
 
 def decode_attention(

@@ -1,6 +1,7 @@
 """A model on a mesh: the shardings of its weights, the constraints of its forward, its form for the sampler."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -9,10 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crpo_jax.model.attention import Implementation, causal_attention
 from crpo_jax.model.decode import Layer, Weights
-from crpo_jax.model.qwen2 import Block, Placement, Qwen2, dims_of
+from crpo_jax.model.qwen2 import Block, Placement, Qwen2, abstract, dims_of
 from crpo_jax.model.shape import Shape
-from crpo_jax.parallel.layout import HIDDEN_BTD, KV_BTKH, TENSOR, WeightTable, kv_copies, spec
+from crpo_jax.parallel.layout import HIDDEN_BTD, KV_BTKH, LAYOUTS, Q_BTNH, TENSOR, Layout, WeightTable, kv_copies, spec
 from crpo_jax.parallel.mesh import MODEL, model_size
 
 
@@ -25,9 +27,29 @@ def weight_shardings(shape: Shape, table: WeightTable, mesh: Mesh) -> Qwen2:
     return Qwen2(make, tied=shape.tied)
 
 
-def training_placement(shape: Shape, mesh: Mesh) -> Placement:
+def resident_bytes(shape: Shape, layout: Layout, mesh: Mesh, dtype: str) -> int:
+    """What training keeps on each device between micro-batches: float32 masters, two moments and gradients, compute and reference weights."""
+
+    def bytes_of(table: WeightTable, width: int) -> int:
+        weights, shardings = jax.tree.leaves(abstract(shape)), jax.tree.leaves(weight_shardings(shape, table, mesh))
+        return sum(math.prod(to.shard_shape(weight.shape)) * width for weight, to in zip(weights, shardings, strict=True))
+
+    narrow = jnp.dtype(dtype).itemsize
+    return bytes_of(layout.master, 16) + bytes_of(layout.compute, narrow) + bytes_of(layout.reference, narrow)
+
+
+def automatic_layout(shape: Shape, mesh: Mesh, dtype: str, memory: int | None) -> str:
+    """parallel.layout=auto: zero1, which moves weights once per optimizer step, while what it keeps leaves half of a device's
+    `memory` in bytes (None: not known) to activations and logits; fsdp, which moves them per block, where it does not."""
+    return "zero1" if memory is None or resident_bytes(shape, LAYOUTS["zero1"], mesh, dtype) <= memory / 2 else "fsdp"
+
+
+def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xla") -> Placement:
     """The constraints of the training forward: a block's weights are gathered to the tensor-parallel table before use,
-    rows stay split over the data axis, and KV heads are repeated until every model shard has its own."""
+    rows stay split over the data axis, and KV heads are repeated until every model shard has its own.
+
+    An attention kernel runs on each device's rows and heads by itself; XLA's attention the compiler splits the same way.
+    """
     copies = kv_copies(mesh, shape.k)
 
     def constrain(x: Any, to: P) -> Any:
@@ -42,7 +64,13 @@ def training_placement(shape: Shape, mesh: Mesh) -> Placement:
     def kv_heads(x_btkh: Any) -> Any:
         return constrain(jnp.repeat(x_btkh, copies, axis=2) if copies > 1 else x_btkh, KV_BTKH)
 
-    return Placement(block=weights, ends=ends, activations=lambda x: constrain(x, HIDDEN_BTD), kv_heads=kv_heads)
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        if attention == "xla":
+            return causal_attention(q, k, v, attention)
+        local = functools.partial(causal_attention, implementation=attention)
+        return jax.shard_map(local, mesh=mesh, in_specs=(Q_BTNH, KV_BTKH, KV_BTKH), out_specs=Q_BTNH, check_vma=False)(q, k, v)
+
+    return Placement(block=weights, ends=ends, activations=lambda x: constrain(x, HIDDEN_BTD), kv_heads=kv_heads, attend=attend)
 
 
 def _with(model: Qwen2, change: Any, blocks: Any) -> Qwen2:

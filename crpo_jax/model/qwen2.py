@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from crpo_jax.model.attention import Implementation, causal_attention
+from crpo_jax.model.attention import causal_attention
 from crpo_jax.model.shape import Shape
 
 Make = Callable[[str, str], Any]
@@ -143,12 +143,14 @@ def logits(model: Qwen2, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]
 
 
 class Placement(NamedTuple):
-    """How the training forward is split: functions that constrain weights, [b, t, d] activations and [b, t, k, h] KV heads."""
+    """How the training forward is split: functions that constrain weights, [b, t, d] activations and [b, t, k, h] KV heads, and
+    attention [b, t, n, h] as a mesh computes it."""
 
     block: Callable[[Block], Block] = lambda block: block
     ends: Callable[[Qwen2], Qwen2] = lambda model: model
     activations: Callable[[Array], Array] = lambda x: x
     kv_heads: Callable[[Array], Array] = lambda x: x
+    attend: Callable[[Array, Array, Array], Array] = lambda q, k, v: causal_attention(q, k, v, "xla")
 
 
 def hidden_states(
@@ -159,7 +161,6 @@ def hidden_states(
     placement: Placement = Placement(),
     remat: bool = False,
     unroll: bool = False,
-    attention: Implementation = "xla",
 ) -> Float[Array, "b t d"]:
     """The normed hidden state of every token of right-padded rows, in the type of the weights."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -167,7 +168,7 @@ def hidden_states(
     def one(x: Array, block: Block) -> tuple[Array, None]:
         block = placement.block(block)
         q, k, v = qkv(block, x, positions, shape)
-        x = x + dot(causal_attention(q, placement.kv_heads(k), placement.kv_heads(v), attention), block.o_nhd[...], 2)
+        x = x + dot(placement.attend(q, placement.kv_heads(k), placement.kv_heads(v)), block.o_nhd[...], 2)
         x = placement.activations(x)
         return placement.activations(x + mlp(block, x, shape)), None
 

@@ -29,6 +29,16 @@ class Shape:
         return tuple(getattr(self, letter) for letter in letters)
 
 
+def forward_flops(shape: Shape, length: int) -> float:
+    """Floating-point operations of a forward pass over one row of `length` tokens, logits included; a backward pass has twice as many.
+
+    Two per weight and token of every product, and of causal attention the half that is not masked.
+    """
+    s = shape
+    weights = s.l * (2 * s.d * s.n * s.h + 2 * s.d * s.k * s.h + 3 * s.d * s.f) + s.d * s.v
+    return 2.0 * weights * length + 2.0 * s.l * s.n * s.h * length * length
+
+
 def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
     """The shape that a Qwen2 config.json describes; what this model does not implement is refused by name."""
 

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 from crpo_jax import config
 from crpo_jax.config import Config, InputError
 from crpo_jax.model.attention import Implementation
+from crpo_jax.model.placement import automatic_layout
 from crpo_jax.model.shape import Shape, read_shape, shape_of
 from crpo_jax.parallel.layout import LAYOUTS, Layout, check_layout
 from crpo_jax.parallel.mesh import DATA, MODEL, parse_mesh
@@ -161,4 +162,9 @@ class Job:
 
 def job_for(settings: Config, target: Target, mesh: str = "") -> Job:
     data, model = parse_mesh(mesh) if mesh else (target.count, 1)
-    return Job(settings, planned_shape(settings), target, data, model)
+    shape = planned_shape(settings)
+    if settings.parallel.layout == "auto":
+        mesh_alone: Any = AbstractMesh((data, model), (DATA, MODEL))
+        layout = automatic_layout(shape, mesh_alone, settings.model.dtype, target.chip.memory)
+        settings = dataclasses.replace(settings, parallel=dataclasses.replace(settings.parallel, layout=layout))
+    return Job(settings, shape, target, data, model)

@@ -70,6 +70,28 @@ CHIPS: dict[str, Chip] = {
 }
 
 SAME = {"a100-80gb": "a100", "rtx-a6000": "a6000", "h100-80gb": "h100"}
+DEVICE_KINDS = {
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA RTX A6000": "a6000",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+}
+"""How jax calls a device of each chip."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 FLOP/s of a device that jax calls so, None where it is not known."""
+    return CHIPS[DEVICE_KINDS[device_kind]].flops if device_kind in DEVICE_KINDS else None
+
+
 CORES_PER_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # in the number of a slice's name
 GPUS_PER_HOST = 8
 

@@ -46,7 +46,7 @@ def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Pa
     drawn = {"temperature": evaluate.temperature, "top_p": evaluate.top_p, "max_new_tokens": evaluate.max_new_tokens}
     settings = dataclasses.replace(settings, rollout=dataclasses.replace(settings.rollout, **drawn))
     mesh = make_mesh(settings.parallel.mesh)
-    shape = setup.shape_for(settings, mesh)
+    settings, shape = setup.shape_for(settings, mesh)
     text = setup.text_for(settings, shape)
     fitted = {name: fitting(questions, settings.data, text.tokenizer) for name, questions in sets.items()}
     engine, weights = setup.sampler(settings, shape, mesh, text), None

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from crpo_jax.config import Config
 from crpo_jax.data.prompts import Fitting
 from crpo_jax.model.qwen2 import parameter_count
-from crpo_jax.model.shape import Shape
+from crpo_jax.model.shape import Shape, forward_flops
+from crpo_jax.parallel.layout import LAYOUTS, wasteful
 from crpo_jax.parallel.mesh import DATA, MODEL
+from crpo_jax.planner.targets import peak_flops
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scored
 from crpo_jax.rollout.engine import Response, Tally
@@ -58,6 +60,9 @@ def opening(
         f"  questions  {settings.data.source}: {len(training.questions):,} to train on, {len(held_out.questions):,} held out",
         f"  workdir    {workdir}",
     ]
+    layout, sizes = LAYOUTS[settings.parallel.layout], {letter: getattr(shape, letter) for letter in "dnkfv"}
+    for reason in wasteful(layout, mesh, sizes, crpo.prompts_per_step, crpo.mini_batch_prompts * crpo.group_size):
+        lines.append(f"  wasteful   {reason}")
     for name, chosen in (("training", training), ("held-out", held_out)):
         if chosen.dropped:
             lines.append(f"  dropped    {len(chosen.dropped)} {name} questions longer than data.max_prompt_tokens={settings.data.max_prompt_tokens}")
@@ -81,6 +86,16 @@ def timings(seconds: Mapping[str, float], tokens: int, useful: int, places: int)
         "time/padding": 1 - useful / places,
     }
     return {f"time/{phase}": spent for phase, spent in seconds.items()} | rates
+
+
+def utilization(shape: Shape, mesh: Mesh, lengths: Sequence[int], passes: int, seconds: float) -> dict[str, float]:
+    """Model FLOPs of an update over what the devices could do in that time in bf16, where their peak is known.
+
+    `lengths` are the rows' without padding; `passes` count forward passes, a backward one as two and recomputation as none.
+    """
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    flops = passes * sum(forward_flops(shape, length) for length in lengths)
+    return {} if peak is None else {"time/mfu": flops / (seconds * peak * mesh.size)}
 
 
 def step_metrics(

@@ -18,7 +18,8 @@ from crpo_jax.data.loader import questions_for
 from crpo_jax.data.prompts import Fitting, encode_response, fitting, load_tokenizer, render_all
 from crpo_jax.data.question import OTHER_HALF, Question, halves, held_out, read
 from crpo_jax.model import hub
-from crpo_jax.model.placement import weight_shardings
+from crpo_jax.model.attention import implementation
+from crpo_jax.model.placement import automatic_layout, weight_shardings
 from crpo_jax.model.qwen2 import Qwen2, initial
 from crpo_jax.model.shape import Shape, read_shape, shape_of
 from crpo_jax.parallel.layout import LAYOUTS, check_layout
@@ -68,14 +69,19 @@ def shipped(path: str) -> Path:
     return folder.parent / here if not here.exists() and (folder.parent / here).exists() else here
 
 
-def shape_for(settings: config.Config, mesh: Mesh) -> Shape:
-    """The shape of model.path, or of model.shape where there is none, once this mesh and layout can hold it."""
+def shape_for(settings: config.Config, mesh: Mesh) -> tuple[config.Config, Shape]:
+    """The shape of model.path, or of model.shape where there is none, once this mesh and layout can hold it; and the settings
+    with the layout that `auto` stands for."""
     if settings.model.path:
         shape = read_shape(hub.model_folder(settings.model.path))
     else:
         shape = shape_of(config.as_dict(settings.model.shape), "model.shape")
+    if settings.parallel.layout == "auto":
+        memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+        name = automatic_layout(shape, mesh, settings.model.dtype, memory)
+        settings = config.build(config.Config, {"parallel": {"layout": name}}, "auto", base=settings)
     check_layout(LAYOUTS[settings.parallel.layout], mesh, {letter: getattr(shape, letter) for letter in "dnkfv"})
-    return shape
+    return settings, shape
 
 
 def rendered(questions: Sequence[Question], *how: Any) -> list[list[int]]:
@@ -167,4 +173,5 @@ def sampler(settings: config.Config, shape: Shape, mesh: Mesh, text: Text) -> En
     """The engine with the settings of `rollout`."""
     rollout = settings.rollout
     how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, text.stop_ids)
-    return Engine(shape, mesh, how, rollout.max_new_tokens, rollout.slots, rollout.chunk)
+    attention = implementation(settings.parallel.attention, mesh.devices.flat[0].platform, settings.model.dtype, shape.h)
+    return Engine(shape, mesh, how, rollout.max_new_tokens, rollout.slots, rollout.chunk, attention)

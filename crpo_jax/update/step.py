@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 from crpo_jax import config
-from crpo_jax.model.attention import Implementation
+from crpo_jax.model.attention import Implementation, implementation
 from crpo_jax.model.placement import training_placement, weight_shardings
 from crpo_jax.model.qwen2 import Qwen2, abstract, hidden_states
 from crpo_jax.model.shape import Shape
@@ -90,6 +90,7 @@ def optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTra
     if settings.algorithm == "muon":
         inner = optax.contrib.muon(
             rate,
+            eps=settings.eps,
             weight_decay=settings.weight_decay,
             adam_b1=settings.beta1,
             adam_b2=settings.beta2,
@@ -140,16 +141,17 @@ def trainer(
     total_steps: int,
     *,
     loss: str,
-    attention: Implementation = "xla",
+    attention: Implementation | None = None,
 ) -> Trainer:
-    """The programs for one model on one mesh; `loss` is "crpo" or "supervised".
+    """The programs for one model on one mesh; `loss` is "crpo" or "supervised", `attention` by default what parallel.attention says.
 
     A CRPO batch brings `old` (where a rollout has several optimizer steps), `reference`, `sampler` [b, t], `advantages` and
     `weights` [b]; a supervised one only `weights`. Entropy is a metric always and a bonus where its coefficient is not 0.
     """
     layout, parallel = LAYOUTS[settings.parallel.layout], settings.parallel
     dtype = jnp.dtype(settings.model.dtype)
-    place = training_placement(shape, mesh)
+    attention = attention or implementation(parallel.attention, mesh.devices.flat[0].platform, dtype, shape.h)
+    place = training_placement(shape, mesh, attention)
     update: Any = optimizer(optimizer_settings, total_steps)
     temperature = settings.rollout.temperature if loss == "crpo" else 1.0
     whole = NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -174,7 +176,7 @@ def trainer(
     def outputs(weights: Qwen2, batch: Batch, with_entropy: bool) -> tuple[Array, Array]:
         weights = place.ends(weights)
         b, t = batch["tokens"].shape
-        hidden = hidden_states(weights, batch["tokens"], shape, placement=place, remat=parallel.remat, unroll=parallel.unroll, attention=attention)
+        hidden = hidden_states(weights, batch["tokens"], shape, placement=place, remat=parallel.remat, unroll=parallel.unroll)
         targets = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
         chunk = chunk_length(t, b // data_size(mesh), parallel.logprob_chunk)
         constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, LOGITS_BTV))
