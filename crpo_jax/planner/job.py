@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from crpo_jax import config
 from crpo_jax.config import Config, InputError
-from crpo_jax.model.attention import Implementation
+from crpo_jax.model.attention import Implementation, implementation
 from crpo_jax.model.placement import automatic_layout
 from crpo_jax.model.shape import Shape, read_shape, shape_of
 from crpo_jax.parallel.layout import LAYOUTS, Layout, check_layout
@@ -90,8 +90,8 @@ class Job:
 
     @property
     def attention(self) -> Implementation:
-        """What training attends with."""
-        return "xla"
+        """What the run attends with on the target."""
+        return implementation(self.settings.parallel.attention, self.target.chip.kind, self.settings.model.dtype, self.shape.h)
 
     def having(self, changed: Mapping[str, Any]) -> "Job":
         """The same with other settings, by dotted key."""
