@@ -161,7 +161,7 @@ BAD_FILES = [
     ("crpo: {kl_coef: .nan}", "FILE: crpo.kl_coef: expected number, got nan"),
     ("crpo: {kl_coef: .inf}", "FILE: crpo.kl_coef: expected number, got inf"),
     ("parallel: {remat: 1}", "FILE: parallel.remat: expected true or false, got 1"),
-    ("parallel: {layout: zero3}", "FILE: parallel.layout: expected zero1 | fsdp | replicated, got 'zero3'"),
+    ("parallel: {layout: zero3}", "FILE: parallel.layout: expected zero1 | fsdp | replicated | auto, got 'zero3'"),
     ("data: {path: 3}", "FILE: data.path: expected string, got 3"),
     ("data: {eval_split: no}", "FILE: data.eval_split: expected string, got False"),  # YAML 1.1's booleans
     ("rollout: {stop: <|im_end|>}", "FILE: rollout.stop: expected list of strings, got '<|im_end|>'"),
@@ -209,7 +209,7 @@ BAD_OVERRIDES = [
     ("optimizer.learning_rate=fast", "override: optimizer.learning_rate: expected number, got 'fast'"),
     ("rollout.stop=<|im_end|>", "override: rollout.stop: expected list of strings, got '<|im_end|>'"),
     ("crpo.steps=2001-99-99", "override: crpo.steps: expected whole number, got '2001-99-99'"),
-    ("parallel.layout=ZERO1", "override: parallel.layout: expected zero1 | fsdp | replicated, got 'ZERO1'"),
+    ("parallel.layout=ZERO1", "override: parallel.layout: expected zero1 | fsdp | replicated | auto, got 'ZERO1'"),
     ("parallel.remat=maybe", "override: parallel.remat: expected true or false, got 'maybe'"),
     ("crpo.mini_batch_prompts=7", "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7"),
 ]
