@@ -52,6 +52,7 @@ class ModelShape:
 @dataclass(frozen=True)
 class Model:
     path: str = setting("", "a folder in Hugging Face format, or a hub id; empty: a model made from model.shape, with a cold start")
+    adapter: str = setting("", "a folder with a LoRA adapter in PEFT's format, merged into model.path before anything else; empty: none")
     shape: ModelShape = section(ModelShape)
     dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "compute type of weights and activations; masters are float32")
 
@@ -139,6 +140,17 @@ class Optimizer:
     clip_norm: float = setting(1.0, "global gradient norm; 0 is off", source="code", low=0)
 
 
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block, by the names that config.json's models and PEFT give them."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int = setting(0, "width of the adapters (r); 0: no adapters, every parameter is trained", low=0)
+    alpha: float = setting(16.0, "adapters are scaled by alpha / rank", source="code", low=0)
+    targets: tuple[str, ...] = setting(LINEAR_LAYERS, "the linear layers that get adapters", source="code")
+
+
 @dataclass(frozen=True)
 class Crpo:
     steps: int = setting(0, "RL steps; 0: as many as crpo.epochs needs", unit="steps", low=0)
@@ -179,6 +191,10 @@ class Sft:
     batch_size: int = setting(256, "traces per optimizer step", source="paper", low=1)
     max_tokens: int = setting(4096, "longest trace, prompt included; longer ones are dropped and counted", unit="tokens", source="code", low=2)
     held_out: float = setting(0.1, "share of the traces kept for the evaluation loss", source="paper", low=0, high=0.9)
+    patience: int = setting(0, "stop after this many epochs without a lower held-out loss; 0: never; the best epoch is kept either way", low=0)
+    previews: int = setting(2, "held-out prompts answered at every evaluation; all kept in samples.jsonl, the first one shown", low=0)
+    save_every: int = setting(0, "a checkpoint every n steps, besides those at the end of every epoch", unit="steps", low=0)
+    lora: Lora = section(Lora, rank=32)
     optimizer: Optimizer = section(Optimizer, learning_rate=1e-4)
 
 
@@ -272,6 +288,7 @@ class Config:
     reward: Reward = section(Reward)
     crpo: Crpo = section(Crpo)
     optimizer: Optimizer = section(Optimizer)
+    lora: Lora = section(Lora)
     sft: Sft = section(Sft)
     distill: Distill = section(Distill)
     evaluate: Evaluate = section(Evaluate)
@@ -432,6 +449,11 @@ def check(config: Config, model: bool = True) -> None:
         raise InputError(f"crpo.kl_coef: expected more than 0, from which crpo.kl_target={c.crpo.kl_target} can move it, got 0")
     if c.reward.design == "grpo" and len(c.reward.grpo_tags) != 2:
         raise InputError(f"reward.grpo_tags: expected two tags, got {list(c.reward.grpo_tags)}")
+    for where, lora in (("lora", c.lora), ("sft.lora", c.sft.lora)):
+        if not lora.targets or len(set(lora.targets)) < len(lora.targets) or not set(lora.targets) <= set(LINEAR_LAYERS):
+            raise InputError(f"{where}.targets: expected some of {', '.join(LINEAR_LAYERS)}, each once, got {list(lora.targets)}")
+    if c.model.adapter and not c.model.path:
+        raise InputError(f"model.adapter: expected model.path beside it, the model that the adapter was trained on, got only {c.model.adapter}")
     if c.rollout.top_p == 0:
         raise InputError("rollout.top_p: expected more than 0, got 0")
     if c.evaluate.top_p == 0:

@@ -8,20 +8,22 @@ from pathlib import Path
 import jax
 
 from crpo_jax import config
-from crpo_jax.config import InputError
-from crpo_jax.model import hub
 from crpo_jax.parallel import processes
 from crpo_jax.parallel.mesh import make_mesh
-from crpo_jax.run import setup, start
-from crpo_jax.run.workdir import open_workdir
+from crpo_jax.run import coldstart, setup, sft_report
+from crpo_jax.run.workdir import Fault
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = config.parser("sft", __doc__ or "")
+    parser.add_argument("--allow-changes", action="store_true", help="go on in a workdir that holds a run of another config or other traces")
     processes.add_flags(parser)
     args = parser.parse_args(arguments)
     with processes.joined("sft", args):
-        fine_tune(args)
+        try:
+            fine_tune(args)
+        except Fault as fault:
+            raise SystemExit(f"crpo_jax.sft: stopped: {fault}") from None
 
 
 def fine_tune(args: argparse.Namespace) -> None:
@@ -31,18 +33,10 @@ def fine_tune(args: argparse.Namespace) -> None:
     settings, shape = setup.shape_for(settings, mesh)
     text = setup.text_for(settings, shape)
     folder = workdir / "coldstart"
-    if folder.exists():
-        raise InputError(f"--workdir {workdir}: expected no fine-tuned model there yet, got {folder}")
-    writer = jax.process_index() == 0
-    with open_workdir(workdir, settings, writes=writer):
-        start.wait_for_workdir(workdir)
-        if settings.model.path:
-            master = start.load_masters(hub.model_folder(settings.model.path), settings, mesh)
-        else:
-            master = setup.fresh_model(settings, shape, mesh)
-        start.fine_tuned(settings, shape, mesh, text, master, folder)
-    if writer:
-        print(f"fine-tuned model: {folder}  (crpo_jax.train takes it as model.path={folder})", file=sys.stderr)
+    if not folder.is_dir():
+        coldstart.fine_tune(settings, shape, mesh, text, workdir, folder, changes=args.allow_changes)
+    elif jax.process_index() == 0:
+        print(f"{sft_report.closing(workdir, folder)}\nfinished before, nothing to do", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import numpy as np
 from crpo_jax import config
 from crpo_jax.config import Config, InputError
 from crpo_jax.data.loader import Batches
+from crpo_jax.model import lora
 from crpo_jax.model.placement import to_sampling
 from crpo_jax.parallel import processes
 from crpo_jax.parallel.mesh import data_size, make_mesh
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scorer, ScoringError
-from crpo_jax.run import evaluation, report, setup, start
+from crpo_jax.run import coldstart, evaluation, report, setup, start
 from crpo_jax.run.checkpoint import Checkpoints
 from crpo_jax.run.metrics import Log
 from crpo_jax.run.progress import Progress
@@ -48,14 +49,17 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
     writer = jax.process_index() == 0
     held = open_workdir(workdir, settings, writes=writer, changes=changes)
     start.wait_for_workdir(workdir)
-    folder = start.start_folder(settings, shape, mesh, text, workdir)
-    check_inputs(workdir, setup.digests(training, held_out, text, folder), writes=writer, changes=changes)
+    folder = coldstart.start_folder(settings, shape, mesh, text, workdir, changes=changes)
+    if folder is None:  # asked to stop in the cold start, which goes on from there
+        return held.close()
+    digests = setup.digests(training, held_out) | setup.model_digests(settings, text, folder)
+    check_inputs(workdir, digests, writes=writer, changes=changes)
 
     # ---- programs and state ----------------------------------------------------------------------------------------
-    run = trainer(shape, mesh, settings, settings.optimizer, steps * updates_per_step, loss="crpo")
+    run = trainer(shape, mesh, settings, settings.optimizer, steps * updates_per_step, loss="crpo", adapters=settings.lora)
     engine, gather = setup.sampler(settings, shape, mesh, text), to_sampling(shape, mesh, settings.model.dtype)
-    masters = start.load_masters(folder, settings, mesh)
-    reference, state = run.reference(masters), run.begin(masters)
+    masters, frozen = start.trainee(folder, settings, shape, mesh, settings.lora)
+    reference, state = run.reference(masters) if frozen is None else frozen, run.begin(masters)
     checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, settings.run.keep_best)
     done, logged = checkpoints.newest()
     if done > steps:
@@ -74,7 +78,9 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             measured: dict[str, float] = {}
             if step in (0, steps) or (settings.run.eval_every and step % settings.run.eval_every == 0):
                 key = jax.random.fold_in(seed, EVALUATION)
-                answered, means = evaluation.answer(engine, gather(state.master), held_out, examiner, text, key, report.sampling(progress, step))
+                answered, means = evaluation.answer(
+                    engine, gather(lora.policy(state.master, frozen)), held_out, examiner, text, key, report.sampling(progress, step)
+                )
                 measured |= {f"eval/{name.split('/')[1]}": value for name, value in means.items()}
                 if writer:
                     report.keep_answers(workdir, step, answered)
@@ -86,7 +92,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
 
             # ---- sample and score; further questions while too few groups differ in reward, if asked for -------------
             began, seconds = time.perf_counter(), {"rollout": 0.0, "score": 0.0}
-            policy, asked, responses, texts, scored, turn = gather(state.master), [], [], [], [], 0
+            policy, asked, responses, texts, scored, turn = gather(lora.policy(state.master, frozen)), [], [], [], [], 0
             while True:
                 drawn = further.batch(step * crpo.dynamic_sampling + turn - 1) if turn else batches.batch(step)
                 questions = [question for _, question in drawn]
@@ -117,7 +123,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             # ---- mini-batches, with the log-probs of the reference and of the policy that sampled --------------------
             rows = [Row(prompt_of[question.id], response.tokens.tolist()) for question, response in zip(asked, responses, strict=True)]
             lengths = np.array([len(response.tokens) for response in responses])
-            weights, minis, size, places = run.compute_weights(state.master), [], crpo.mini_batch_prompts * crpo.group_size, 0
+            weights, minis, size, places = run.compute_weights(lora.policy(state.master, frozen)), [], crpo.mini_batch_prompts * crpo.group_size, 0
             for first in range(0, len(trained), size):
                 part = trained[first : first + size]
                 logprobs, mini = [responses[i].logprobs for i in part], [rows[i] for i in part]
@@ -141,7 +147,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             # ---- one optimizer step per mini-batch -------------------------------------------------------------------
             updates = []
             for mini in minis:
-                weights = run.compute_weights(state.master) if weights is None else weights
+                weights = run.compute_weights(lora.policy(state.master, frozen)) if weights is None else weights
                 gradients, totals = run.zero()
                 for batch in mini:
                     gradients, totals = run.accumulate(gradients, totals, weights, batch, state.kl_coef)

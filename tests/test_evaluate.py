@@ -14,8 +14,9 @@ from crpo_jax.config import InputError
 from crpo_jax.data.vignettes import teacher_response, vignettes
 from crpo_jax.judge.answers import Answer, row_of
 from crpo_jax.model import hub
+from crpo_jax.parallel.layout import TENSOR
 from crpo_jax.parallel.mesh import make_mesh
-from crpo_jax.run import answering, setup
+from crpo_jax.run import answering, setup, start
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -31,7 +32,8 @@ def model(tmp_path_factory) -> str:
     settings, shape = setup.shape_for(settings, mesh)
     folder = tmp_path_factory.mktemp("model") / "small"
     tokenizer = str(setup.text_for(settings, shape).folder)
-    hub.save(setup.fresh_model(settings, shape, mesh), shape, str(folder), dtype="float32", tokenizer_folder=tokenizer, generation=None)
+    model = start.start_model(None, settings, shape, mesh, TENSOR, "float32")
+    hub.save(model, shape, str(folder), dtype="float32", tokenizer_folder=tokenizer, generation=None)
     return str(folder)
 
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from crpo_jax.config import InputError, config_folder
-from crpo_jax.model.hub import HF_KEYS, config_of, load, model_folder, save, stored_letters, tensors
+from crpo_jax.model.hub import HF_KEYS, config_of, inherited, load, model_folder, save, stored_letters, tensors
 from crpo_jax.model.placement import weight_shardings
 from crpo_jax.model.qwen2 import Qwen2, abstract, dims_of
 from crpo_jax.model.shape import Shape, shape_of
@@ -422,6 +422,15 @@ def test_save_never_overwrites_and_leaves_no_half_folder(tmp_path: Path):
     save(model, TIED, tmp_path / "new", dtype="float32")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "new"]
+
+
+def test_what_a_folder_says_of_itself_is_passed_on(tmp_path: Path):
+    said = {"eos_token_id": [5, 6], "temperature": 0.7, "do_sample": True}
+    save(ones(TIED), TIED, tmp_path / "start", dtype="float32", generation=said, max_position_embeddings=131072)
+    save(ones(TIED), TIED, tmp_path / "tuned", dtype="float32", **inherited(tmp_path / "start"))
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "tuned" / name).read_text() == (tmp_path / "start" / name).read_text()
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["max_position_embeddings"] == 131072
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

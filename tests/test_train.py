@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 from pair import Pair
+from safetensors.numpy import load_file
 
-from crpo_jax import export, sft, train
+from crpo_jax import export, train
 from crpo_jax.config import InputError
 from crpo_jax.run.metrics import read_metrics
 
@@ -33,6 +34,7 @@ SMALL = [
     "crpo.group_size=2",
     "sft.steps=2",
     "sft.batch_size=8",
+    "sft.previews=0",
     "sft.optimizer.algorithm=adamw",
     "parallel.unroll=false",
     "run.eval_every=2",
@@ -110,6 +112,40 @@ def test_one_cold_start_serves_two_designs(whole, tmp_path):
     assert not (tmp_path / "grpo" / "coldstart").exists()
 
 
+def test_crpo_trains_adapters_against_their_own_base(whole, tmp_path):
+    """LoRA: the reference is the start without adapters, so the first step has no KL; stopped and resumed; merged or alone in a folder."""
+    start = [f"model.path={whole / 'coldstart'}", "lora.rank=4", "lora.targets=[q_proj, up_proj]", "optimizer.learning_rate=0.02"]
+    start += ["crpo.mini_batch_prompts=8", "parallel.layout=fsdp"]
+    run(tmp_path / "run", *start, "crpo.steps=1", mesh="4x2")
+    metrics = run(tmp_path / "run", *start, "crpo.steps=2", mesh="4x2")
+    assert metrics[0]["kl/mean"] == pytest.approx(0, abs=1e-9)
+    assert metrics[1]["kl/mean"] > 1e-6
+    assert max(row["policy/sampler_difference_max"] for row in metrics[:-1]) < 1e-4
+    run(tmp_path / "whole", *start, "crpo.steps=2", mesh="4x2")
+    assert policy(tmp_path / "run", tmp_path / "merged") == policy(tmp_path / "whole", tmp_path / "again")
+
+    merged, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", whole / "coldstart"))
+    changed = {name for name, weight in before.items() if not np.array_equal(weight, merged[name])}
+    assert changed == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"}
+    export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--adapter", "--dtype", "float32"])
+    low = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    a, b = (low[f"base_model.model.model.layers.0.mlp.up_proj.lora_{half}.weight"] for half in "AB")
+    name = "model.layers.0.mlp.up_proj.weight"
+    np.testing.assert_allclose(merged[name], before[name] + 16 / 4 * b @ a, atol=1e-6)
+
+
+def test_export_in_shards(whole, tmp_path):
+    for size, name in (("5GB", "one"), ("40KB", "several")):
+        export.main(["--workdir", str(whole), "--out", str(tmp_path / name), "--max-shard-size", size])
+    index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())["weight_map"]
+    parts = {key: value for file in set(index.values()) for key, value in load_file(tmp_path / "several" / file).items()}
+    together = load_file(tmp_path / "one" / "model.safetensors")
+    assert len(set(index.values())) > 1
+    assert {key: value.tobytes() for key, value in parts.items()} == {key: value.tobytes() for key, value in together.items()}
+    with pytest.raises(InputError, match=r"--max-shard-size: expected a size such as 500MB or 5GB, got '5 apples'"):
+        export.main(["--workdir", str(whole), "--out", str(tmp_path / "other"), "--max-shard-size", "5 apples"])
+
+
 def test_a_failing_reward_is_counted_and_carries_no_gradient(tmp_path, monkeypatch):
     (tmp_path / "picky.py").write_text(
         "def rate(prompts, completions, **columns):\n"
@@ -155,13 +191,6 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, capfd):
     run(whole, "crpo.steps=4")
     assert timeless(read_metrics(whole)) == timeless([json.loads(line) for line in before.splitlines()])
     assert "resuming after step 4" in capfd.readouterr().err
-
-
-def test_fine_tuning_by_its_own_command(tmp_path):
-    sft.main(["--workdir", str(tmp_path / "sft"), "--mesh", "8x1", *SMALL])
-    assert (tmp_path / "sft" / "coldstart" / "model.safetensors").exists()
-    with pytest.raises(InputError, match="no fine-tuned model"):
-        sft.main(["--workdir", str(tmp_path / "sft"), "--mesh", "8x1", *SMALL])
 
 
 @pytest.mark.slow

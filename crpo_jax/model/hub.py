@@ -67,6 +67,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 class Tensor(NamedTuple):
@@ -387,13 +388,30 @@ def written_at_once(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def free_folder(folder: str | Path) -> Path:
+    """The absolute path of a folder to write; refused by every process where the first one finds something there."""
+    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    occupied = jax.process_index() == 0 and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
+    if multihost_utils.broadcast_one_to_all(np.int32(occupied)):  # all stop, or the others would wait for the writer for ever
+        raise InputError(f"{folder}: expected a new or empty folder, got one that exists; nothing was written")
+    return folder
+
+
+def inherited(folder: Path) -> dict[str, Any]:
+    """What a model folder says beside its shape and its weights, as `save` takes it."""
+    longest = read_json(folder / "config.json").get("max_position_embeddings")
+    generation = folder / "generation_config.json"
+    found = {"max_position_embeddings": longest} if isinstance(longest, int) else {}
+    return {**found, "generation": read_json(generation)} if generation.is_file() else found
+
+
 def save(
     model: Qwen2,
     shape: Shape,
     folder: str | Path,
     *,
     dtype: Literal["float32", "bfloat16"],
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer_folder: str | Path | None = None,
     generation: Mapping[str, Any] | None = None,
     max_position_embeddings: int = 32768,
@@ -404,16 +422,13 @@ def save(
     The folder appears whole or not at all. The host holds one tensor at a time. On a mesh of several processes every
     process calls this; the first one writes.
     """
-    folder, writer = Path(os.path.abspath(Path(folder).expanduser())), jax.process_index() == 0
+    writer = jax.process_index() == 0
     tokenizer = None if tokenizer_folder is None else Path(tokenizer_folder)
     if generation is None:
         generation = token_ids_of(tokenizer) if tokenizer else {}
     if tokenizer and not (tokenizer / "tokenizer.json").is_file():
         raise InputError(f"{tokenizer}: expected a folder with a tokenizer.json")
-    occupied = writer and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
-    if multihost_utils.broadcast_one_to_all(np.int32(occupied)):  # all stop, or the others would wait for the writer for ever
-        raise InputError(f"{folder}: expected a new or empty folder, got one that exists; nothing was written")
-
+    folder = free_folder(folder)
     width = jnp.dtype(dtype).itemsize
     shards = shards_of(tensors(shape), width, max_shard_bytes)
     gather = gathering(model, shape, dtype)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from crpo_jax.model.attention import Implementation, causal_attention
 from crpo_jax.model.decode import Layer, Weights
+from crpo_jax.model.lora import Adapted, Adapters, adapter_spec, merged
 from crpo_jax.model.qwen2 import Block, Placement, Qwen2, abstract, dims_of
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import HIDDEN_BTD, KV_BTKH, LAYOUTS, Q_BTNH, TENSOR, Layout, WeightTable, kv_copies, spec
@@ -58,6 +59,12 @@ def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xl
     def weights(block: Block) -> Block:
         return Block(lambda name, _: constrain(getattr(block, name)[...], spec(TENSOR, name, mesh, shape.k, stacked=False)), stacked=False)
 
+    def low_rank(adapters: Adapters) -> Adapters:
+        def make(name: str, dims: str, weight: str) -> Any:
+            return constrain(getattr(adapters, name)[...], adapter_spec(TENSOR, weight, dims, mesh, shape.k))
+
+        return Adapters(make, adapters.weights, adapters.scale, stacked=False)
+
     def ends(model: Qwen2) -> Qwen2:
         return _with(model, lambda name, value: constrain(value, spec(TENSOR, name, mesh, shape.k, stacked=False)), model.blocks)
 
@@ -70,7 +77,7 @@ def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xl
         local = functools.partial(causal_attention, implementation=attention)
         return jax.shard_map(local, mesh=mesh, in_specs=(Q_BTNH, KV_BTKH, KV_BTKH), out_specs=Q_BTNH, check_vma=False)(q, k, v)
 
-    return Placement(block=weights, ends=ends, activations=lambda x: constrain(x, HIDDEN_BTD), kv_heads=kv_heads, attend=attend)
+    return Placement(block=weights, adapters=low_rank, ends=ends, activations=lambda x: constrain(x, HIDDEN_BTD), kv_heads=kv_heads, attend=attend)
 
 
 def _with(model: Qwen2, change: Any, blocks: Any) -> Qwen2:
@@ -82,10 +89,11 @@ def _with(model: Qwen2, change: Any, blocks: Any) -> Qwen2:
     return new
 
 
-def sampling_form(model: Qwen2, shape: Shape, mesh: Mesh, dtype: Any) -> Weights:
-    """The weights as the sampler wants them: cast, a buffer per layer, projections of one input side by side, KV heads repeated past
-    their number; call under `jit`."""
+def sampling_form(policy: Qwen2 | Adapted, shape: Shape, mesh: Mesh, dtype: Any) -> Weights:
+    """The weights as the sampler wants them: adapters merged, cast, a buffer per layer, projections of one input side by side, KV
+    heads repeated past their number; call under `jit`."""
     copies, shards = kv_copies(mesh, shape.k), model_size(mesh)
+    model, adapters = policy if isinstance(policy, Adapted) else (policy, None)
 
     def beside(*parts: Any, leading: int) -> Any:
         """The parts' last dims as one, in which every model shard has its piece of each part in turn."""
@@ -94,7 +102,11 @@ def sampling_form(model: Qwen2, shape: Shape, mesh: Mesh, dtype: Any) -> Weights
 
     def layer(index: int) -> Layer:
         def weight(name: str) -> Any:
-            value = getattr(model.blocks, name)[index].astype(dtype)
+            value = getattr(model.blocks, name)[index]
+            if adapters is not None and name in adapters.weights:
+                a, b = adapters.pair(name)
+                value = merged(value, a[index], b[index], adapters.scale)
+            value = value.astype(dtype)
             return jnp.repeat(value, copies, axis=dims_of(name).index("k")) if copies > 1 and "k" in dims_of(name) else value
 
         return Layer(

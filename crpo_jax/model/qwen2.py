@@ -7,7 +7,7 @@ Source: "Qwen2.5 Technical Report" (arXiv 2412.15115); parity with transformers'
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from crpo_jax.model.attention import causal_attention
 from crpo_jax.model.shape import Shape
+
+if TYPE_CHECKING:
+    from crpo_jax.model.lora import Adapters
 
 Make = Callable[[str, str], Any]
 """What a weight becomes, from its name and its dims: an array, a ShapeDtypeStruct, a sharding."""
@@ -122,18 +125,29 @@ def _product(sizes: Sequence[int]) -> int:
     return total
 
 
-def qkv(block: Block, x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape) -> tuple[Array, Array, Array]:
+def linear(x: Array, block: Block, weight: str, adapters: "Adapters | None" = None, contracted: int = 1) -> Array:
+    """x W, and where the weight of that name is adapted x W + scale * (x A) B."""
+    if adapters is None or weight not in adapters.weights:
+        return dot(x, getattr(block, weight)[...], contracted)
+    a, b = adapters.pair(weight)
+    whole = dot(x, getattr(block, weight)[...], contracted, out=jnp.float32)  # rounded once, with what the adapters add
+    return (whole + adapters.scale * dot(dot(x, a, contracted), b, out=jnp.float32)).astype(x.dtype)
+
+
+def qkv(
+    block: Block, x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape, adapters: "Adapters | None" = None
+) -> tuple[Array, Array, Array]:
     """Rotated queries [..., n, h] and keys [..., k, h], and values [..., k, h], of the block's normed input."""
     x = rms_norm(x, block.attn_norm_d[...], shape.norm_eps)
-    q = dot(x, block.q_dnh[...]) + block.q_bias_nh[...]
-    k = dot(x, block.k_dkh[...]) + block.k_bias_kh[...]
-    v = dot(x, block.v_dkh[...]) + block.v_bias_kh[...]
+    q = linear(x, block, "q_dnh", adapters) + block.q_bias_nh[...]
+    k = linear(x, block, "k_dkh", adapters) + block.k_bias_kh[...]
+    v = linear(x, block, "v_dkh", adapters) + block.v_bias_kh[...]
     return rope(q, positions, shape.rope_theta), rope(k, positions, shape.rope_theta), v
 
 
-def mlp(block: Block, x: Float[Array, "... d"], shape: Shape) -> Float[Array, "... d"]:
+def mlp(block: Block, x: Float[Array, "... d"], shape: Shape, adapters: "Adapters | None" = None) -> Float[Array, "... d"]:
     x = rms_norm(x, block.mlp_norm_d[...], shape.norm_eps)
-    return dot(jax.nn.silu(dot(x, block.gate_df[...])) * dot(x, block.up_df[...]), block.down_fd[...])
+    return linear(jax.nn.silu(linear(x, block, "gate_df", adapters)) * linear(x, block, "up_df", adapters), block, "down_fd", adapters)
 
 
 def logits(model: Qwen2, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
@@ -147,6 +161,7 @@ class Placement(NamedTuple):
     attention [b, t, n, h] as a mesh computes it."""
 
     block: Callable[[Block], Block] = lambda block: block
+    adapters: Callable[["Adapters"], "Adapters"] = lambda adapters: adapters
     ends: Callable[[Qwen2], Qwen2] = lambda model: model
     activations: Callable[[Array], Array] = lambda x: x
     kv_heads: Callable[[Array], Array] = lambda x: x
@@ -158,20 +173,21 @@ def hidden_states(
     tokens: Int[Array, "b t"],
     shape: Shape,
     *,
+    adapters: "Adapters | None" = None,
     placement: Placement = Placement(),
     remat: bool = False,
     unroll: bool = False,
 ) -> Float[Array, "b t d"]:
-    """The normed hidden state of every token of right-padded rows, in the type of the weights."""
+    """The normed hidden state of every token of right-padded rows, in the type of the weights; `adapters` are stacked as they are."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
-    def one(x: Array, block: Block) -> tuple[Array, None]:
-        block = placement.block(block)
-        q, k, v = qkv(block, x, positions, shape)
-        x = x + dot(placement.attend(q, placement.kv_heads(k), placement.kv_heads(v)), block.o_nhd[...], 2)
+    def one(x: Array, layer: tuple[Block, "Adapters | None"]) -> tuple[Array, None]:
+        block, low = placement.block(layer[0]), None if layer[1] is None else placement.adapters(layer[1])
+        q, k, v = qkv(block, x, positions, shape, low)
+        x = x + linear(placement.attend(q, placement.kv_heads(k), placement.kv_heads(v)), block, "o_nhd", low, 2)
         x = placement.activations(x)
-        return placement.activations(x + mlp(block, x, shape)), None
+        return placement.activations(x + mlp(block, x, shape, low)), None
 
     x = placement.activations(model.embed_vd[...][tokens])
-    x, _ = jax.lax.scan(jax.checkpoint(one) if remat else one, x, model.blocks, unroll=unroll)
+    x, _ = jax.lax.scan(jax.checkpoint(one) if remat else one, x, (model.blocks, adapters), unroll=unroll)
     return rms_norm(x, model.final_norm_d[...], shape.norm_eps)

@@ -26,7 +26,7 @@ from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.parallel.mesh import make_mesh
 from crpo_jax.rollout.engine import Engine, Response
-from crpo_jax.run import setup
+from crpo_jax.run import setup, start
 from crpo_jax.run.progress import Progress
 from crpo_jax.run.workdir import Stop
 
@@ -113,7 +113,8 @@ def samples_on_disk(journal: Journal, asked: Fitting) -> dict[str, set[int]]:
 
 def sampling_weights(settings: Config, shape: Shape, mesh: Mesh) -> Weights:
     """The model's weights in their sampling form, never held in more than model.dtype."""
-    loaded = hub.load(settings.model.path, mesh, LAYOUTS[settings.parallel.layout].master, jax.numpy.dtype(settings.model.dtype))[1]
+    table = LAYOUTS[settings.parallel.layout].master
+    loaded = start.start_model(hub.model_folder(settings.model.path), settings, shape, mesh, table, settings.model.dtype)
     return to_sampling(shape, mesh, settings.model.dtype)(loaded)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,10 +43,11 @@ class Checkpoints:
     Batches, keys and schedules are functions of the step, so the train state and the step are all there is to keep. A
     checkpoint takes its number as its name when everything in it is written, its seal last: digest and size of every
     file, and how long the run's logs beside `folder` were. A process killed at any moment leaves it whole or unnamed.
+    `scores` of the workdir say how good the evaluated ones are, by step, higher being better.
     """
 
-    def __init__(self, folder: Path, keep: int, best: int = 0) -> None:
-        self._folder, self._keep, self._best = folder.resolve(), keep, best
+    def __init__(self, folder: Path, keep: int, best: int = 0, scores: Callable[[Path], Mapping[int, float]] = evaluated) -> None:
+        self._folder, self._keep, self._best, self._scores = folder.resolve(), keep, best, scores
         self._saver = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._writes = jax.process_index() == 0
         self._damaged: set[int] = set()
@@ -125,7 +127,7 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         steps = self.steps()
-        values = evaluated(self._folder.parent) if self._best else {}
+        values = self._scores(self._folder.parent) if self._best else {}
         best = sorted((step for step in steps if step in values), key=lambda step: (values[step], step))[-self._best :] if self._best else []
         for step in set(steps[: -self._keep]) - set(best):
             gone = self._folder / f"{step}.old"  # a checkpoint that is half removed must not look like a damaged one

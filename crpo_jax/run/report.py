@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from crpo_jax.config import Config
+from crpo_jax.config import Config, Lora
 from crpo_jax.data.prompts import Fitting
+from crpo_jax.model import lora
 from crpo_jax.model.qwen2 import parameter_count
 from crpo_jax.model.shape import Shape, forward_flops
 from crpo_jax.parallel.layout import LAYOUTS, wasteful
@@ -51,12 +53,10 @@ def opening(
 ) -> str:
     """What is about to run, on what, from what, and where it is kept."""
     (done, total), (training, held_out), crpo = steps, questions, settings.crpo
-    devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.devices.size > 1 else ''}"
     begun = f"resuming after step {done}" if done else "from the start"
     lines = [
         f"CRPO, reward design {settings.reward.design}: {total} steps of {crpo.prompts_per_step} questions x {crpo.group_size} responses, {begun}",
-        f"  model      {folder}: {parameter_count(shape):,} parameters, computing in {settings.model.dtype}",
-        f"  devices    {devices}, mesh {mesh.shape[DATA]}x{mesh.shape[MODEL]} (data x model), layout {settings.parallel.layout}",
+        *what_on_what(settings, shape, mesh, folder, settings.lora),
         f"  questions  {settings.data.source}: {len(training.questions):,} to train on, {len(held_out.questions):,} held out",
         f"  workdir    {workdir}",
     ]
@@ -67,6 +67,18 @@ def opening(
         if chosen.dropped:
             lines.append(f"  dropped    {len(chosen.dropped)} {name} questions longer than data.max_prompt_tokens={settings.data.max_prompt_tokens}")
     return "\n".join(lines)
+
+
+def what_on_what(settings: Config, shape: Shape, mesh: Mesh, folder: Path | None, adapters: Lora) -> list[str]:
+    """The model, what of it is trained, and the devices."""
+    count, low = parameter_count(shape), sum(leaf.size for leaf in jax.tree.leaves(lora.abstract(shape, adapters))) if adapters.rank else 0
+    trained = f", {low:,} in adapters of rank {adapters.rank} trained ({low / count:.2%})" if low else ", all trained"
+    merged = f" with {settings.model.adapter} merged in" if settings.model.adapter else ""
+    devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.devices.size > 1 else ''}"
+    return [
+        f"  model      {folder or 'from scratch'}{merged}: {count:,} parameters{trained}, computing in {settings.model.dtype}",
+        f"  devices    {devices}, mesh {mesh.shape[DATA]}x{mesh.shape[MODEL]} (data x model), layout {settings.parallel.layout}",
+    ]
 
 
 def stopped(done: int, steps: int) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,8 +18,7 @@ from crpo_jax.data.prompts import Fitting, encode_response, fitting, load_tokeni
 from crpo_jax.data.question import OTHER_HALF, Question, halves, held_out, read
 from crpo_jax.model import hub
 from crpo_jax.model.attention import implementation
-from crpo_jax.model.placement import automatic_layout, weight_shardings
-from crpo_jax.model.qwen2 import Qwen2, initial
+from crpo_jax.model.placement import automatic_layout
 from crpo_jax.model.shape import Shape, read_shape, shape_of
 from crpo_jax.parallel.layout import LAYOUTS, check_layout
 from crpo_jax.parallel.processes import gathered, share
@@ -100,12 +98,18 @@ def evaluation_questions(settings: config.Config, text: Text) -> Fitting:
     return Fitting(found.questions[:count], found.prompts[:count], found.dropped)
 
 
-def digests(training: Fitting, asked: Fitting, text: Text, model: Path) -> dict[str, str]:
-    """SHA-256 of what a run reads from outside its config: the same numbers come only from the same inputs."""
+def digests(training: Fitting, asked: Fitting) -> dict[str, str]:
+    """SHA-256 of the questions a run reads from outside its config: the same numbers come only from the same inputs."""
 
     def of_questions(found: Fitting) -> str:
         rows = ([dataclasses.asdict(question), prompt] for question, prompt in zip(found.questions, found.prompts, strict=True))
         return hashlib.sha256(b"".join(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n" for row in rows)).hexdigest()
+
+    return {"training questions": of_questions(training), "held-out questions": of_questions(asked)}
+
+
+def model_digests(settings: config.Config, text: Text, model: Path | None) -> dict[str, str]:
+    """SHA-256 of the tokenizer, and of the start model's files where it has any."""
 
     def of_files(folder: Path, *patterns: str) -> str:
         total = hashlib.sha256()
@@ -114,12 +118,12 @@ def digests(training: Fitting, asked: Fitting, text: Text, model: Path) -> dict[
                 total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
 
-    return {
-        "training questions": of_questions(training),
-        "held-out questions": of_questions(asked),
-        "tokenizer": of_files(text.folder, "tokenizer.json", "tokenizer_config.json"),
-        "start model": of_files(model, "config.json", "*.safetensors"),
-    }
+    found = {"tokenizer": of_files(text.folder, "tokenizer.json", "tokenizer_config.json")}
+    if model:
+        found["start model"] = of_files(model, "config.json", "*.safetensors")
+    if settings.model.adapter:
+        found["start adapter"] = of_files(Path(settings.model.adapter).expanduser(), "adapter_*")
+    return found
 
 
 @dataclass(frozen=True)
@@ -161,12 +165,6 @@ def teacher_traces(settings: config.Config, text: Text) -> Traces:
     if not rows:
         raise InputError(f"sft.max_tokens: expected room for at least one trace, got {sft.max_tokens}")
     return Traces(of(train), of(held), len(questions) - len(rows))
-
-
-def fresh_model(settings: config.Config, shape: Shape, mesh: Mesh) -> Qwen2:
-    """Float32 masters from scratch in the layout's place, drawn from run.seed; the same on every mesh."""
-    shardings = weight_shardings(shape, LAYOUTS[settings.parallel.layout].master, mesh)
-    return jax.jit(lambda key: initial(shape, key), out_shardings=shardings)(jax.random.key(settings.run.seed))
 
 
 def sampler(settings: config.Config, shape: Shape, mesh: Mesh, text: Text) -> Engine:

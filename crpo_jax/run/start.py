@@ -1,4 +1,4 @@
-"""The model a run starts from: the user's, or a cold start made once and kept in the workdir."""
+"""The model a run starts from, what of it is trained, and how what came of it is written."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,13 @@ from jax.sharding import Mesh
 
 from crpo_jax import config
 from crpo_jax.config import InputError
-from crpo_jax.model import hub
-from crpo_jax.model.qwen2 import Qwen2
+from crpo_jax.model import hub, lora, peft
+from crpo_jax.model.lora import Adapted, Adapters
+from crpo_jax.model.placement import weight_shardings
+from crpo_jax.model.qwen2 import Qwen2, initial
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel import processes
-from crpo_jax.parallel.layout import LAYOUTS
-from crpo_jax.run import setup
-from crpo_jax.run.coldstart import cold_start
-from crpo_jax.run.progress import Progress
+from crpo_jax.parallel.layout import LAYOUTS, WeightTable
 
 
 def wait_for_workdir(workdir: Path) -> None:
@@ -25,36 +24,50 @@ def wait_for_workdir(workdir: Path) -> None:
         raise InputError(f"--workdir {workdir}: expected a folder on a disk that all processes share, got one that only the first of them sees")
 
 
-def start_folder(settings: config.Config, shape: Shape, mesh: Mesh, text: setup.Text, workdir: Path) -> Path:
-    """model.path; where it is empty, `coldstart` in the workdir, made now if it is not there yet."""
-    if settings.model.path:
-        return hub.model_folder(settings.model.path)
-    folder = workdir / "coldstart"
-    if not folder.is_dir():
-        fine_tuned(settings, shape, mesh, text, setup.fresh_model(settings, shape, mesh), folder)
-    return folder
+def start_model(folder: Path | None, settings: config.Config, shape: Shape, mesh: Mesh, table: WeightTable, dtype: str) -> Qwen2:
+    """The model of a folder with model.adapter merged into it, or without a folder one drawn from run.seed, the same on every mesh."""
+    if folder is None:
+        made = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), initial(shape, key)), out_shardings=weight_shardings(shape, table, mesh))
+        return made(jax.random.key(settings.run.seed))
+    model = hub.load(str(folder), mesh, table, dtype)[1]
+    if not settings.model.adapter:
+        return model
+    return lora.merge(Adapted(model, peft.load(settings.model.adapter, shape, mesh, table)))
 
 
-def fine_tuned(settings: config.Config, shape: Shape, mesh: Mesh, text: setup.Text, master: Qwen2, folder: Path) -> None:
-    """Fine-tunes `master` on the teacher's traces and writes it to `folder` in Hugging Face format, float32."""
-    traces = setup.teacher_traces(settings, text)
-    dropped = f", {traces.dropped} longer than sft.max_tokens dropped" if traces.dropped else ""
-    progress: Any = None
-
-    def report(step: int, steps: int, metrics: dict[str, float]) -> None:
-        nonlocal progress
-        progress = progress or Progress(steps, speaks=jax.process_index() == 0)
-        if step == 1:
-            progress.keep(f"cold start: {len(traces.train)} teacher traces, {len(traces.held_out)} held out{dropped}; {steps} steps")
-        told = f"cold start  loss {metrics['sft/loss']:.3f}"
-        if "sft/held_out_loss" in metrics:
-            progress.keep(f"step {step}/{steps}  {told}  held out {metrics['sft/held_out_loss']:.3f}")
-        progress.show(step, told)
-
-    master = cold_start(master, shape, mesh, settings, traces.train, traces.held_out, report)
-    hub.save(master, shape, folder, dtype="float32", tokenizer_folder=str(text.folder), generation=None)
+def trainee(folder: Path | None, settings: config.Config, shape: Shape, mesh: Mesh, adapters: config.Lora) -> tuple[Any, Qwen2 | None]:
+    """What is trained, float32 in the layout's master table, and what stays frozen: the whole start model and nothing, or
+    fresh adapters and the start model as it computes."""
+    layout = LAYOUTS[settings.parallel.layout]
+    if not adapters.rank:
+        return start_model(folder, settings, shape, mesh, layout.master, "float32"), None
+    fresh = jax.jit(lambda key: lora.initial(shape, adapters, key), out_shardings=lora.shardings(shape, adapters, layout.master, mesh))
+    return fresh(jax.random.key(settings.run.seed)), start_model(folder, settings, shape, mesh, layout.compute, settings.model.dtype)
 
 
-def load_masters(folder: Path, settings: config.Config, mesh: Mesh) -> Qwen2:
-    """Float32 masters of a model folder in the layout's place."""
-    return hub.load(str(folder), mesh, LAYOUTS[settings.parallel.layout].master)[1]
+def adapter_fits_a_folder(settings: config.Config, adapters: config.Lora) -> bool:
+    """Whether what is trained are adapters, and the start they belong on is model.path as it stands."""
+    return adapters.rank > 0 and bool(settings.model.path) and not settings.model.adapter
+
+
+def write(
+    trained: Any,
+    folder: Path | None,
+    settings: config.Config,
+    shape: Shape,
+    mesh: Mesh,
+    out: str | Path,
+    tokenizer_folder: Path,
+    *,
+    dtype: Any = "float32",
+    max_shard_bytes: int = hub.MAX_SHARD_BYTES,
+) -> None:
+    """What was trained from `folder` as a Hugging Face folder: adapters are merged into the start model, read anew in float32.
+
+    What the start model says of itself beside its weights (generation_config.json, longest position) is passed on.
+    """
+    if isinstance(trained, Adapters):
+        base = start_model(folder, settings, shape, mesh, LAYOUTS[settings.parallel.layout].master, "float32")
+        trained = lora.merge(Adapted(base, trained))
+    passed_on = hub.inherited(folder) if folder else {}
+    hub.save(trained, shape, out, dtype=dtype, max_shard_bytes=max_shard_bytes, tokenizer_folder=tokenizer_folder, **passed_on)

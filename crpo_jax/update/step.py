@@ -2,6 +2,9 @@
 
 Masters, moments and gradients are float32 in the layout's master table; the weights that compute are a cast copy made
 once per optimizer step (lr 1e-6 applied to bf16 weights would change nothing).
+
+With LoRA the masters are the adapters alone. The frozen weights lie in the compute type and table for the whole run, so
+that nothing but adapters ever moves; without the adapters they are the reference.
 """
 
 import functools
@@ -18,7 +21,9 @@ from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 from crpo_jax import config
+from crpo_jax.model import lora
 from crpo_jax.model.attention import Implementation, implementation
+from crpo_jax.model.lora import Adapted, Adapters
 from crpo_jax.model.placement import training_placement, weight_shardings
 from crpo_jax.model.qwen2 import Qwen2, abstract, hidden_states
 from crpo_jax.model.shape import Shape
@@ -38,7 +43,7 @@ PER_TOKEN: tuple[str, ...] = ("tokens", "old", "reference", "sampler")
 class TrainState(NamedTuple):
     """What an optimizer step changes."""
 
-    master: Qwen2
+    master: Any  # Qwen2, or its Adapters alone
     optimizer: Any
     step: Array
     kl_coef: Array  # beta: a constant, or what the adaptive controller made of it
@@ -48,7 +53,7 @@ class Trainer(NamedTuple):
     """Jitted programs; every argument that is rebuilt by a call is donated to it.
 
     begin(master) -> TrainState
-    compute_weights(master) -> Qwen2 in the compute type and table
+    compute_weights(master, or frozen weights with adapters on them) -> the same in the compute type and table
     reference(master) -> Qwen2 in the compute type and reference table
     logprobs(weights, batch) -> log-probs [b, t] of the next tokens
     zero() -> (gradients, metrics) of no rows at all, to accumulate into
@@ -58,11 +63,11 @@ class Trainer(NamedTuple):
     """
 
     begin: Callable[..., TrainState]
-    compute_weights: Callable[..., Qwen2]
+    compute_weights: Callable[..., Any]
     reference: Callable[..., Qwen2]
     logprobs: Callable[..., Array]
-    zero: Callable[..., tuple[Qwen2, dict[str, Array]]]
-    accumulate: Callable[..., tuple[Qwen2, dict[str, Array]]]
+    zero: Callable[..., tuple[Any, dict[str, Array]]]
+    accumulate: Callable[..., tuple[Any, dict[str, Array]]]
     evaluate: Callable[..., dict[str, Array]]
     apply: Callable[..., tuple[TrainState, Array, Array]]
     states: TrainState  # the sharding of every part of a state, to compile for or to restore onto
@@ -103,22 +108,26 @@ def optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTra
     return optax.chain(clip, inner)
 
 
-def like_masters(moments: Qwen2, shardings: Qwen2) -> Any:
+def like_masters(moments: Any, shardings: Any) -> Any:
     """The masters' shardings for the moments that there are: an optimizer made of two keeps each for its own weights."""
     absent = optax.MaskedNode
     return jax.tree.map(lambda part, to: part if isinstance(part, absent) else to, moments, shardings, is_leaf=lambda part: isinstance(part, absent))
 
 
-def matrices(model: Any) -> Any:
-    """Which axes of a stacked weight are its rows and columns: d and the rest. None for what is no matrix of a block."""
+def matrices(trained: Any) -> Any:
+    """Which axes of a stacked weight are its rows and columns: d, or an adapter's r, and the rest. None for what is no matrix of a block."""
+
+    def of(dims: str, letter: str) -> Any:
+        width, rest = (dims.index(letter),), tuple(i for i, other in enumerate(dims) if other not in "l" + letter)
+        return MuonDimensionNumbers(*((width, rest) if dims[1] == letter else (rest, width)))
+
+    if isinstance(trained, Adapters):
+        return Adapters(lambda _, dims, __: of(dims, "r"), trained.weights, trained.scale)
 
     def axes(name: str, dims: str) -> Any:
-        if dims[0] != "l" or "norm" in name or "bias" in name:
-            return None
-        width, rest = (dims.index("d"),), tuple(i for i, letter in enumerate(dims) if letter not in "ld")
-        return MuonDimensionNumbers(*((width, rest) if dims[1] == "d" else (rest, width)))
+        return None if dims[0] != "l" or "norm" in name or "bias" in name else of(dims, "d")
 
-    return Qwen2(axes, tied=model.tied)
+    return Qwen2(axes, tied=trained.tied)
 
 
 def response_mask(batch: Batch) -> Array:
@@ -133,6 +142,9 @@ def on_devices(micro: MicroBatch, mesh: Mesh, **extra: np.ndarray) -> Batch:
     return {name: put(value, mesh, TOKENS_BT if value.ndim == 2 else ROWS_B) for name, value in arrays.items()}
 
 
+FULL = config.Lora(rank=0)
+
+
 def trainer(
     shape: Shape,
     mesh: Mesh,
@@ -141,9 +153,11 @@ def trainer(
     total_steps: int,
     *,
     loss: str,
+    adapters: config.Lora = FULL,
     attention: Implementation | None = None,
 ) -> Trainer:
-    """The programs for one model on one mesh; `loss` is "crpo" or "supervised", `attention` by default what parallel.attention says.
+    """The programs for one model on one mesh; `loss` is "crpo" or "supervised", `adapters` of rank 0 trains every parameter, and
+    `attention` is by default what parallel.attention says.
 
     A CRPO batch brings `old` (where a rollout has several optimizer steps), `reference`, `sampler` [b, t], `advantages` and
     `weights` [b]; a supervised one only `weights`. Entropy is a metric always and a bonus where its coefficient is not 0.
@@ -156,27 +170,30 @@ def trainer(
     temperature = settings.rollout.temperature if loss == "crpo" else 1.0
     whole = NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def shardings(table: WeightTable) -> Qwen2:
-        return weight_shardings(shape, table, mesh)
+    def shardings(table: WeightTable) -> Any:
+        return lora.shardings(shape, adapters, table, mesh) if adapters.rank else weight_shardings(shape, table, mesh)
 
     master = shardings(layout.master)
+    trained = lora.abstract(shape, adapters) if adapters.rank else abstract(shape)
     moments = jax.tree.map(
-        lambda part: like_masters(part, master) if isinstance(part, Qwen2) else whole,
-        jax.eval_shape(update.init, abstract(shape)),
-        is_leaf=lambda part: isinstance(part, Qwen2),
+        lambda part: like_masters(part, master) if isinstance(part, type(trained)) else whole,
+        jax.eval_shape(update.init, trained),
+        is_leaf=lambda part: isinstance(part, type(trained)),
     )
     states: Any = TrainState(master, moments, cast(Any, whole), cast(Any, whole))
     crpo = settings.crpo
     by_token = crpo.ratio == "token"
     clip_low, clip_high = (crpo.clip_low, crpo.clip_high) if by_token else (crpo.sequence_clip_low, crpo.sequence_clip_high)
 
-    def converted(weights: Qwen2) -> Qwen2:
+    def converted(weights: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(dtype), weights)
 
-    def outputs(weights: Qwen2, batch: Batch, with_entropy: bool) -> tuple[Array, Array]:
-        weights = place.ends(weights)
+    def outputs(policy: Qwen2 | Adapted, batch: Batch, with_entropy: bool) -> tuple[Array, Array]:
+        model, low = policy if isinstance(policy, Adapted) else (policy, None)
+        weights = place.ends(model)
         b, t = batch["tokens"].shape
-        hidden = hidden_states(weights, batch["tokens"], shape, placement=place, remat=parallel.remat, unroll=parallel.unroll)
+        how = {"placement": place, "remat": parallel.remat, "unroll": parallel.unroll}
+        hidden = hidden_states(weights, batch["tokens"], shape, adapters=low, **how)
         targets = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
         chunk = chunk_length(t, b // data_size(mesh), parallel.logprob_chunk)
         constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, LOGITS_BTV))
@@ -203,19 +220,20 @@ def trainer(
             entropy_coef=crpo.entropy_coef,
         )
 
-    def losses(weights: Qwen2, batch: Batch, kl_coef: Array | float) -> tuple[Float[Array, ""], dict[str, Array]]:
-        return loss_of(*outputs(weights, batch, with_entropy=loss == "crpo"), batch, kl_coef)
+    def losses(policy: Qwen2 | Adapted, batch: Batch, kl_coef: Array | float) -> tuple[Float[Array, ""], dict[str, Array]]:
+        return loss_of(*outputs(policy, batch, with_entropy=loss == "crpo"), batch, kl_coef)
 
-    def zero() -> tuple[Qwen2, dict[str, Array]]:
+    def zero() -> tuple[Any, dict[str, Array]]:
         rows, tokens = jnp.zeros(0), jnp.zeros((0, 0))
         nothing: Batch = dict.fromkeys(PER_ROW, rows) | dict.fromkeys(PER_TOKEN, tokens)
-        gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract(shape))
+        gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
         return gradients, loss_of(tokens, tokens, nothing, crpo.kl_coef)[1]
 
     def accumulate(
-        gradients: Qwen2, metrics: dict[str, Array], weights: Qwen2, batch: Batch, kl_coef: Array | float = crpo.kl_coef
-    ) -> tuple[Qwen2, dict[str, Array]]:
-        new, measured = jax.grad(losses, has_aux=True)(weights, batch, kl_coef)
+        gradients: Any, metrics: dict[str, Array], policy: Qwen2 | Adapted, batch: Batch, kl_coef: Array | float = crpo.kl_coef
+    ) -> tuple[Any, dict[str, Array]]:
+        own, frozen = (policy.adapters, policy.base) if isinstance(policy, Adapted) else (policy, None)
+        new, measured = jax.grad(lambda own: losses(lora.policy(own, frozen), batch, kl_coef), has_aux=True)(own)
         return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), gradients, new), combined(metrics, measured)
 
     def apply(state: TrainState, gradients: Any, metrics: dict[str, Array] | None = None) -> tuple[TrainState, Array, Array]:
@@ -231,10 +249,11 @@ def trainer(
     def jitted(function: Any, out: Any, donate: tuple[int, ...] = ()) -> Any:
         return jax.jit(function, out_shardings=out, donate_argnums=donate)
 
+    in_compute_type = jitted(converted, shardings(layout.compute))
     return Trainer(
         begin=jitted(lambda weights: TrainState(weights, update.init(weights), jnp.int32(0), jnp.float32(crpo.kl_coef)), states, (0,)),
-        compute_weights=jitted(converted, shardings(layout.compute)),
-        reference=jitted(converted, shardings(layout.reference)),
+        compute_weights=(lambda policy: policy._replace(adapters=in_compute_type(policy.adapters))) if adapters.rank else in_compute_type,
+        reference=jitted(converted, weight_shardings(shape, layout.reference, mesh)),
         logprobs=jitted(lambda weights, batch: outputs(weights, batch, with_entropy=False)[0], NamedSharding(mesh, TOKENS_BT)),
         zero=jitted(zero, (master, whole)),
         accumulate=jitted(accumulate, (master, whole), (0, 1)),

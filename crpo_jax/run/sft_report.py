@@ -1,0 +1,112 @@
+"""What a person sees of a cold start: the opening, a line per step, previews, the closing table, the loss curve."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from crpo_jax.config import Config
+from crpo_jax.model.shape import Shape
+from crpo_jax.rollout.engine import Response
+from crpo_jax.run.metrics import read_metrics
+from crpo_jax.run.report import what_on_what
+from crpo_jax.run.setup import Text, Traces
+from crpo_jax.update.batches import Row
+
+SHOWN_CHARACTERS = 600
+
+
+def opening(settings: Config, shape: Shape, mesh: Mesh, steps: tuple[int, int, int], traces: Traces, folder: Path | None, workdir: Path) -> str:
+    """What is about to be fine-tuned, on what; `steps` are those done, all there are, and those of an epoch."""
+    done, total, epoch = steps
+    begun = f"resuming after step {done}" if done else "from the start"
+    dropped = f", {traces.dropped:,} longer than sft.max_tokens={settings.sft.max_tokens} dropped" if traces.dropped else ""
+    return "\n".join([
+        f"cold start: {total:,} steps of {min(settings.sft.batch_size, len(traces.train))} traces ({total / epoch:.1f} epochs), {begun}",
+        *what_on_what(settings, shape, mesh, folder, settings.sft.lora),
+        f"  traces     {len(traces.train):,} to train on, {len(traces.held_out):,} held out{dropped}",
+        f"  workdir    {workdir}",
+    ])  # fmt: skip
+
+
+def line(values: Mapping[str, float]) -> str:
+    """One line of what was measured."""
+    names = {"loss/total": "loss {:.3f}", "eval/loss": "held-out loss {:.3f}", "time/tokens_per_second": "{:,.0f} tok/s"}
+    return "  ".join([f"epoch {values['sft/epoch']:.1f}", *(shown.format(values[name]) for name, shown in names.items() if name in values)])
+
+
+def preview(prompt: Row, response: Response, text: Text) -> str:
+    """The model's answer to one prompt, as far as it fits on a screen."""
+    said = text.of(response)
+    cut = f"... ({len(said) - SHOWN_CHARACTERS:,} characters more in samples.jsonl)" if len(said) > SHOWN_CHARACTERS else ""
+    ended = "stopped" if response.stopped else "cut at rollout.max_new_tokens"
+    asked = " ".join(str(text.tokenizer.decode(list(prompt.prompt), skip_special_tokens=True)).split())[-160:]
+    shown = "\n".join(f"    {line}" for line in (said[:SHOWN_CHARACTERS] + cut).splitlines())
+    return f"  preview, {len(response.tokens)} tokens, {ended}, after: ...{asked}\n{shown}"
+
+
+def preview_rows(step: int, prompts: Sequence[Row], responses: Sequence[Response], text: Text) -> list[dict[str, Any]]:
+    """What samples.jsonl keeps of an evaluation."""
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        told = {"prompt": text.tokenizer.decode(list(prompt.prompt)), "teacher": text.tokenizer.decode(list(prompt.response))}
+        rows.append({"step": step, "tokens": len(response.tokens), "stopped": response.stopped, **told, "response": text.of(response)})
+    return rows
+
+
+def best_of(losses: Mapping[int, float], among: Sequence[int]) -> int | None:
+    """The step with the lowest held-out loss, the first of several; None where none of them was measured."""
+    return min((step for step in losses if step in among), key=lambda step: (losses[step], step), default=None)
+
+
+def closing(workdir: Path, folder: Path) -> str:
+    """Loss before, at its best and at the end, and where everything is."""
+    metrics = read_metrics(workdir)
+    losses, epochs = held_out_losses(workdir), {int(row["step"]): row["sft/epoch"] for row in metrics}
+    best = best_of(losses, [step for step in losses if step])
+    columns = {"before": 0, **({"best": best} if best is not None else {}), "last": max(epochs, default=0)}
+    heads = [f"{name}: step {step}, epoch {epochs.get(step, 0):.1f}" for name, step in columns.items()]
+    rows = [f"{'':<24}" + "".join(f"{head:>32}" for head in heads)]
+    if losses:
+        rows.append(
+            f"{'held-out loss per token':<24}" + "".join(f"{losses[step]:>32.4f}" if step in losses else f"{'':>32}" for step in columns.values())
+        )
+    trained = [row["loss/total"] for row in metrics if row.get("loss/total") is not None]
+    if trained:
+        rows.append(f"{'training loss':<24}{f'first step {trained[0]:.4f}, last {trained[-1]:.4f}':>32}")
+    kept = [f"model     {folder}  (model.path={folder} starts from it)"]
+    if (workdir / "adapter").is_dir():
+        kept.append(f"adapter   {workdir / 'adapter'}  (for PEFT, or as model.adapter)")
+    kept += [f"curve     {draw(workdir, metrics, losses, best)}", f"previews  {workdir / 'samples.jsonl'}"]
+    return "\n".join(rows) + "\n\n" + "\n".join(kept)
+
+
+def held_out_losses(workdir: Path) -> dict[int, float]:
+    """eval/loss by the step it was measured at."""
+    return {int(row["step"]): row["eval/loss"] for row in read_metrics(workdir) if row.get("eval/loss") is not None}
+
+
+def draw(workdir: Path, metrics: Sequence[Mapping[str, float]], losses: Mapping[int, float], best: int | None) -> Path:
+    """report/curve.png: the training loss by step, the held-out loss by evaluation, the best one marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    trained = [(row["step"], row["loss/total"]) for row in metrics if row.get("loss/total") is not None]
+    if trained:
+        axis.plot(*zip(*trained, strict=True), linewidth=1, label="training batches")
+    if losses:
+        axis.plot(list(losses), list(losses.values()), "o-", markersize=4, label="held-out traces")
+    if best is not None:
+        axis.plot([best], [losses[best]], "*", markersize=14, label=f"kept: step {best}, {losses[best]:.3f}")
+    axis.set(xlabel="optimizer step", ylabel="nats per response token", title="cold start")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    path = workdir / "report" / "curve.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
