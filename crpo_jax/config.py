@@ -269,12 +269,29 @@ class Parallel:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Beyond these a run warns and explains, or stops; each is off at 0."""
+
+    skipped: int = setting(3, "updates in a row that were not applied, since loss or gradient was not finite: the run stops", low=0)
+    kl: float = setting(1.0, "mean k3 KL to the start model above this", unit="nats a token", low=0)
+    entropy: float = setting(0.01, "entropy of the policy below this", unit="nats a token", low=0)
+    zero_variance: float = setting(1.0, "share of groups whose rewards are all equal at or above this", low=0, high=1)
+    truncated: float = setting(1.0, "share of responses cut at rollout.max_new_tokens at or above this", low=0, high=1)
+    action: Literal["warn", "stop"] = setting("warn", "what to do beyond a limit other than `skipped`")
+    patience: int = setting(5, "with stop: after this many steps in a row", unit="steps", low=1)
+
+
+@dataclass(frozen=True)
 class Run:
     seed: int = setting(0, "every random draw of a run follows from it")
     save_every: int = setting(10, "a checkpoint every n steps, and at the end; 0: at the end only", unit="steps", low=0)
     eval_every: int = setting(20, "a held-out evaluation every n steps, besides before and after; 0: those two only", unit="steps", low=0)
     keep: int = setting(2, "newest checkpoints kept", low=1)
     keep_best: int = setting(1, "checkpoints kept besides: of those saved at a step that was evaluated too, the highest eval/mean", low=0)
+    compile_cache: str = setting(
+        "~/.cache/crpo_jax", "where compiled programs stay for the next start, unless JAX_COMPILATION_CACHE_DIR says; empty: nowhere"
+    )
+    limits: Limits = section(Limits)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,11 @@ from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scorer, ScoringError
 from crpo_jax.run import coldstart, evaluation, report, setup, start
 from crpo_jax.run.checkpoint import Checkpoints
+from crpo_jax.run.guard import Guard, out_of_memory
 from crpo_jax.run.metrics import Log
+from crpo_jax.run.programs import Compilations, keep_programs
 from crpo_jax.run.progress import Progress
+from crpo_jax.run.replay import replay
 from crpo_jax.run.responses import respond
 from crpo_jax.run.workdir import Fault, Stop, check_inputs, open_workdir
 from crpo_jax.update.batches import Row, aligned, micro_batches, of_rows
@@ -67,6 +70,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
     if done:
         state = checkpoints.restore(done, state)
     log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), Stop()
+    guard, compilations = Guard(settings, workdir, progress.keep), Compilations()
     progress.keep(report.opening(settings, shape, mesh, (done, steps), (training, held_out), folder, workdir))
 
     finished = False
@@ -163,15 +167,18 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             useful = [len(rows[i].prompt) + len(rows[i].response) for i in trained]
             passes = 5 if updates_per_step > 1 else 4  # forward and backward, the reference's forward, and the old policy's if needed
             measured |= report.timings(seconds, int(lengths.sum()), sum(useful), places)
-            measured |= report.utilization(shape, mesh, useful, passes, seconds["update"])
+            measured |= report.utilization(shape, mesh, useful, passes, seconds["update"]) | {"time/compilations": compilations.new()}
             log.samples(report.sample_rows(step, asked, texts, responses, scored, advantages, np.isin(np.arange(len(responses)), trained)))
             log.step(step, measured)
             progress.show(step + 1, report.line(measured))
+            guard.updates(step, updates, minis, run, state)
+            guard.measures(step, measured)
             done = step + 1
             if done == steps or (settings.run.save_every and done % settings.run.save_every == 0):
                 checkpoints.save(done, state)
             checkpoints.check()
-        checkpoints.save(done, state)
+        if done:
+            checkpoints.save(done, state)
     if writer:
         progress.keep(report.closing(workdir, len(held_out.questions)) if finished else report.stopped(done, steps))
 
@@ -179,15 +186,26 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = config.parser("train", __doc__ or "")
     parser.add_argument("--allow-changes", action="store_true", help="go on in a workdir that holds a run of another config or other data")
+    parser.add_argument("--replay", type=int, metavar="STEP", help="look again at the batch of a step that was skipped, and train nothing")
     processes.add_flags(parser)
     args = parser.parse_args(arguments)
     with processes.joined("train", args):
         settings, name = config.for_platform(args, jax.default_backend())
+        workdir = Path(args.workdir or f"runs/{name}")
+        keep_programs(settings.run.compile_cache)
         try:
-            train(settings, Path(args.workdir or f"runs/{name}"), changes=args.allow_changes)
+            if args.replay is None:
+                train(settings, workdir, changes=args.allow_changes)
+            else:
+                print(replay(settings, workdir, args.replay))
         except ScoringError as error:
             raise SystemExit(f"crpo_jax.train: stopped, the reward is at fault: {error}") from None
         except Fault as fault:
+            raise SystemExit(f"crpo_jax.train: stopped: {fault}") from None
+        except jax.errors.JaxRuntimeError as error:
+            fault = out_of_memory(error)
+            if not fault:
+                raise
             raise SystemExit(f"crpo_jax.train: stopped: {fault}") from None
 
 

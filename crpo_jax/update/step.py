@@ -238,7 +238,7 @@ def trainer(
 
     def apply(state: TrainState, gradients: Any, metrics: dict[str, Array] | None = None) -> tuple[TrainState, Array, Array]:
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm)
+        finite = jnp.isfinite(norm) & (True if metrics is None else jnp.isfinite(metrics["sum/loss"]))
         changes, moments = update.update(gradients, state.optimizer, state.master)
         kl_coef = state.kl_coef
         if crpo.kl_target and metrics is not None:

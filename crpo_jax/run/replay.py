@@ -1,0 +1,60 @@
+"""A kept mini-batch looked at again: `python -m crpo_jax.train --workdir DIR --replay STEP` trains nothing and writes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from crpo_jax.config import Config, InputError
+from crpo_jax.parallel.layout import ROWS_B, TOKENS_BT
+from crpo_jax.parallel.mesh import make_mesh, put
+from crpo_jax.run import guard, setup, start
+from crpo_jax.run.checkpoint import Checkpoints
+from crpo_jax.update.step import trainer
+
+
+def replay(settings: Config, workdir: Path, step: int) -> str:
+    """What the mini-batches kept of a step give with the checkpoint nearest before it: loss, gradient norm, which tensors and rows are at fault."""
+    paths = guard.kept_at(workdir, step)
+    if not paths:
+        there = sorted({int(path.stem.split("_")[1]) for path in (workdir / "skipped").glob("step_*.npz")})
+        raise InputError(f"--replay {step}: expected a step whose batch was kept in {workdir / 'skipped'}, got {there or 'none there'}")
+    minis = [guard.load(path) for path in paths]
+    mesh = make_mesh(settings.parallel.mesh)
+    shape = setup.shape_for(settings, mesh)
+    text = setup.text_for(settings, shape)
+    run = trainer(shape, mesh, settings, settings.optimizer, 1, loss="crpo")
+    folder = start.start_folder(settings, shape, mesh, text, workdir)
+    state = run.begin(start.load_masters(folder, settings, mesh))
+    with Checkpoints(workdir / "checkpoints", settings.run.keep) as checkpoints:
+        before = [saved for saved in checkpoints.steps() if saved <= step]
+        if before:
+            state = checkpoints.restore(checkpoints.chosen(before[-1]), state)
+    lines = [f"step {step} with the policy after step {before[-1] if before else 0}"]
+    weights = run.compute_weights(state.master)
+    for path, mini in zip(paths, minis, strict=True):
+        batches = [{name: put(value, mesh, TOKENS_BT if value.ndim == 2 else ROWS_B) for name, value in micro.items()} for micro in mini]
+        gradients, totals = run.zero()
+        for batch in batches:
+            gradients, totals = run.accumulate(gradients, totals, weights, batch, state.kl_coef)
+        norm = float(optax.tree.norm(gradients))
+        tensors = guard.not_finite(run, state, batches)
+        lines.append(f"{path.name}: loss {float(totals['sum/loss']):.6g}, gradient norm {norm:.6g}, not finite: {', '.join(tensors) or 'nothing'}")
+        for micro, batch in zip(mini, batches, strict=True):
+            lines += odd_rows(micro, jax.device_get(run.logprobs(weights, batch)), text)
+    return "\n".join(lines)
+
+
+def odd_rows(micro: dict[str, np.ndarray], now: np.ndarray, text: setup.Text) -> list[str]:
+    """A line for each row that has a value in its response that is not finite: log-probs now and then, or the advantage."""
+    found = []
+    for row, (first, end) in enumerate(zip(micro["prompt_lengths"], micro["lengths"], strict=True)):
+        values: dict[str, Any] = {name: micro[name][row, first - 1 : end - 1] for name in ("sampler", "reference", "old") if name in micro}
+        values |= {"policy": now[row, first - 1 : end - 1], "advantage": micro["advantages"][row], "weight": micro["weights"][row]}
+        odd = [name for name, value in values.items() if not np.isfinite(value).all()]
+        if odd:
+            response = str(text.tokenizer.decode(micro["tokens"][row, first:end].tolist()))
+            found.append(f"  row of {end - first} tokens, {' and '.join(odd)} not finite: {response[:100]!r}")
+    return found
