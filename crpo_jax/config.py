@@ -8,6 +8,8 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import re
+import reprlib
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -20,8 +22,31 @@ import yaml
 class InputError(Exception):
     """Bad input from a user: one line that names the file, line, key or flag, what was expected and what was got.
 
-    Commands print it on standard error and exit with code 2.
+    Commands print it on standard error and exit with code 2. Whatever of it came from a file is shown without control
+    characters, which could rewrite what a terminal shows, and cut in the middle where it is very long.
     """
+
+    def __init__(self, line: str) -> None:
+        shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+        super().__init__(shown if len(shown) <= LONGEST_LINE else f"{shown[: LONGEST_LINE // 2]} ... {shown[-LONGEST_LINE // 2 :]}")
+
+
+LONGEST_LINE = 2000
+LARGEST = 2**31 - 1  # of a whole number, where a setting has no bound of its own: what devices count with
+LARGEST_FILE = 1_000_000
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value as Python writes it, cut short: a YAML file of nine lines can hold a value with a billion parts."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a whole number of {value.bit_length()} bits"
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxset, short.maxdict = 3, 6, 6, 6, 6
+    short.maxstring = short.maxother = short.maxlong = limit
+    try:
+        return short.repr(value)
+    except ValueError:  # a number too long to be written, inside a list
+        return f"a {type(value).__name__}"
 
 
 def setting(default: Any, doc: str, *, unit: str = "", source: str = "ours", low: float | None = None, high: float | None = None) -> Any:
@@ -283,7 +308,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Run:
-    seed: int = setting(0, "every random draw of a run follows from it")
+    seed: int = setting(0, "every random draw of a run follows from it", low=0, high=2**63 - 1)
     save_every: int = setting(10, "a checkpoint every n steps, and at the end; 0: at the end only", unit="steps", low=0)
     eval_every: int = setting(20, "a held-out evaluation every n steps, besides before and after; 0: those two only", unit="steps", low=0)
     keep: int = setting(2, "newest checkpoints kept", low=1)
@@ -366,21 +391,24 @@ def converted(value: Any, kind: Any, key: str, where: str) -> Any:
     else:
         fits = isinstance(value, kind)
     if not fits:
-        raise InputError(f"{where}: {key}: expected {type_name(kind)}, got {value!r}")
+        raise InputError(f"{where}: {key}: expected {type_name(kind)}, got {shown(value)}")
+    for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+        if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+            raise InputError(f"{where}: {key}: expected text that a file can hold, without NUL and lone surrogates, got {shown(text)}")
     return value
 
 
 def build(kind: type, values: Any, where: str, prefix: str = "", base: Any = None) -> Any:
     """A section from a mapping, over `base` (or the defaults); unknown keys, wrong types and bounds are InputErrors."""
     if not isinstance(values, dict):
-        raise InputError(f"{where}: {prefix.rstrip('.') or 'the file'}: expected a mapping of settings, got {values!r}")
+        raise InputError(f"{where}: {prefix.rstrip('.') or 'the file'}: expected a mapping of settings, got {shown(values)}")
     hints, changed = typing.get_type_hints(kind), {}
     fields_ = {item.name: item for item in dataclasses.fields(kind)}
     base = kind() if base is None else base
     for name, value in values.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{name if isinstance(name, str) else shown(name)}"[:200]
         if name not in fields_:
-            close = difflib.get_close_matches(str(name), fields_, n=1)
+            close = difflib.get_close_matches(str(key[len(prefix) :]), fields_, n=1)
             hint = f"; did you mean {prefix}{close[0]}? The" if close else "; the"
             raise InputError(f"{where}: {key}: unknown key{hint} legal keys here: {', '.join(fields_)}")
         if is_section(hints[name]):
@@ -388,9 +416,12 @@ def build(kind: type, values: Any, where: str, prefix: str = "", base: Any = Non
             continue
         value = converted(value, hints[name], key, where)
         low, high = fields_[name].metadata["low"], fields_[name].metadata["high"]
+        if high is None and hints[name] is int and value > LARGEST:
+            raise InputError(f"{where}: {key}: expected at most {LARGEST}, got {shown(value)}")
         if (low is not None and value < low) or (high is not None and value > high):
-            wanted = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-            raise InputError(f"{where}: {key}: expected {wanted}, got {value}")
+            bounds = [f"{bound:g}" if abs(bound) < 1e6 else str(bound) for bound in (low, high) if bound is not None]
+            wanted = f"at least {bounds[0]}" if high is None else f"between {' and '.join(bounds)}"
+            raise InputError(f"{where}: {key}: expected {wanted}, got {shown(value)}")
         changed[name] = value
     return dataclasses.replace(base, **changed)
 
@@ -405,6 +436,8 @@ def unique_mapping(loader: UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any,
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             raise InputError(f"{key_node.start_mark.name}:{line}: expected the name of a setting, got a list or mapping as a key")
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            raise InputError(f"{key_node.start_mark.name}:{line}: <<: expected every setting written out, got a merge key")
         key = loader.construct_object(key_node)
         if key in seen:
             raise InputError(f"{key_node.start_mark.name}:{line}: {key}: written twice, first in line {seen[key]}")
@@ -412,7 +445,29 @@ def unique_mapping(loader: UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any,
     return loader.construct_mapping(node, deep=True)
 
 
+def plain_number(loader: UniqueKeyLoader, node: yaml.ScalarNode) -> int | float:
+    """YAML 1.1 reads 010 as 8 and 1:30 as 90; whoever wrote that meant something else."""
+    whole = node.tag == "tag:yaml.org,2002:int"
+    if ":" in node.value or (whole and re.match(r"[-+]?0\d", node.value)):
+        raise InputError(f"{node.start_mark.name}:{node.start_mark.line + 1}: expected a plain decimal number, got {shown(node.value)}")
+    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+
+
+UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", plain_number)
+UniqueKeyLoader.add_constructor("tag:yaml.org,2002:float", plain_number)
 UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique_mapping)
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """The text's value; YAML's own errors pass, InputErrors name `name` and the line."""
+    loader = UniqueKeyLoader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except RecursionError:
+        raise InputError(f"{name}: expected settings by section, got lists or mappings nested too deeply") from None
+    finally:
+        loader.dispose()
 
 
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), model: bool = True) -> Config:
@@ -424,7 +479,10 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), m
     if path is not None:
         try:
             with open(path, encoding="utf-8") as file:
-                values = yaml.load(file, UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+                text = file.read(LARGEST_FILE + 1)
+            if len(text) > LARGEST_FILE:
+                raise InputError(f"--config {path}: expected at most {LARGEST_FILE:,} characters of settings, got more")
+            values = read_yaml(text, str(path))
         except OSError as error:
             raise InputError(f"--config {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -444,7 +502,7 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), m
             close = difflib.get_close_matches(key, known, n=3)
             raise InputError(f"{key}: unknown key" + (f"; did you mean {' or '.join(close)}?" if close else "; --help lists the legal ones"))
         try:
-            value = text if known[key][0] is str else yaml.load(text, UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+            value = text if known[key][0] is str else read_yaml(text, f"override: {key}")
         except (yaml.YAMLError, ValueError):
             value = text
         nested: Any = value
@@ -471,6 +529,12 @@ def check(config: Config, model: bool = True) -> None:
             raise InputError(f"{where}.targets: expected some of {', '.join(LINEAR_LAYERS)}, each once, got {list(lora.targets)}")
     if c.model.adapter and not c.model.path:
         raise InputError(f"model.adapter: expected model.path beside it, the model that the adapter was trained on, got only {c.model.adapter}")
+    for name, optimizer in (("optimizer", c.optimizer), ("sft.optimizer", c.sft.optimizer)):
+        for beta in ("beta1", "beta2"):
+            if getattr(optimizer, beta) == 1:
+                raise InputError(f"{name}.{beta}: expected less than 1, got 1")
+        if optimizer.eps == 0:
+            raise InputError(f"{name}.eps: expected more than 0, got 0")
     if c.rollout.top_p == 0:
         raise InputError("rollout.top_p: expected more than 0, got 0")
     if c.evaluate.top_p == 0:

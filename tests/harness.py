@@ -223,7 +223,8 @@ def faults(folder: Path, steps: int) -> dict[str, Any]:
     found["SIGTERM"] = first.end()
     again, samples = Child(folder / "stopped", steps), folder / "stopped" / "samples.jsonl"
     again.reached(LOOP)
-    assert again.wait_for(lambda: samples.stat().st_size > 0)  # by now they score
+    before = samples.stat().st_size
+    assert again.wait_for(lambda: samples.stat().st_size > before)  # by now they have started
     children = Path(f"/proc/{again.pid}/task/{again.pid}/children")
     for worker in children.read_text().split() if children.exists() else ():
         os.kill(int(worker), signal.SIGKILL)

@@ -1,6 +1,7 @@
 """Every setting once: what loads, what is refused and with which line, and the command line around it."""
 
 import dataclasses
+import itertools
 import typing
 from pathlib import Path
 
@@ -179,7 +180,26 @@ BAD_FILES = [
     ("run: !!int x", "FILE: not valid YAML: invalid literal for int()"),
     ("run: {seed: \0}", "FILE: not valid YAML: unacceptable character #x0000"),
     ("? [crpo]\n: 1", "FILE:1: expected the name of a setting, got a list or mapping as a key"),
-    ("crpo: {kl_coef: 1" + "0" * 400 + "}", "FILE: crpo.kl_coef: expected number, got 1000"),
+    ("crpo: {kl_coef: 1" + "0" * 400 + "}", "FILE: crpo.kl_coef: expected number, got a whole number of 1329 bits"),
+    ("run: {seed: 18446744073709551616}", "FILE: run.seed: expected between 0 and 9223372036854775807, got 18446744073709551616"),
+    ("run: {seed: -1}", "FILE: run.seed: expected between 0 and 9223372036854775807, got -1"),
+    ("run: {seed: 0x" + "f" * 5000 + "}", "FILE: run.seed: expected between 0 and 9223372036854775807, got a whole number of 20000 bits"),
+    ("crpo: {steps: 2147483648}", "FILE: crpo.steps: expected at most 2147483647, got 2147483648"),
+    ("crpo:\n  steps: 010\n", "FILE:2: expected a plain decimal number, got '010'"),
+    ("crpo: {steps: 1:30}", "FILE:1: expected a plain decimal number, got '1:30'"),
+    ("reward: {time_limit: 1:30.5}", "FILE:1: expected a plain decimal number, got '1:30.5'"),
+    ("crpo: &a {steps: 1}\nrun:\n  <<: *a\n", "FILE:3: <<: expected every setting written out, got a merge key"),
+    ("crpo: &a\n  steps: *a\n", "FILE:1: not valid YAML: found unconstructable recursive node"),
+    ("crpo: {steps: 1}\n---\ncrpo: {steps: 2}\n", "FILE:2: not valid YAML: but found another document"),
+    ('data: {path: "a\\0b"}', "FILE: data.path: expected text that a file can hold, without NUL and lone surrogates, got 'a\\x00b'"),
+    ('rollout: {stop: ["\\ud800"]}', "FILE: rollout.stop: expected text that a file can hold, without NUL and lone surrogates, got '\\ud800'"),
+    ("{a: " * 2000 + "}" * 2000, "FILE: expected settings by section, got lists or mappings nested too deeply"),
+    ("crpo: {steps: " + "x" * 5000 + "}", "FILE: crpo.steps: expected whole number, got 'xxxxxx"),
+    ('"a\\e[2Jb": 1', "FILE: a\\x1b[2Jb: unknown key"),
+    ("#" + "x" * 1_000_000, "--config FILE: expected at most 1,000,000 characters of settings, got more"),
+    ("optimizer: {beta1: 1}", "optimizer.beta1: expected less than 1, got 1"),
+    ("sft: {optimizer: {beta2: 1}}", "sft.optimizer.beta2: expected less than 1, got 1"),
+    ("optimizer: {eps: 0}", "optimizer.eps: expected more than 0, got 0"),
     ("crpo: {mini_batch_prompts: 7}", "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7"),
     ("reward: {design: grpo, grpo_tags: [think]}", "reward.grpo_tags: expected two tags, got ['think']"),
     ("rollout: {top_p: 0}", "rollout.top_p: expected more than 0, got 0"),
@@ -218,6 +238,15 @@ BAD_OVERRIDES = [
 @pytest.mark.parametrize(("override", "line"), BAD_OVERRIDES)
 def test_bad_overrides(override: str, line: str):
     assert refusal(None, *FROM_SCRATCH, override).startswith(line)
+
+
+def test_a_value_with_a_billion_parts_is_shown_short(tmp_path: Path):
+    """Nine aliases of nine aliases, nine deep: a message that wrote it out would take all memory."""
+    names = "abcdefghij"
+    lists = [f"  - &{name} [{', '.join(['*' + before] * 9)}]" for before, name in itertools.pairwise(names)]
+    line = refusal(written(tmp_path, "crpo:\n  - &a [x, x]\n" + "\n".join(lists)))
+    assert "crpo: expected a mapping of settings, got [['x', 'x'], [" in line
+    assert len(line) < 3000
 
 
 def test_unreadable_files(tmp_path: Path):

@@ -1,6 +1,8 @@
 """What may go wrong in a run's numbers and on its devices, in words: what it means, and what to try."""
 
 import re
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,7 +142,7 @@ def load(path: Path) -> list[dict[str, np.ndarray]]:
             for name in arrays.files:
                 micro, array = name.split("/")
                 micros.setdefault(int(micro), {})[array] = arrays[name]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: expected a mini-batch kept by a run, got: {' '.join(str(error).split())[:200]}") from None
     return [micros[number] for number in sorted(micros)]
 
