@@ -36,6 +36,8 @@ EVALUATION = 2**31 - 1
 
 def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
     """Runs CRPO to its last step, or resumes it; everything it leaves is in `workdir`. `changes` lets another config go on there."""
+    if settings.rollout.temperature == 0:
+        raise InputError("rollout.temperature: expected more than 0 to train, got 0: all responses of a group would be the same")
     crpo, parallel, seed = settings.crpo, settings.parallel, jax.random.key(settings.run.seed)
 
     # ---- what the run starts from ----------------------------------------------------------------------------------
@@ -50,6 +52,8 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
     scorer = Scorer(settings.reward, text.effective)
     examiner = Scorer(dataclasses.replace(settings.reward, design="crpo"), text.effective)  # designs are compared by one measure
     writer = jax.process_index() == 0
+    if not settings.model.path and not (workdir / "coldstart").is_dir():
+        setup.teacher_traces(settings, text)  # bad ones are refused before anything is made
     held = open_workdir(workdir, settings, writes=writer, changes=changes)
     start.wait_for_workdir(workdir)
     folder = coldstart.start_folder(settings, shape, mesh, text, workdir, changes=changes)
@@ -171,7 +175,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             log.samples(report.sample_rows(step, asked, texts, responses, scored, advantages, np.isin(np.arange(len(responses)), trained)))
             log.step(step, measured)
             progress.show(step + 1, report.line(measured))
-            guard.updates(step, updates, minis, run, state)
+            guard.updates(step, updates, minis, run, state, frozen)
             guard.measures(step, measured)
             done = step + 1
             if done == steps or (settings.run.save_every and done % settings.run.save_every == 0):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crpo_jax.config import Config, InputError
+from crpo_jax.model import lora
 from crpo_jax.parallel.mesh import fetch
 from crpo_jax.run.metrics import told
 from crpo_jax.run.workdir import Fault
@@ -30,7 +31,7 @@ class Guard:
         self._beyond: Counter[str] = Counter()
         self._skipped = 0
 
-    def updates(self, step: int, updates: Sequence[Update], minis: Sequence[Sequence[Batch]], run: Trainer, state: TrainState) -> None:
+    def updates(self, step: int, updates: Sequence[Update], minis: Sequence[Sequence[Batch]], run: Trainer, state: TrainState, frozen: Any) -> None:
         """Keeps the mini-batches of a step whose loss or gradient was not finite (the update was not applied) and says which tensors.
 
         Fault after run.limits.skipped of them in a row.
@@ -41,7 +42,7 @@ class Guard:
             if applied:
                 continue
             kept = keep(self._workdir, step, number, minis[number])
-            tensors = not_finite(run, state, minis[number])
+            tensors = not_finite(run, state, frozen, minis[number])
             what = (
                 f"step {step}, mini-batch {number}: loss or gradient not finite, update not applied ({', '.join(tensors) or 'finite when repeated'})"
             )
@@ -102,9 +103,9 @@ class Guard:
         }
 
 
-def not_finite(run: Trainer, state: TrainState, mini: Sequence[Batch]) -> list[str]:
+def not_finite(run: Trainer, state: TrainState, frozen: Any, mini: Sequence[Batch]) -> list[str]:
     """The tensors whose gradients on a mini-batch are not finite at this state, and `loss` where it is not."""
-    weights, (gradients, totals) = run.compute_weights(state.master), run.zero()
+    weights, (gradients, totals) = run.compute_weights(lora.policy(state.master, frozen)), run.zero()
     for batch in mini:
         gradients, totals = run.accumulate(gradients, totals, weights, batch, state.kl_coef)
     finite = jax.device_get(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), gradients))

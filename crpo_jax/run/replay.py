@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from crpo_jax.config import Config, InputError
+from crpo_jax.model import hub, lora
 from crpo_jax.parallel.layout import ROWS_B, TOKENS_BT
 from crpo_jax.parallel.mesh import make_mesh, put
 from crpo_jax.run import guard, setup, start
@@ -23,24 +24,25 @@ def replay(settings: Config, workdir: Path, step: int) -> str:
         raise InputError(f"--replay {step}: expected a step whose batch was kept in {workdir / 'skipped'}, got {there or 'none there'}")
     minis = [guard.load(path) for path in paths]
     mesh = make_mesh(settings.parallel.mesh)
-    shape = setup.shape_for(settings, mesh)
+    settings, shape = setup.shape_for(settings, mesh)
     text = setup.text_for(settings, shape)
-    run = trainer(shape, mesh, settings, settings.optimizer, 1, loss="crpo")
-    folder = start.start_folder(settings, shape, mesh, text, workdir)
-    state = run.begin(start.load_masters(folder, settings, mesh))
+    run = trainer(shape, mesh, settings, settings.optimizer, 1, loss="crpo", adapters=settings.lora)
+    folder = hub.model_folder(settings.model.path) if settings.model.path else workdir / "coldstart"
+    masters, frozen = start.trainee(folder, settings, shape, mesh, settings.lora)
+    state = run.begin(masters)
     with Checkpoints(workdir / "checkpoints", settings.run.keep) as checkpoints:
         before = [saved for saved in checkpoints.steps() if saved <= step]
         if before:
             state = checkpoints.restore(checkpoints.chosen(before[-1]), state)
     lines = [f"step {step} with the policy after step {before[-1] if before else 0}"]
-    weights = run.compute_weights(state.master)
+    weights = run.compute_weights(lora.policy(state.master, frozen))
     for path, mini in zip(paths, minis, strict=True):
         batches = [{name: put(value, mesh, TOKENS_BT if value.ndim == 2 else ROWS_B) for name, value in micro.items()} for micro in mini]
         gradients, totals = run.zero()
         for batch in batches:
             gradients, totals = run.accumulate(gradients, totals, weights, batch, state.kl_coef)
         norm = float(optax.tree.norm(gradients))
-        tensors = guard.not_finite(run, state, batches)
+        tensors = guard.not_finite(run, state, frozen, batches)
         lines.append(f"{path.name}: loss {float(totals['sum/loss']):.6g}, gradient norm {norm:.6g}, not finite: {', '.join(tensors) or 'nothing'}")
         for micro, batch in zip(mini, batches, strict=True):
             lines += odd_rows(micro, jax.device_get(run.logprobs(weights, batch)), text)

@@ -52,9 +52,10 @@ def text_for(settings: config.Config, shape: Shape) -> Text:
     """The tokenizer of tokenizer.path, or of the model's folder; one that does not match the vocabulary is refused."""
     folder = shipped(settings.tokenizer.path) if settings.tokenizer.path else hub.model_folder(settings.model.path)
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > shape.v:
-        raise InputError(f"tokenizer.path: expected at most the model's {shape.v} tokens, got {len(tokenizer)} in {folder}")
     known = tokenizer.get_vocab()
+    tokens = max(len(tokenizer), max(known.values()) + 1)  # ids may have gaps
+    if tokens > shape.v:
+        raise InputError(f"tokenizer.path: expected at most the model's {shape.v} tokens, got {tokens} in {folder}")
     for stop in settings.rollout.stop:
         if stop not in known:
             raise InputError(f"rollout.stop: expected tokens of {folder}, got {stop!r}")
@@ -68,10 +69,12 @@ def shipped(path: str) -> Path:
 
 
 def shape_for(settings: config.Config, mesh: Mesh) -> tuple[config.Config, Shape]:
-    """The shape of model.path, or of model.shape where there is none, once this mesh and layout can hold it; and the settings
-    with the layout that `auto` stands for."""
+    """The shape of model.path, whose files must hold all its tensors, or of model.shape, once this mesh and layout can hold it; and
+    the settings with the layout that `auto` stands for."""
     if settings.model.path:
-        shape = read_shape(hub.model_folder(settings.model.path))
+        folder = hub.model_folder(settings.model.path)
+        shape = read_shape(folder)
+        hub.check_keys(shape, *hub.read_headers(folder))
     else:
         shape = shape_of(config.as_dict(settings.model.shape), "model.shape")
     if settings.parallel.layout == "auto":

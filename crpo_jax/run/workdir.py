@@ -60,6 +60,8 @@ def open_workdir(workdir: Path, settings: Config, *, writes: bool = True, change
     path = workdir / "config.yaml"
     if not writes:
         return contextlib.ExitStack()
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir {workdir}: expected a folder, got a file")
     if not path.exists() and workdir.exists() and any(path.name != ".lock" for path in workdir.iterdir()):
         raise InputError(f"--workdir {workdir}: expected a new folder or one with a run's config.yaml, got a folder with other files")
     with contextlib.ExitStack() as held:
