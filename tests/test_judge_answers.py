@@ -113,8 +113,8 @@ def test_a_perfect_teacher_says_nothing_but_the_truth():
         shown = len(question.columns["findings"])
         assert found["findings_invented"] == found["false_claims"] == 0
         assert found["case_findings"] == shown
-        assert found["valid_rejections"] == 2
-        assert found["true_claims"] == shown + 2
+        assert found["valid_rejections"] == 3
+        assert found["true_claims"] == shown + 3
         assert found["conclusion_findings"] == 2
 
 
