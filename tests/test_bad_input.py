@@ -130,7 +130,7 @@ BAD: list[tuple[list[str], str]] = [
     (["optimizer.beta1=1"], "optimizer.beta1: expected less than 1, got 1"),
     (["optimizer.eps=0"], "optimizer.eps: expected more than 0, got 0"),
     (["sft.held_out=1"], "sft.held_out: expected between 0 and 0.9, got 1.0"),
-    (["parallel.layout=zero9"], "parallel.layout: expected zero1 | fsdp | replicated, got 'zero9'"),
+    (["parallel.layout=zero9"], "parallel.layout: expected zero1 | fsdp | replicated | auto, got 'zero9'"),
     (["data.source=pubmed"], "data.source: expected vignettes | medqa | medmcqa | medxpertqa | jsonl, got 'pubmed'"),
     (["data.prompt=terse"], "data.prompt: expected crpo | grpo | grpo_dx | released | brief, got 'terse'"),
     # settings that contradict each other, or the machine
