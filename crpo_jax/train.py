@@ -118,10 +118,11 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
                 seconds["rollout"] += sampled - began
                 began = time.perf_counter()
                 seconds["score"] += began - sampled
-                if stop.requested or varied == crpo.prompts_per_step or turn == crpo.dynamic_sampling:
+                stopping = stop.requested
+                if stopping or varied == crpo.prompts_per_step or turn == crpo.dynamic_sampling:
                     break
                 turn += 1
-            if stop.requested:  # the state is still that after `step` steps, and this one comes again the same
+            if stopping:  # the state is still that after `step` steps, and this one comes again the same
                 break
             del policy  # its memory is the update's now
             advantages = group_advantages(rewards, valid, crpo.advantage).reshape(-1)
