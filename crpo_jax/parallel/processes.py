@@ -166,16 +166,23 @@ def fate(error: BaseException) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {first}"
 
 
+def say(line: str) -> None:
+    """A line of standard error in one piece, whatever other threads write."""
+    sys.stderr.write(f"{line}\n")
+
+
 def end(name: str, last_words: LastWords, code: int, line: str) -> NoReturn:
     """Ends this process, and through its listeners every other one."""
     client: Any = distributed.global_state.client
     if not alone():
-        print(f"{name}: process {jax.process_index()} of {jax.process_count()}: {line}", file=sys.stderr)
-        with contextlib.suppress(JaxRuntimeError):  # another one was first, or they are gone
+        try:
             client.key_value_set(ENDED, f"{code} process {jax.process_index()}: {line.partition(chr(10))[0]}")
+        except JaxRuntimeError:  # another one was first, which the listener says before it ends this process; or they are gone
+            time.sleep(5)
+        say(f"{name}: process {jax.process_index()} of {jax.process_count()}: {line}")
         time.sleep(1 if jax.process_index() == 0 else 0)  # the store ends with process 0: let the others read it
     else:
-        print(f"{name}: {line}", file=sys.stderr)
+        say(f"{name}: {line}")
     leave(last_words, code)
 
 
@@ -190,7 +197,7 @@ def end_with_the_others(name: str, last_words: LastWords) -> None:
                 continue
             return  # this run is over, or the store is gone and jax.distributed ends the process
         if not line.startswith(f"process {jax.process_index()}:"):
-            print(f"{name}: process {jax.process_index()} of {jax.process_count()} ends with {line}", file=sys.stderr)
+            say(f"{name}: process {jax.process_index()} of {jax.process_count()} ends with {line}")
             leave(last_words, int(code))
         return
 
@@ -221,7 +228,7 @@ def self_test(sum_over_devices: Callable[[], float] | None = None, seconds: floa
         hint = f"peer-to-peer copies between these GPUs may be broken: set NCCL_P2P_DISABLE=1{hosts}; NCCL_DEBUG=INFO says more"
 
     def hung() -> None:
-        print(f"crpo_jax: a sum over all {count} devices did not end within {seconds:g} seconds; {hint}", file=sys.stderr)
+        say(f"crpo_jax: a sum over all {count} devices did not end within {seconds:g} seconds; {hint}")
         leave(last_words, 1) if last_words else os._exit(1)
 
     timer = threading.Timer(seconds, hung)
