@@ -11,11 +11,11 @@ import numpy as np
 from crpo_jax import config
 from crpo_jax.config import Config, InputError
 from crpo_jax.data.loader import Batches
+from crpo_jax.data.question import Question
 from crpo_jax.model import lora
 from crpo_jax.model.placement import to_sampling
 from crpo_jax.parallel import processes
 from crpo_jax.parallel.mesh import data_size, make_mesh
-from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scorer, ScoringError
 from crpo_jax.run import coldstart, evaluation, report, setup, start
 from crpo_jax.run.checkpoint import Checkpoints
@@ -24,10 +24,10 @@ from crpo_jax.run.metrics import Log
 from crpo_jax.run.programs import Compilations, keep_programs
 from crpo_jax.run.progress import Progress
 from crpo_jax.run.replay import replay
-from crpo_jax.run.responses import respond
+from crpo_jax.run.responses import draw
 from crpo_jax.run.workdir import Fault, Stop, check_inputs, open_workdir
 from crpo_jax.update.batches import Row, aligned, micro_batches, of_rows
-from crpo_jax.update.losses import chosen_groups, group_advantages, row_weights
+from crpo_jax.update.losses import group_advantages, row_weights
 from crpo_jax.update.step import on_devices, trainer
 
 EVALUATION = 2**31 - 1
@@ -99,38 +99,20 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
                 break
 
             # ---- sample and score; further questions while too few groups differ in reward, if asked for -------------
-            began, seconds = time.perf_counter(), {"rollout": 0.0, "score": 0.0}
-            policy, asked, responses, texts, scored, turn = gather(lora.policy(state.master, frozen)), [], [], [], [], 0
-            while True:
-                drawn = further.batch(step * crpo.dynamic_sampling + turn - 1) if turn else batches.batch(step)
-                questions = [question for _, question in drawn]
-                prompts, ids = [prompt_of[question.id] for question in questions], range(turn * len(questions), (turn + 1) * len(questions))
-                key, told = jax.random.fold_in(seed, step), report.sampling(progress, step)
-                new = respond(engine, policy, questions, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=told)
-                sampled = time.perf_counter()
+            def turn_of(turn: int, step: int = step) -> list[Question]:
+                return further.batch(step * crpo.dynamic_sampling + turn - 1) if turn else batches.batch(step)
 
-                asked, responses = asked + new.questions, responses + new.responses
-                said, marks = new.scores()  # most were scored while the longest responses were decoded
-                texts, scored = texts + said, scored + marks
-                valid = np.array([isinstance(one, Score) for one in scored]).reshape(-1, crpo.group_size)
-                rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored]).reshape(-1, crpo.group_size)
-                chosen, varied = chosen_groups(rewards, valid, crpo.prompts_per_step)
-                seconds["rollout"] += sampled - began
-                began = time.perf_counter()
-                seconds["score"] += began - sampled
-                stopping = stop.requested
-                if stopping or varied == crpo.prompts_per_step or turn == crpo.dynamic_sampling:
-                    break
-                turn += 1
-            if stopping:  # the state is still that after `step` steps, and this one comes again the same
+            policy, key, told = gather(lora.policy(state.master, frozen)), jax.random.fold_in(seed, step), report.sampling(progress, step)
+            drawn = draw(engine, policy, turn_of, prompt_of, scorer, text, key, crpo, stop=stop, progress=told)
+            if drawn is None:  # asked to stop: the state is still that after `step` steps, and this one comes again the same
                 break
             del policy  # its memory is the update's now
-            advantages = group_advantages(rewards, valid, crpo.advantage).reshape(-1)
-            counted = valid.reshape(-1) & np.array([response.stopped or crpo.truncated == "keep" for response in responses])
-            trained = (chosen[:, None] * crpo.group_size + np.arange(crpo.group_size)).reshape(-1)  # of all responses, those in a mini-batch
+            responses, trained, seconds, began = drawn.responses, drawn.trained, drawn.seconds, time.perf_counter()
+            advantages = group_advantages(drawn.rewards, drawn.valid, crpo.advantage).reshape(-1)
+            counted = drawn.valid.reshape(-1) & np.array([response.stopped or crpo.truncated == "keep" for response in responses])
 
             # ---- mini-batches, with the log-probs of the reference and of the policy that sampled --------------------
-            rows = [Row(prompt_of[question.id], response.tokens.tolist()) for question, response in zip(asked, responses, strict=True)]
+            rows = [Row(prompt_of[question.id], response.tokens.tolist()) for question, response in zip(drawn.questions, responses, strict=True)]
             lengths = np.array([len(response.tokens) for response in responses])
             weights, minis, size, places = run.compute_weights(lora.policy(state.master, frozen)), [], crpo.mini_batch_prompts * crpo.group_size, 0
             for first in range(0, len(trained), size):
@@ -168,12 +150,12 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             seconds["update"] = time.perf_counter() - began
 
             # ---- keep ------------------------------------------------------------------------------------------------
-            measured |= report.step_metrics(scored, responses, rewards, updates) | {"kl/coef": float(kl_coef)}
+            measured |= report.step_metrics(drawn.scored, responses, drawn.rewards, updates) | {"kl/coef": float(kl_coef)}
             useful = [len(rows[i].prompt) + len(rows[i].response) for i in trained]
             passes = 5 if updates_per_step > 1 else 4  # forward and backward, the reference's forward, and the old policy's if needed
             measured |= report.timings(seconds, int(lengths.sum()), sum(useful), places)
             measured |= report.utilization(shape, mesh, useful, passes, seconds["update"]) | {"time/compilations": compilations.new()}
-            log.samples(report.sample_rows(step, asked, texts, responses, scored, advantages, np.isin(np.arange(len(responses)), trained)))
+            log.samples(report.sample_rows(step, drawn, advantages))
             log.step(step, measured)
             progress.show(step + 1, report.line(measured))
             guard.updates(step, updates, minis, run, state, frozen)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, prompt_of, says
+from question_file import write_jsonl
 
 from crpo_jax import distill
 from crpo_jax.config import InputError, Reward
-from crpo_jax.data.question import Question, read, write_jsonl
+from crpo_jax.data.question import Question, read
 from crpo_jax.data.traces import answer_letter, converted, parted
 from crpo_jax.judge import client, journal
 from crpo_jax.reward.rules import score

@@ -17,32 +17,25 @@ class Batches(Generic[Item]):
     """Batches of questions, or of a cold start's traces, shuffled anew every epoch.
 
     Step s takes the positions [s*p, (s+1)*p) of the endless sequence of epochs, p = prompts_per_step; an epoch is a
-    permutation of all questions, and where it ends inside a batch the next one goes on. Process i of n takes the i-th of
-    n equal contiguous slices, so that the batch of all processes together does not depend on how many there are. Another
-    `stream` of the same seed is another order.
+    permutation of all questions, and where it ends inside a batch the next one goes on. Another `stream` of the same seed is
+    another order.
     """
 
-    def __init__(
-        self, questions: Sequence[Item], prompts_per_step: int, seed: int, process_index: int = 0, process_count: int = 1, stream: str = "questions"
-    ) -> None:
+    def __init__(self, questions: Sequence[Item], prompts_per_step: int, seed: int, stream: str = "questions") -> None:
         if not questions:
             raise InputError("data: expected at least one question to train on, got none")
-        if prompts_per_step < 1 or prompts_per_step % process_count:
-            raise InputError(f"crpo.prompts_per_step: expected a multiple of the {process_count} processes, got {prompts_per_step}")
-        if not 0 <= process_index < process_count:
-            raise InputError(f"process index: expected 0 to {process_count - 1}, got {process_index}")
+        if prompts_per_step < 1:
+            raise InputError(f"crpo.prompts_per_step: expected at least 1, got {prompts_per_step}")
         self.questions = questions
         self.prompts_per_step = prompts_per_step
-        share = prompts_per_step // process_count
-        self._mine = range(process_index * share, (process_index + 1) * share)
         # grain seeds with 32 bits; seeds that agree in their low bits must not give the same order
         low = int.from_bytes(hashlib.sha256(f"{stream}:{seed}".encode()).digest()[:4], "big")
         self._order: Any = grain.MapDataset.range(len(questions)).seed(low).shuffle().repeat(reseed_each_epoch=True)
 
-    def batch(self, step: int) -> list[tuple[int, Item]]:
-        """This process's questions of a step, each with its index in the whole step's batch."""
+    def batch(self, step: int) -> list[Item]:
+        """The questions of a step."""
         start = step * self.prompts_per_step
-        return [(index, self.questions[int(self._order[start + index])]) for index in self._mine]
+        return [self.questions[int(self._order[place])] for place in range(start, start + self.prompts_per_step)]
 
     def steps(self, epochs: int) -> int:
         """Steps until every question has been seen `epochs` times."""

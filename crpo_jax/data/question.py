@@ -282,21 +282,6 @@ READERS: dict[str, Callable[[list[Record], str], Iterator[tuple[Record, Question
 }
 
 
-def write_jsonl(path: str | Path, questions: Iterable[Question]) -> None:
-    """Questions in the project's own format, one a line; `read("jsonl", path)` gives them back, columns included."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for question in questions:
-            taken = sorted(set(question.columns) & set(OWN))
-            if taken:
-                raise InputError(f"{path}: {question.id}: expected columns named otherwise than the record's own fields, got {', '.join(taken)}")
-            own = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer}
-            if question.source:
-                own["source"] = question.source
-            if question.split:
-                own["split"] = question.split
-            file.write(json.dumps(own | dict(question.columns), ensure_ascii=False) + "\n")
-
-
 # ---- files and folders ------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """A model answers whole data sets, wave by wave, each wave's responses on disk before the next begins."""
 
-import contextlib
 import dataclasses
 import json
 import time
@@ -11,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from crpo_jax.config import Config, InputError
@@ -50,19 +48,16 @@ def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Pa
     text = setup.text_for(settings, shape)
     fitted = {name: fitting(questions, settings.data, text.tokenizer) for name, questions in sets.items()}
     engine, weights = setup.sampler(settings, shape, mesh, text), None
-    writes = jax.process_index() == 0
     for name, asked in fitted.items():
-        with Journal(folder / f"{name}.jsonl") if writes else contextlib.nullcontext() as journal:
-            before = samples_on_disk(journal, asked) if journal else {}
+        with Journal(folder / f"{name}.jsonl") as journal:
+            before = samples_on_disk(journal, asked)
             complete = np.array([len(before.get(question.id, ())) >= evaluate.samples for question in asked.questions])
-            if jax.process_count() > 1:  # the file is the first process's, and all must ask the same
-                complete = np.asarray(multihost_utils.broadcast_one_to_all(complete))
             weights = weights or (None if complete.all() else sampling_weights(settings, shape, mesh))
-            tally = Tally(name, settings, len(asked.questions), int(complete.sum()), speaks=writes)
+            tally = Tally(name, settings, len(asked.questions), int(complete.sum()))
             if weights:
                 ask(engine, weights, asked, np.flatnonzero(~complete), text, settings, name, journal, before, tally, stop)
             tally.end()
-    if writes and any(asked.dropped for asked in fitted.values()):
+    if any(asked.dropped for asked in fitted.values()):
         kept = folder / "dropped.json"
         dropped = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         kept.write_text(json.dumps(dropped | {name: asked.dropped for name, asked in fitted.items()}), encoding="utf-8")
@@ -76,7 +71,7 @@ def ask(
     text: setup.Text,
     settings: Config,
     name: str,
-    journal: Journal | None,
+    journal: Journal,
     before: Mapping[str, set[int]],
     tally: "Tally",
     stop: Stop,
@@ -88,8 +83,7 @@ def ask(
         for response in responses:
             question, ids = asked.questions[int(left[response.prompt])], text.body(response)
             answers.append(Answer(question, response.sample, text.of(response), ids, len(response.tokens), response.stopped))
-        if journal:
-            journal.append(*(row_of(answer) for answer in answers if answer.sample not in before.get(answer.question.id, ())))
+        journal.append(*(row_of(answer) for answer in answers if answer.sample not in before.get(answer.question.id, ())))
         tally.add(answers)
         if stop.requested:
             raise Stopped
@@ -121,9 +115,9 @@ def sampling_weights(settings: Config, shape: Shape, mesh: Mesh) -> Weights:
 class Tally:
     """What a person sees while a data set is answered: how far, how well, how fast, how long still."""
 
-    def __init__(self, name: str, settings: Config, questions: int, done: int, *, speaks: bool) -> None:
+    def __init__(self, name: str, settings: Config, questions: int, done: int) -> None:
         self._name, self._settings, self._questions, self._samples = name, settings, questions, settings.evaluate.samples
-        self._progress = Progress(questions * self._samples, done * self._samples, speaks=speaks)
+        self._progress = Progress(questions * self._samples, done * self._samples)
         self._done, self._right, self._valid, self._drawn, self._tokens = done * self._samples, 0, 0, 0, 0
         self._said, self._began = self._tenth(), time.monotonic()
         self._progress.keep(f"{name}: {questions} questions x {self._samples} samples" + (f", {done} questions answered before" if done else ""))

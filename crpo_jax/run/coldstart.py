@@ -96,7 +96,7 @@ def fine_tune(settings: Config, shape: Shape, mesh: Mesh, text: setup.Text, work
 
             # ---- one optimizer step --------------------------------------------------------------------------------
             began = time.perf_counter()
-            rows = [row for _, row in batches.batch(step)]
+            rows = batches.batch(step)
             gradients, totals = run.zero()
             weights = run.compute_weights(lora.policy(state.master, frozen))
             for batch in on_mesh(rows, settings, mesh):

@@ -42,7 +42,7 @@ class Guard:
             if applied:
                 continue
             kept = keep(self._workdir, step, number, minis[number])
-            tensors = not_finite(run, state, frozen, minis[number])
+            tensors = not_finite(*repeated(run, state, frozen, minis[number]))
             what = (
                 f"step {step}, mini-batch {number}: loss or gradient not finite, update not applied ({', '.join(tensors) or 'finite when repeated'})"
             )
@@ -103,11 +103,16 @@ class Guard:
         }
 
 
-def not_finite(run: Trainer, state: TrainState, frozen: Any, mini: Sequence[Batch]) -> list[str]:
-    """The tensors whose gradients on a mini-batch are not finite at this state, and `loss` where it is not."""
+def repeated(run: Trainer, state: TrainState, frozen: Any, mini: Sequence[Batch]) -> tuple[Any, dict[str, Any]]:
+    """The gradients and summed metrics of a mini-batch at this state."""
     weights, (gradients, totals) = run.compute_weights(lora.policy(state.master, frozen)), run.zero()
     for batch in mini:
         gradients, totals = run.accumulate(gradients, totals, weights, batch, state.kl_coef)
+    return gradients, totals
+
+
+def not_finite(gradients: Any, totals: Mapping[str, Any]) -> list[str]:
+    """The tensors whose gradients are not finite, and `loss` where it is not."""
     finite = jax.device_get(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), gradients))
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, one in jax.tree_util.tree_leaves_with_path(finite) if not one]
     return ([] if np.isfinite(totals["sum/loss"]) else ["loss"]) + [name.removesuffix(".value") for name in names]

@@ -38,11 +38,8 @@ def replay(settings: Config, workdir: Path, step: int) -> str:
     weights = run.compute_weights(lora.policy(state.master, frozen))
     for path, mini in zip(paths, minis, strict=True):
         batches = [{name: put(value, mesh, TOKENS_BT if value.ndim == 2 else ROWS_B) for name, value in micro.items()} for micro in mini]
-        gradients, totals = run.zero()
-        for batch in batches:
-            gradients, totals = run.accumulate(gradients, totals, weights, batch, state.kl_coef)
-        norm = float(optax.tree.norm(gradients))
-        tensors = guard.not_finite(run, state, frozen, batches)
+        gradients, totals = guard.repeated(run, state, frozen, batches)
+        norm, tensors = float(optax.tree.norm(gradients)), guard.not_finite(gradients, totals)
         lines.append(f"{path.name}: loss {float(totals['sum/loss']):.6g}, gradient norm {norm:.6g}, not finite: {', '.join(tensors) or 'nothing'}")
         for micro, batch in zip(mini, batches, strict=True):
             lines += odd_rows(micro, jax.device_get(run.logprobs(weights, batch)), text)

@@ -23,6 +23,7 @@ from crpo_jax.rollout.engine import Response, Tally
 from crpo_jax.run.evaluation import Answered, response_means, reward_means, standard_error
 from crpo_jax.run.metrics import read_metrics, whole_lines
 from crpo_jax.run.progress import Progress, clock
+from crpo_jax.run.responses import Drawn
 
 SHOWN = {"mean": "reward", "accuracy": "accuracy", "format": "format", "cross_reference": "cites", "consistency": "on-language", "length": "tokens"}
 
@@ -145,23 +146,15 @@ def step_metrics(
     }
 
 
-def sample_rows(
-    step: int,
-    questions: Sequence[Any],
-    texts: Sequence[str],
-    responses: Sequence[Response],
-    scored: Sequence[Scored],
-    advantages: np.ndarray,
-    trained: np.ndarray,
-) -> list[dict[str, Any]]:
+def sample_rows(step: int, drawn: Drawn, advantages: np.ndarray) -> list[dict[str, Any]]:
     """What samples.jsonl keeps of a step: every response with its reward, or with the error that left it out.
 
-    `trained` [b] says which were in a mini-batch: all of them, unless dynamic sampling replaced their group.
+    `trained` says whether it was in a mini-batch: all are, unless dynamic sampling replaced their group.
     """
-    rows = []
-    for question, text, response, score, advantage, used in zip(questions, texts, responses, scored, advantages, trained, strict=True):
+    trained, rows = set(drawn.trained.tolist()), []
+    for place, (question, response, text, score) in enumerate(zip(*drawn[:4], strict=True)):
         row = {"step": step, "id": question.id, "sample": response.sample, "tokens": len(response.tokens), "stopped": response.stopped}
-        row |= {"advantage": round(float(advantage), 5), "trained": bool(used), "answer": question.answer, "response": text}
+        row |= {"advantage": round(float(advantages[place]), 5), "trained": place in trained, "answer": question.answer, "response": text}
         rows.append(row | score_fields(score))
     return rows
 

@@ -1,16 +1,23 @@
 """Questions put to the policy: responses sampled and, as they end, handed to the scorer, which works while others are decoded."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
 
+from crpo_jax.config import Crpo
 from crpo_jax.data.question import Question
 from crpo_jax.model.decode import Weights
 from crpo_jax.parallel.processes import gathered, share
+from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scored, Scorer
 from crpo_jax.rollout.engine import Engine, Response, Tally
 from crpo_jax.run.setup import Text
+from crpo_jax.run.workdir import Stop
+from crpo_jax.update.losses import chosen_groups
 
 
 class Responses(NamedTuple):
@@ -58,3 +65,58 @@ def respond(
 
     groups = engine.generate(weights, prompts, key=key, group=group, ids=ids, finished=score, progress=progress)
     return Responses(asked, [response for responses in groups for response in responses], scores)
+
+
+class Drawn(NamedTuple):
+    """What a step learns from: `b` responses, a group of `g` to each of `p` prompts."""
+
+    questions: list[Question]  # of each response
+    responses: list[Response]
+    texts: list[str]
+    scored: list[Scored]
+    rewards: Float[np.ndarray, "p g"]
+    valid: Bool[np.ndarray, "p g"]  # whether it could be scored
+    trained: Int[np.ndarray, " t"]  # the responses that go into mini-batches, in order
+    seconds: dict[str, float]
+
+
+def draw(
+    engine: Engine,
+    weights: Weights,
+    turn_of: Callable[[int], list[Question]],
+    prompt_of: Mapping[str, Sequence[int]],
+    scorer: Scorer,
+    text: Text,
+    key: jax.Array,
+    crpo: Crpo,
+    *,
+    stop: Stop,
+    progress: Callable[[Tally], None],
+) -> Drawn | None:
+    """The responses of a step with their rewards; None where the run was asked to stop meanwhile.
+
+    `turn_of(0)` are the step's questions. While fewer than crpo.prompts_per_step groups differ in reward, further turns follow,
+    crpo.dynamic_sampling of them at most (DAPO, arXiv 2503.14476).
+    """
+    questions, responses, texts, scored = list[Question](), list[Response](), list[str](), list[Scored]()
+    seconds, turn = {"rollout": 0.0, "score": 0.0}, 0
+    while True:
+        began, asked = time.perf_counter(), turn_of(turn)
+        prompts, ids = [prompt_of[question.id] for question in asked], range(turn * len(asked), (turn + 1) * len(asked))
+        new = respond(engine, weights, asked, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=progress)
+        sampled = time.perf_counter()
+
+        said, marks = new.scores()  # most were scored while the longest responses were decoded
+        questions, responses, texts, scored = questions + new.questions, responses + new.responses, texts + said, scored + marks
+        valid = np.array([isinstance(one, Score) for one in scored]).reshape(-1, crpo.group_size)
+        rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored]).reshape(-1, crpo.group_size)
+        chosen, varied = chosen_groups(rewards, valid, crpo.prompts_per_step)
+        seconds["rollout"] += sampled - began
+        seconds["score"] += time.perf_counter() - sampled
+        if stop.requested:
+            return None
+        if varied == crpo.prompts_per_step or turn == crpo.dynamic_sampling:
+            break
+        turn += 1
+    trained = (chosen[:, None] * crpo.group_size + np.arange(crpo.group_size)).reshape(-1)
+    return Drawn(questions, responses, texts, scored, rewards, valid, trained, seconds)
