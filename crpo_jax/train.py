@@ -154,7 +154,8 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             useful = [len(rows[i].prompt) + len(rows[i].response) for i in trained]
             passes = 5 if updates_per_step > 1 else 4  # forward and backward, the reference's forward, and the old policy's if needed
             measured |= report.timings(seconds, int(lengths.sum()), sum(useful), places)
-            measured |= report.utilization(shape, mesh, useful, passes, seconds["update"]) | {"time/compilations": compilations.new()}
+            measured |= report.utilization(shape, mesh, useful, passes, seconds["update"]) | report.memory(mesh)
+            measured["time/compilations"] = compilations.new()
             log.samples(report.sample_rows(step, drawn, advantages))
             log.step(step, measured)
             progress.show(step + 1, report.line(measured))

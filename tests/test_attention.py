@@ -48,13 +48,14 @@ def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return out
 
 
-@pytest.fixture(params=[512, 4, 1], ids=lambda chunk: f"chunks of {chunk}")
-def query_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(attention, "QUERY_CHUNK", request.param)
-    return request.param
+@pytest.fixture(params=[(128, 1024), (4, 1024), (5, 0), (1, 0)], ids=lambda sizes: f"pieces of {sizes[0]}, kept to {sizes[1]}")
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whole, in equal pieces, in pieces of which the last is shorter, and in no more than eight."""
+    monkeypatch.setattr(attention, "PIECE", request.param[0])
+    monkeypatch.setattr(attention, "KEPT", request.param[1])
 
 
-def test_is_the_formula(query_chunk: int):
+def test_is_the_formula(pieces: None):
     q, k, v = random_qkv()
     np.testing.assert_allclose(attend(q, k, v), naive(q, k, v), rtol=1e-5, atol=1e-6)
 
@@ -66,10 +67,8 @@ def test_any_number_of_kv_heads(heads: int):
     np.testing.assert_allclose(attend(q, k, v), naive(q, k, v), rtol=1e-5, atol=1e-6)
 
 
-def test_a_length_that_no_chunk_divides_is_taken_whole(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 5)
-    q, k, v = random_qkv()
-    np.testing.assert_allclose(attend(q, k, v), naive(q, k, v), rtol=1e-5, atol=1e-6)
+def test_rows_are_cut_into_no_more_than_eight_pieces():
+    assert [attention.piece(t) for t in (1, 128, 1024, 1025, 5120)] == [128, 128, 128, 256, 640]
 
 
 def gradients(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Any:
@@ -78,18 +77,20 @@ def gradients(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Any:
     return jax.grad(lambda *x: jnp.sum(attend(*x) * weights), argnums=(0, 1, 2))(q, k, v)
 
 
-def test_gradients_by_chunks_are_the_gradients(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kept", [0, 1024])
+def test_gradients_by_pieces_are_the_gradients(kept: int, monkeypatch: pytest.MonkeyPatch):
     whole = gradients(*random_qkv())
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(attention, "PIECE", 5)
+    monkeypatch.setattr(attention, "KEPT", kept)
     for ours, expected in zip(gradients(*random_qkv()), whole, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_those_of_finite_differences(query_chunk: int):
+def test_gradients_are_those_of_finite_differences(pieces: None):
     check_grads(lambda *x: attend(*x), random_qkv(b=1, t=4), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-def test_no_token_sees_a_later_one(query_chunk: int):
+def test_no_token_sees_a_later_one(pieces: None):
     """Neither its values nor its gradients: right padding needs no mask of its own."""
     q, k, v = random_qkv()
     changed = [np.concatenate([x[:, :7], x[:, 7:] * -3 + 1], axis=1) for x in (q, k, v)]
@@ -109,7 +110,7 @@ def test_rows_and_heads_do_not_mix():
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e8])
-def test_extreme_scores_stay_finite(query_chunk: int, scale: float):
+def test_extreme_scores_stay_finite(pieces: None, scale: float):
     """Scores up to 1e16: the softmax becomes a maximum, values and gradients stay numbers."""
     q, k, v = random_qkv(scale=scale)
     v = random_qkv()[2]

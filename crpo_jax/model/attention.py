@@ -14,7 +14,9 @@ from crpo_jax.config import InputError
 
 Implementation = Literal["xla", "cudnn", "splash"]
 
-QUERY_CHUNK = 512  # queries whose scores stand in memory at once
+PIECE = 128  # queries that are taken together are a multiple of this,
+PIECES = 8  # and as many as make no more than so many pieces of a row
+KEPT = 1024  # longer rows make their scores again in the backward pass instead of keeping them
 UNSEEN = -1e30  # added to the score of a key that a query must not see; finite, so that no row of scores is all -inf
 SPLASH_BLOCKS = (512, 256, 128)  # tile sizes of queries and keys, the largest that divides the row; 128 lanes are a TPU's least
 INTERPRET = False  # Splash without a TPU, slowly: tests set it
@@ -51,22 +53,28 @@ def causal_attention(
     if implementation == "splash" and t % SPLASH_BLOCKS[-1] == 0:
         return splash(q, k, v)
     kv = k.shape[2]
-    r, chunk = n // kv, t if t % QUERY_CHUNK else min(QUERY_CHUNK, t)
+    r, size = n // kv, piece(t)
     # Heads beside rows and the r queries of a KV head along its query axis: plain batched products, as fast as XLA has them.
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    queries = q.reshape(b, t // chunk, chunk, kv, r, h).transpose(1, 0, 3, 4, 2, 5).reshape(t // chunk, b, kv, r * chunk, h)
+    queries = q.reshape(b, t, kv, r, h).transpose(0, 2, 3, 1, 4)
 
-    def one(start: Array, queries: Array) -> Array:
-        scores = jnp.einsum("bkqh,bksh->bkqs", queries, keys, preferred_element_type=jnp.float32) * h**-0.5
-        seen = start + jnp.tile(jnp.arange(chunk), r)[:, None] >= jnp.arange(t)
+    def one(first: int, queries: Array, keys: Array, values: Array) -> Array:
+        here, there = queries.shape[3], keys.shape[2]
+        scores = jnp.einsum("bkqh,bksh->bkqs", queries.reshape(b, kv, r * here, h), keys, preferred_element_type=jnp.float32) * h**-0.5
+        seen = first + jnp.tile(jnp.arange(here), r)[:, None] >= jnp.arange(there)
         scores += jnp.where(seen, 0.0, UNSEEN)
         mass = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         mixed = jnp.einsum("bkqs,bksh->bkqh", mass.astype(v.dtype), values, preferred_element_type=jnp.float32)
-        return (mixed / jnp.sum(mass, axis=-1, keepdims=True)).astype(v.dtype)
+        return (mixed / jnp.sum(mass, axis=-1, keepdims=True)).astype(v.dtype).reshape(b, kv, r, here, h)
 
-    starts = jnp.arange(0, t, chunk)
-    out = one(starts[0], queries[0])[None] if t == chunk else jax.lax.map(lambda x: jax.checkpoint(one)(*x), (starts, queries))
-    return out.reshape(t // chunk, b, kv, r, chunk, h).transpose(1, 0, 4, 2, 3, 5).reshape(b, t, n, h)
+    one = jax.checkpoint(one, static_argnums=0) if t > KEPT else one
+    out = [one(first, queries[:, :, :, first : first + size], *(x[:, :, : first + size] for x in (keys, values))) for first in range(0, t, size)]
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def piece(t: int) -> int:
+    """How many queries of rows of `t` tokens are taken together: they skip the keys after the last of them."""
+    return max(PIECE, PIECE * -(-t // (PIECE * PIECES)))
 
 
 def splash(q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> Float[Array, "b t n h"]:

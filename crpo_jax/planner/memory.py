@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crpo_jax.model.attention import QUERY_CHUNK
+from crpo_jax.model.attention import piece
 from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import CACHE_BKSH, TENSOR, WeightTable, kv_copies, sharding, spec
@@ -145,8 +145,8 @@ def temporaries(job: Job) -> Memory:
         return tokens * dtype.itemsize * (wide * shape.f / job.model + narrow * shape.d)
 
     def scores(rows: int, t: int) -> float:
-        """Float32 attention scores of one chunk of queries, where they are made at all."""
-        return rows * shape.n / job.model * min(t, QUERY_CHUNK) * t * 4 if job.attention == "xla" else 0.0
+        """Float32 attention scores of one piece of queries, where they are made at all."""
+        return rows * shape.n / job.model * min(t, piece(t)) * t * 4 if job.attention == "xla" else 0.0
 
     forward = chunk + block(rows * t, 2, 4)
     copied = (whole if tpu else whole / 4) if split("master") else 0.0

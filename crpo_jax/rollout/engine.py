@@ -34,7 +34,7 @@ from crpo_jax.rollout.sample import RUNNING, STOPPED, Drawn, Rows, programs
 # Few sizes, so that few programs compile.
 PROMPT_SLOTS = 32  # prompts are padded to this times a power of two, or one and a half times that
 RESPONSE_SLOTS = 128  # a cache has this times a power of two
-HALVINGS = 3  # a loop has as many rows as a wave, or half, a quarter, an eighth of them
+HALVINGS = 2  # a loop has as many rows as a wave, or half, or a quarter of them
 
 
 class Response(NamedTuple):

@@ -1,6 +1,8 @@
 """What a person sees of a run: a line per step, the opening, the closing table, the learning curve."""
 
 import json
+import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def stopped(done: int, steps: int) -> str:
 
 
 def timings(seconds: Mapping[str, float], tokens: int, useful: int, places: int) -> dict[str, float]:
-    """Seconds of a step's phases (rollout, score, update) and what they come to; names under time/ are what two equal runs may differ in.
+    """Seconds of a step's phases (rollout, score, update) and what they come to; time/ and memory/ are where two equal runs may differ.
 
     `tokens` were sampled; the update's micro-batches have `places`, of which `useful` hold a token of a prompt or response.
     """
@@ -109,6 +111,14 @@ def utilization(shape: Shape, mesh: Mesh, lengths: Sequence[int], passes: int, s
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     flops = passes * sum(forward_flops(shape, length) for length in lengths)
     return {} if peak is None else {"time/mfu": flops / (seconds * peak * mesh.size)}
+
+
+def memory(mesh: Mesh) -> dict[str, float]:
+    """GiB that this process has held at most so far: on the host, and on its fullest device where the runtime counts it (not on CPUs)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    held = {"memory/host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    on_devices = [stats["peak_bytes_in_use"] for device in mesh.local_devices if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats]
+    return held | ({"memory/device": max(on_devices) / 2**30} if on_devices else {})
 
 
 def step_metrics(
