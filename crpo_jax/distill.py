@@ -205,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = config.parser("distill", __doc__ or "")
     parser.add_argument("--convert", action="store_true", help="only convert the traces that WORKDIR holds")
     parser.add_argument("--traces", metavar="FILE", help="only convert the traces of this file: JSON lines with a completion that holds <think>")
+    parser.add_argument("--allow-changes", action="store_true", help="go on in a workdir that holds the traces of another config")
     args = parser.parse_args(arguments)
     settings = config.from_arguments(args, model=False)
     workdir = Path(args.workdir or "runs/distill")
@@ -216,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"--workdir {workdir}: expected traces.jsonl to convert, got none there")
     failed = 0
     try:
-        with open_workdir(workdir, settings), Stop("waiting for the requests under way, asking nothing new") as stop:
+        with open_workdir(workdir, settings, changes=args.allow_changes), Stop("waiting for the requests under way, asking nothing new") as stop:
             progress = Progress(len(wanted))
             if foreign is None:
                 with Journal(workdir / "traces.jsonl") as journal:

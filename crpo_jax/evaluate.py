@@ -29,7 +29,7 @@ from crpo_jax.judge.answers import Answer
 from crpo_jax.judge.client import ServerError
 from crpo_jax.judge.journal import Full
 from crpo_jax.run.progress import Progress
-from crpo_jax.run.workdir import Stop, open_workdir
+from crpo_jax.run.workdir import Stop, Stopped, open_workdir
 
 SPLITS = {"medmcqa": "validation"}  # its test split hides the answers; elsewhere data.eval_split
 
@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", metavar="NAME_OR_FILE", nargs="+", action="extend", default=[], help="data sets to answer")
     parser.add_argument("--responses", metavar="FILE", nargs="+", action="extend", default=[], help="responses to evaluate instead")
     parser.add_argument("--report", metavar="NAME=DIR", nargs="+", action="extend", default=[], help="evaluated workdirs; a name again is a seed")
+    parser.add_argument("--allow-changes", action="store_true", help="go on in a workdir that holds the responses of another config")
     args = parser.parse_intermixed_args(arguments)
     if args.report:
         if args.model or args.data or args.responses or args.overrides:
@@ -164,14 +165,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = workdir / "responses"
     if not sets and not given and not sorted(folder.glob("*.jsonl")):
         raise InputError(f"--workdir {workdir}: expected responses to evaluate in {folder}, got none; give --model and --data, or --responses")
-    with open_workdir(workdir, settings), Stop("finishing this wave of responses, keeping it, then stopping") as stop:
+    with open_workdir(workdir, settings, changes=args.allow_changes), Stop("finishing this wave of responses, keeping it, then stopping") as stop:
         if sets:
             from crpo_jax.parallel.processes import self_test
-            from crpo_jax.run.answering import Stopped, examine
+            from crpo_jax.run.answering import examine
+            from crpo_jax.run.guard import one_line
 
             self_test()
             try:
-                examine(settings, sets, folder, stop)
+                with one_line("crpo_jax.evaluate"):
+                    examine(settings, sets, folder, stop)
             except Stopped:
                 return print("stopped; the same command goes on from there", file=sys.stderr)
             except Full as error:

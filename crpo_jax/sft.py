@@ -11,7 +11,7 @@ from crpo_jax import config
 from crpo_jax.parallel import processes
 from crpo_jax.parallel.mesh import make_mesh
 from crpo_jax.run import coldstart, setup, sft_report
-from crpo_jax.run.workdir import Fault
+from crpo_jax.run.guard import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,11 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--allow-changes", action="store_true", help="go on in a workdir that holds a run of another config or other traces")
     processes.add_flags(parser)
     args = parser.parse_args(arguments)
-    with processes.joined("sft", args):
-        try:
-            fine_tune(args)
-        except Fault as fault:
-            raise SystemExit(f"crpo_jax.sft: stopped: {fault}") from None
+    with processes.joined("sft", args), one_line("crpo_jax.sft"):
+        fine_tune(args)
 
 
 def fine_tune(args: argparse.Namespace) -> None:

@@ -19,13 +19,13 @@ from crpo_jax.parallel.mesh import data_size, make_mesh
 from crpo_jax.reward.scoring import Scorer, ScoringError
 from crpo_jax.run import coldstart, evaluation, report, setup, start
 from crpo_jax.run.checkpoint import Checkpoints
-from crpo_jax.run.guard import Guard, out_of_memory
+from crpo_jax.run.guard import Guard, one_line
 from crpo_jax.run.metrics import Log
 from crpo_jax.run.programs import Compilations, keep_programs
 from crpo_jax.run.progress import Progress
 from crpo_jax.run.replay import replay
 from crpo_jax.run.responses import draw
-from crpo_jax.run.workdir import Fault, Stop, check_inputs, open_workdir
+from crpo_jax.run.workdir import Stop, check_inputs, open_workdir
 from crpo_jax.update.batches import Row, aligned, micro_batches, of_rows
 from crpo_jax.update.losses import group_advantages, row_weights
 from crpo_jax.update.step import on_devices, trainer
@@ -93,6 +93,8 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
                 if writer:
                     report.keep_answers(workdir, step, answered)
                 progress.keep(f"step {step}/{steps}  {len(answered)} held-out questions: {report.line(means)}")
+                if stop.requested and step < steps:  # it is measured again, the same
+                    break
             if step == steps:
                 log.step(step, measured)
                 finished = True
@@ -104,7 +106,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
 
             policy, key, told = gather(lora.policy(state.master, frozen)), jax.random.fold_in(seed, step), report.sampling(progress, step)
             drawn = draw(engine, policy, turn_of, prompt_of, scorer, text, key, crpo, stop=stop, progress=told)
-            if drawn is None:  # asked to stop: the state is still that after `step` steps, and this one comes again the same
+            if drawn is None:  # asked to stop: the state is that after `step` steps, and this one comes again the same
                 break
             del policy  # its memory is the update's now
             responses, trained, seconds, began = drawn.responses, drawn.trained, drawn.seconds, time.perf_counter()
@@ -182,19 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workdir = Path(args.workdir or f"runs/{name}")
         keep_programs(settings.run.compile_cache)
         try:
-            if args.replay is None:
-                train(settings, workdir, changes=args.allow_changes)
-            else:
-                print(replay(settings, workdir, args.replay))
+            with one_line("crpo_jax.train"):
+                if args.replay is None:
+                    train(settings, workdir, changes=args.allow_changes)
+                elif (found := replay(settings, workdir, args.replay)) and jax.process_index() == 0:
+                    print(found)
         except ScoringError as error:
             raise SystemExit(f"crpo_jax.train: stopped, the reward is at fault: {error}") from None
-        except Fault as fault:
-            raise SystemExit(f"crpo_jax.train: stopped: {fault}") from None
-        except jax.errors.JaxRuntimeError as error:
-            fault = out_of_memory(error)
-            if not fault:
-                raise
-            raise SystemExit(f"crpo_jax.train: stopped: {fault}") from None
 
 
 if __name__ == "__main__":

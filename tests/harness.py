@@ -155,7 +155,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
     """Everything a run leaves that does not depend on the clock."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
-        "metrics.jsonl": [{name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))} for row in rows],
+        "metrics.jsonl": [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows],
         "samples.jsonl": (workdir / "samples.jsonl").read_bytes(),
         "held-out responses": {path.name: path.read_bytes() for path in sorted((workdir / "report").glob("*.jsonl"))},
         "start model": (workdir / "coldstart" / "model.safetensors").read_bytes(),

@@ -9,7 +9,7 @@ from crpo_jax import evaluate
 from crpo_jax.data.vignettes import teacher_response, vignettes
 from crpo_jax.judge import client
 from crpo_jax.judge.answers import Answer, row_of
-from crpo_jax.judge.measures import MEASURES, agreement, asking, counted
+from crpo_jax.judge.measures import MEASURES, agreement, asking, chosen, counted
 from crpo_jax.judge.truth import exact
 
 QUESTIONS = vignettes("test", 6)
@@ -86,6 +86,12 @@ def test_two_judges_their_agreement_and_the_truth(tmp_path, responses, capsys):
     shown = capsys.readouterr().out
     assert "no count (6 unparsed)" in shown
     assert "no count (6 missing)" in shown
+
+
+def test_a_part_is_the_same_questions_whatever_order_the_responses_ended_in():
+    part = chosen(ANSWERS, 1, 2)
+    assert chosen(ANSWERS[::-1], 1, 2) == part
+    assert [answer.question.id for answer in part] == sorted(question.id for question in QUESTIONS)[:2]
 
 
 def test_agreement_in_numbers():

@@ -72,6 +72,13 @@ def test_the_loss_falls_and_everything_is_left_behind(whole: Path):
     assert "<conclusion>" in previews[0]["teacher"]
 
 
+def test_updates_that_are_not_finite_end_the_run(tmp_path: Path):
+    """Else it would go on to its end, and write the weights it began with as the model."""
+    with pytest.raises(SystemExit, match="loss or gradient not finite, the last of 3 updates in a row"):
+        tune(tmp_path / "astray", "sft.optimizer.learning_rate=1e30", "sft.optimizer.warmup_steps=0", "sft.optimizer.schedule=constant")
+    assert not (tmp_path / "astray" / "coldstart").exists()
+
+
 def test_the_loss_is_of_the_response_alone(tmp_path: Path):
     """Another question before the same answer changes what is conditioned on, not which tokens count: their number is the same."""
     questions = [{"id": str(i), "question": "chest pain " * (i + 1), "options": {"A": "gout", "B": "flu"}, "answer": "A"} for i in range(4)]

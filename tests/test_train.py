@@ -48,7 +48,7 @@ def run(workdir: Path, *overrides: str, mesh: str = "8x1") -> list[dict[str, flo
 
 
 def timeless(metrics):
-    return [{name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))} for row in metrics]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in metrics]
 
 
 def samples(workdir: Path, step: int | None = None):

@@ -150,8 +150,11 @@ def judged(
 
 
 def chosen(responses: Sequence[Answer], samples: int, questions: int) -> list[Answer]:
-    """The responses that are judged: the first samples of the first questions."""
-    groups = grouped(responses)
+    """The responses that are judged: the first samples of the first questions by id.
+
+    Not by their place in the file, where the shortest stand first: models compared by a part must be judged by the same questions.
+    """
+    groups = sorted(grouped(responses), key=lambda group: responses[group[0]].question.id)
     return [responses[index] for group in groups[: questions or len(groups)] for index in group[:samples]]
 
 

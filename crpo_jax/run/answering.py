@@ -26,11 +26,7 @@ from crpo_jax.parallel.mesh import make_mesh
 from crpo_jax.rollout.engine import Engine, Response
 from crpo_jax.run import setup, start
 from crpo_jax.run.progress import Progress
-from crpo_jax.run.workdir import Stop
-
-
-class Stopped(Exception):
-    """Someone asked for the end; what is answered is on disk."""
+from crpo_jax.run.workdir import Stop, Stopped
 
 
 def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:

@@ -24,7 +24,7 @@ from crpo_jax.run import report, setup, sft_report, start
 from crpo_jax.run.checkpoint import Checkpoints
 from crpo_jax.run.metrics import Log
 from crpo_jax.run.progress import Progress
-from crpo_jax.run.workdir import Stop, check_inputs, open_workdir
+from crpo_jax.run.workdir import Fault, Stop, check_inputs, open_workdir
 from crpo_jax.update.batches import Row, micro_batches, of_rows
 from crpo_jax.update.losses import row_weights
 from crpo_jax.update.step import Batch, Trainer, on_devices, trainer
@@ -71,7 +71,7 @@ def fine_tune(settings: Config, shape: Shape, mesh: Mesh, text: setup.Text, work
     losses = {step: loss for step, loss in sft_report.held_out_losses(workdir).items() if step < done}
     progress.keep(sft_report.opening(settings, shape, mesh, (done, steps, epoch), traces, origin, workdir))
 
-    finished = False
+    finished, skipped = False, 0
     with stop, held, log, checkpoints:
         for step in range(done, steps + 1):
             if stop.requested:
@@ -111,6 +111,12 @@ def fine_tune(settings: Config, shape: Shape, mesh: Mesh, text: setup.Text, work
             # ---- keep ----------------------------------------------------------------------------------------------
             log.step(step, measured)
             progress.show(step + 1, sft_report.line(measured))
+            skipped = 0 if applied else skipped + 1
+            if skipped and skipped == settings.run.limits.skipped:
+                raise Fault(
+                    f"step {step}: loss or gradient not finite, the last of {skipped} updates in a row that were not applied "
+                    "(run.limits.skipped). Try a smaller sft.optimizer.learning_rate, or model.dtype=float32"
+                )
             done = step + 1
             if done == steps or done % epoch == 0 or (sft.save_every and done % sft.save_every == 0):
                 checkpoints.save(done, state)

@@ -1,10 +1,11 @@
 """What may go wrong in a run's numbers and on its devices, in words: what it means, and what to try."""
 
+import contextlib
 import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,20 @@ KNOBS = {
         "parallel.micro_batch_tokens or parallel.logprob_chunk smaller, parallel.remat=true, parallel.layout=fsdp, or a mesh with more devices",
     ),
 }
+
+
+@contextlib.contextmanager
+def one_line(command: str) -> Iterator[None]:
+    """What ends a command through no fault of its input, and a device's refusal of memory, as one line and exit code 1."""
+    try:
+        yield
+    except Fault as fault:
+        raise SystemExit(f"{command}: stopped: {fault}") from None
+    except jax.errors.JaxRuntimeError as error:
+        fault = out_of_memory(error)
+        if not fault:
+            raise
+        raise SystemExit(f"{command}: stopped: {fault}") from None
 
 
 def out_of_memory(error: BaseException) -> Fault | None:

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
 from crpo_jax.config import Config, InputError
 from crpo_jax.model import hub, lora
 from crpo_jax.parallel.layout import ROWS_B, TOKENS_BT
-from crpo_jax.parallel.mesh import make_mesh, put
+from crpo_jax.parallel.mesh import fetch, make_mesh, put
 from crpo_jax.run import guard, setup, start
 from crpo_jax.run.checkpoint import Checkpoints
 from crpo_jax.update.step import trainer
@@ -42,7 +41,7 @@ def replay(settings: Config, workdir: Path, step: int) -> str:
         norm, tensors = float(optax.tree.norm(gradients)), guard.not_finite(gradients, totals)
         lines.append(f"{path.name}: loss {float(totals['sum/loss']):.6g}, gradient norm {norm:.6g}, not finite: {', '.join(tensors) or 'nothing'}")
         for micro, batch in zip(mini, batches, strict=True):
-            lines += odd_rows(micro, jax.device_get(run.logprobs(weights, batch)), text)
+            lines += odd_rows(micro, fetch(run.logprobs(weights, batch)), text)
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scored
 from crpo_jax.rollout.engine import Response, Tally
 from crpo_jax.run.evaluation import Answered, response_means, reward_means, standard_error
-from crpo_jax.run.metrics import read_metrics, whole_lines
+from crpo_jax.run.metrics import read_metrics, told, whole_lines
 from crpo_jax.run.progress import Progress, clock
 from crpo_jax.run.responses import Drawn
 
@@ -90,7 +90,7 @@ def stopped(done: int, steps: int) -> str:
 
 
 def timings(seconds: Mapping[str, float], tokens: int, useful: int, places: int) -> dict[str, float]:
-    """Seconds of a step's phases (rollout, score, update) and what they come to; time/ and memory/ are where two equal runs may differ.
+    """Seconds of a step's phases (rollout, score, update) and what they come to; names under time/ are what two equal runs may differ in.
 
     `tokens` were sampled; the update's micro-batches have `places`, of which `useful` hold a token of a prompt or response.
     """
@@ -116,9 +116,9 @@ def utilization(shape: Shape, mesh: Mesh, lengths: Sequence[int], passes: int, s
 def memory(mesh: Mesh) -> dict[str, float]:
     """GiB that this process has held at most so far: on the host, and on its fullest device where the runtime counts it (not on CPUs)."""
     unit = 1 if sys.platform == "darwin" else 1024
-    held = {"memory/host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    held = {"time/host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     on_devices = [stats["peak_bytes_in_use"] for device in mesh.local_devices if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats]
-    return held | ({"memory/device": max(on_devices) / 2**30} if on_devices else {})
+    return held | ({"time/device_memory": max(on_devices) / 2**30} if on_devices else {})
 
 
 def step_metrics(
@@ -178,12 +178,13 @@ def score_fields(score: Scored) -> dict[str, Any]:
 
 def keep_answers(workdir: Path, step: int, answered: Sequence[Answered]) -> None:
     """The held-out responses after `step` steps, in report/held_out_<step>.jsonl."""
-    folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
-    with (folder / f"held_out_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-        for question, response, score in answered:
-            asked = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer}
-            file.write(json.dumps(asked | {"response": response} | score_fields(score), ensure_ascii=False) + "\n")
+    path = workdir / "report" / f"held_out_{step:06d}.jsonl"
+    with told(path):
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for question, response, score in answered:
+                asked = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer}
+                file.write(json.dumps(asked | {"response": response} | score_fields(score), ensure_ascii=False) + "\n")
 
 
 def evaluations(metrics: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
@@ -253,7 +254,8 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
     panel(axes[1, 1], "response length", {"response/length": "tokens"}, {"response/length": "eval/length"}, "tokens")
     figure.suptitle("Lines: training batches. Dots: held-out questions.", fontsize=9)
     path = workdir / "report" / "curve.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

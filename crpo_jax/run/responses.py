@@ -16,7 +16,7 @@ from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scoring import Scored, Scorer
 from crpo_jax.rollout.engine import Engine, Response, Tally
 from crpo_jax.run.setup import Text
-from crpo_jax.run.workdir import Stop
+from crpo_jax.run.workdir import Stop, Stopped
 from crpo_jax.update.losses import chosen_groups
 
 
@@ -93,17 +93,26 @@ def draw(
     stop: Stop,
     progress: Callable[[Tally], None],
 ) -> Drawn | None:
-    """The responses of a step with their rewards; None where the run was asked to stop meanwhile.
+    """The responses of a step with their rewards; None where the run was asked to stop before they were drawn.
 
     `turn_of(0)` are the step's questions. While fewer than crpo.prompts_per_step groups differ in reward, further turns follow,
     crpo.dynamic_sampling of them at most (DAPO, arXiv 2503.14476).
     """
+
+    def looked(tally: Tally) -> None:
+        progress(tally)
+        if stop.requested:
+            raise Stopped
+
     questions, responses, texts, scored = list[Question](), list[Response](), list[str](), list[Scored]()
     seconds, turn = {"rollout": 0.0, "score": 0.0}, 0
     while True:
         began, asked = time.perf_counter(), turn_of(turn)
         prompts, ids = [prompt_of[question.id] for question in asked], range(turn * len(asked), (turn + 1) * len(asked))
-        new = respond(engine, weights, asked, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=progress)
+        try:
+            new = respond(engine, weights, asked, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=looked)
+        except Stopped:
+            return None
         sampled = time.perf_counter()
 
         said, marks = new.scores()  # most were scored while the longest responses were decoded
@@ -113,8 +122,6 @@ def draw(
         chosen, varied = chosen_groups(rewards, valid, crpo.prompts_per_step)
         seconds["rollout"] += sampled - began
         seconds["score"] += time.perf_counter() - sampled
-        if stop.requested:
-            return None
         if varied == crpo.prompts_per_step or turn == crpo.dynamic_sampling:
             break
         turn += 1

@@ -27,12 +27,17 @@ MAY_CHANGE = (
     "run.eval_every",
     "run.keep",
     "run.limits.",
+    "run.compile_cache",
+    "rollout.slots",
+    "rollout.chunk",
     "reward.workers",
     "reward.time_limit",
-    *(f"distill.{name}:" for name in ENDPOINT),
+    "sft.save_every",
+    *(f"distill.{name}:" for name in (*ENDPOINT, "attempts", "questions", "convert")),
     "judge.",
     "evaluate.answer:",
     "evaluate.subjects:",
+    "evaluate.samples:",
 )
 """Settings that a resumed run may change: they decide how long or how fast it runs, not what it computes up to a step.
 
@@ -135,6 +140,10 @@ def lock(workdir: Path) -> BinaryIO:
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
     return file
+
+
+class Stopped(Exception):
+    """A part of the work was left, since the run was asked to stop; it comes again, the same."""
 
 
 class Stop:

@@ -8,14 +8,15 @@
 # --dry-run as the first argument prints the commands and runs none.
 set -euo pipefail
 run() { "$@"; }
-there() { gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" >/dev/null 2>&1; }
-[ "${1:-}" = --dry-run ] && shift && run() { printf '%q ' "$@" && echo; } && there() { false; }
+state() { gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)' 2>/dev/null || true; }
+[ "${1:-}" = --dry-run ] && shift && run() { printf '%q ' "$@" && echo; } && state() { :; }
 : "${NAME:?name of the slice}" "${ZONE:?its zone}" "${TYPE:?its accelerator type}" "${VERSION:?its runtime version}" "${SHARE:?HOST:/PATH of an NFS export}"
 
 cd "$(dirname "$0")/../.."
 everywhere() { run gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"; }
 
-there || run gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" --version="$VERSION"
+case "$(state)" in PREEMPTED | TERMINATED) run gcloud compute tpus tpu-vm delete "$NAME" --zone="$ZONE" --quiet ;; esac
+[ -n "$(state)" ] || run gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" --version="$VERSION"
 run git archive --prefix=crpo_jax/ --output=crpo_jax.tar HEAD
 run gcloud compute tpus tpu-vm scp crpo_jax.tar "$NAME": --zone="$ZONE" --worker=all
 everywhere "sudo mkdir -p /share && (mountpoint -q /share || (sudo apt-get -qq install -y nfs-common && sudo mount -t nfs $SHARE /share))"
