@@ -103,7 +103,7 @@ def test_one_optimizer_step_needs_no_old_logprobs():
 
 @pytest.mark.parametrize("recorded", FIGURES, ids=lambda one: f"{one['target']}-{one['mesh']}-{one['layout']}")
 def test_the_estimate_is_within_a_tenth_of_what_was_compiled(recorded: dict[str, Any]):
-    """Recorded by `python -m crpo_jax.plan --json` with the compilers installed, with attention by XLA."""
+    """Recorded by `python -m crpo_jax.plan --json` with the compilers installed."""
     job = paper(recorded["target"], recorded["mesh"], f"parallel.layout={recorded['layout']}", *recorded["overrides"])
     guessed = from_shapes(job)
     aside = {"decode": set_aside(job)}  # beside the programs: exact, and not the compiler's to say

@@ -364,7 +364,7 @@ def test_evaluate_is_accumulate_without_the_gradient(model: Qwen2, minis: list[M
 
 def test_a_second_step_compiles_nothing(model: Qwen2, minis: list[Mini], one_device: Mesh, compiled: list[str]):
     run = program(one_device, changed(optimizer__eps=0.011))  # programs that no other test has compiled
-    state, batches = begun(run, model, one_device), [whole(mini, one_device) for mini in minis]
+    state, batches = begun(run, model, one_device), [whole(mini, one_device) for mini in minis[:2]]
     for step, batch in enumerate(batches):
         compiled.clear()
         weights = run.compute_weights(state.master)
@@ -421,7 +421,7 @@ def test_gradients_that_are_not_finite_are_not_applied(bad: float, model: Qwen2,
         np.testing.assert_array_equal(old, new)
     state, _, applied = run.apply(state, gradient)
     assert float(applied) == 1
-    assert int(state.step) == 3
+    assert int(state.step) == 2
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from crpo_jax.model import lora
+from crpo_jax.model.lora import Adapted
 from crpo_jax.model.placement import sampling_shardings, to_sampling, weight_shardings
 from crpo_jax.model.qwen2 import abstract
 from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, TOKENS_BT
 from crpo_jax.planner.cost import estimated_collectives
 from crpo_jax.planner.hlo import Collective, collectives
 from crpo_jax.planner.job import Job
-from crpo_jax.planner.memory import Memory, activations, resident, set_aside
+from crpo_jax.planner.memory import Memory, activations, reference, resident, set_aside
 from crpo_jax.planner.targets import mesh_on, options
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import response_slots
@@ -62,7 +64,8 @@ def memory_of(job: Job, phase: str, taken: float) -> Memory:
     are in `temporaries`.
     """
     parts = resident(job)[phase]
-    used = sum(parts[part] for part in TAKES[phase] if part in parts) - (set_aside(job) if phase == "decode" else 0)
+    taken_parts = TAKES[phase] + (("reference",) if job.settings.lora.rank and phase in ON_THE_BASE else ())
+    used = sum(parts[part] for part in taken_parts if part in parts) - (set_aside(job) if phase == "decode" else 0)
     stored = activations(job) if phase == "accumulate" else 0.0
     return {**parts, "activations": stored, "temporaries": parts.get("temporaries", 0.0) + max(0.0, taken - used - stored)}
 
@@ -80,6 +83,10 @@ TAKES = {
 """The parts that are arguments or results of a phase's program; the others lie beside it, as does the cache of rows set aside."""
 
 
+ON_THE_BASE = ("sampling copy", "old log-probs", "accumulate")
+"""The phases that adapters take their frozen base to, which is the reference."""
+
+
 class Program(NamedTuple):
     """A phase's jitted function and the arguments to compile it for."""
 
@@ -94,7 +101,7 @@ class Program(NamedTuple):
 
 def update_programs(job: Job, mesh: Mesh) -> list[Program]:
     settings, shape, layout = job.settings, job.shape, job.layout
-    run: Any = trainer(shape, mesh, settings, settings.optimizer, 1000, loss="crpo", attention=job.attention)
+    run: Any = trainer(shape, mesh, settings, settings.optimizer, 1000, loss="crpo", adapters=settings.lora, attention=job.attention)
     rows, t = job.micro_batch
     b, kinds = rows * job.data, {"tokens": jnp.int32, "prompt_lengths": jnp.int32, "lengths": jnp.int32}
     whole, of_tokens, of_rows = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), TOKENS_BT, ROWS_B))
@@ -105,16 +112,28 @@ def update_programs(job: Job, mesh: Mesh) -> list[Program]:
         del batch["old"]
     gradients, metrics = jax.eval_shape(run.zero)
     gradients, metrics = placed(gradients, run.states.master), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), metrics)
-    state = placed(jax.eval_shape(run.begin, abstract(shape)), run.states)
-    weights = placed(abstract(shape, settings.model.dtype), weight_shardings(shape, layout.compute, mesh))
-    reference = placed(abstract(shape, settings.model.dtype), weight_shardings(shape, layout.reference, mesh))
+    trained = lora.abstract(shape, settings.lora) if settings.lora.rank else abstract(shape)
+    state = placed(jax.eval_shape(run.begin, trained), run.states)
+    base = frozen(job, mesh)
+    if settings.lora.rank:
+        cast = jax.eval_shape(run.compute_weights, lora.policy(state.master, base)).adapters
+        weights: Any = lora.policy(placed(cast, lora.shardings(shape, settings.lora, layout.compute, mesh)), base)
+        copy = Program("compute copy", jax.jit(lambda master: run.compute_weights(Adapted(base, master)).adapters), (state.master,))
+    else:
+        weights = placed(abstract(shape, settings.model.dtype), weight_shardings(shape, layout.compute, mesh))
+        copy = Program("compute copy", run.compute_weights, (state.master,))
     return [
-        Program("compute copy", run.compute_weights, (state.master,)),
-        Program("reference log-probs", run.logprobs, (reference, before)),
+        copy,
+        Program("reference log-probs", run.logprobs, (base, before)),
         *([Program("old log-probs", run.logprobs, (weights, before))] if job.updates > 1 else []),
         Program("accumulate", run.accumulate, (gradients, metrics, weights, batch, state.kl_coef)),
         Program("optimizer step", run.apply, (state, gradients, metrics)),
     ]
+
+
+def frozen(job: Job, mesh: Mesh) -> Any:
+    """The model that is not trained: the reference, and what adapters are trained on."""
+    return placed(abstract(job.shape, job.settings.model.dtype), weight_shardings(job.shape, reference(job), mesh))
 
 
 def rollout_programs(job: Job, mesh: Mesh) -> list[Program]:
@@ -124,8 +143,13 @@ def rollout_programs(job: Job, mesh: Mesh) -> list[Program]:
     chunk = min(rollout.chunk, rollout.max_new_tokens)
     run: Any = programs(shape, mesh, how, chunk, job.attention)
     gather = to_sampling(shape, mesh, settings.model.dtype)
-    master = placed(abstract(shape), weight_shardings(shape, job.layout.master, mesh))
-    weights = placed(jax.eval_shape(gather, abstract(shape)), sampling_shardings(shape, mesh))
+    low = settings.lora
+    if low.rank:
+        own = placed(lora.abstract(shape, low), lora.shardings(shape, low, job.layout.master, mesh))
+        policy: Any = lora.policy(own, frozen(job, mesh))
+    else:
+        policy = placed(abstract(shape), weight_shardings(shape, job.layout.master, mesh))
+    weights = placed(jax.eval_shape(gather, policy), sampling_shardings(shape, mesh))
     p, b, longest = job.wave_prompts * job.data, job.wave_rows * job.data, settings.data.max_prompt_tokens
     whole, of_tokens, of_rows, of_caches = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), TOKENS_BT, ROWS_B, CACHE_BKSH))
     prompts = jax.ShapeDtypeStruct((p, longest), jnp.int32, sharding=of_tokens)
@@ -136,7 +160,7 @@ def rollout_programs(job: Job, mesh: Mesh) -> list[Program]:
     full, _ = jax.eval_shape(lambda *given: run.start(*given, slots=(longest, rollout.max_new_tokens)), *begin)
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_caches), full)
     return [
-        Program("sampling copy", gather, (master,)),
+        Program("sampling copy", gather, (policy,)),
         Program("prefill", run.start, begin, (longest, response_slots(chunk, rollout.max_new_tokens))),
         Program("decode", run.advance, (weights, cache, rows, key, number, number)),
     ]

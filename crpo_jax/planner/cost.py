@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from crpo_jax.parallel.layout import TENSOR, WeightTable
 from crpo_jax.planner.hlo import Collective, added, sent_by_ring
 from crpo_jax.planner.job import Job
-from crpo_jax.planner.memory import cache, of_table, resident, sampling_weights
+from crpo_jax.planner.memory import adapters, cache, of_table, reference, resident, sampling_weights
 from crpo_jax.planner.targets import GPUS_PER_HOST
 
 
@@ -49,6 +49,7 @@ def works(job: Job) -> dict[str, Work]:
     forward = tokens * (2 * (blocks + output) + attended(job, (prompt + response) / 2)) / job.model
     again = tokens * (2 * blocks + attended(job, (prompt + response) / 2)) / job.model if settings.parallel.remat else 0
     again += tokens * 2 * output / job.model  # the log-probs are always made again in the backward pass
+    backward = (2 if settings.lora.rank else 3) * forward  # both passes; a frozen weight has no gradient
     held = resident(job)
     compute, master = held["reference log-probs"]["weights"], held["accumulate"]["gradients"]
     streams = tokens * s.l * width * (12 * s.d + 6 * s.f / job.model)  # a block's activations, written and read
@@ -70,7 +71,7 @@ def works(job: Job) -> dict[str, Work]:
         "compute copy": Work(job.updates, 0, job.updates * (master + 2 * compute)),
         "reference log-probs": Work(micro, forward, micro * whole + streams / 2),
         "old log-probs": Work(micro, forward, micro * whole + streams / 2),
-        "accumulate": Work(micro, 3 * forward + again, micro * (3 * whole + 2 * master) + (3 if settings.parallel.remat else 2) * streams),
+        "accumulate": Work(micro, backward + again, micro * (3 * whole + 2 * master) + (3 if settings.parallel.remat else 2) * streams),
         "optimizer step": Work(
             job.updates, 0, job.updates * (3 * master + 4 * held["optimizer step"]["master"] + 2 * held["optimizer step"]["moments"])
         ),
@@ -93,15 +94,18 @@ def estimated_collectives(job: Job) -> dict[str, list[Collective]]:
         one = sent_by_ring("all-reduce", tokens * s.d * dtype.itemsize, job.model)
         return [Collective("all-reduce", "model", times * one, times)] if job.model > 1 else []
 
+    low = bool(job.settings.lora.rank)  # then the base lies as it computes, and only gradients of the adapters are reduced
+    base = layout.compute if low else layout.master
     kind = "reduce-scatter" if gathered(layout.master) and job.target.chip.kind == "gpu" else "all-reduce"
-    reduced = [Collective(kind, "data", sent_by_ring(kind, whole, job.data), s.l)] if job.data > 1 else []
+    gradients = adapters(job, TENSOR, dtype) if low else whole
+    reduced = [Collective(kind, "data", sent_by_ring(kind, gradients, job.data), s.l)] if job.data > 1 else []
     passes = 3 if job.settings.parallel.remat else 2
     found = {
-        "sampling copy": gathered(layout.master),
+        "sampling copy": gathered(base),
         "prefill": summed(job.wave_prompts * job.settings.data.max_prompt_tokens, 2 * s.l + 1),
         "decode": summed(job.wave_rows, 2 * s.l + 1),
-        "compute copy": gathered(layout.master, layout.compute),
-        "reference log-probs": gathered(layout.reference) + summed(rows * t, 2 * s.l + 1),
+        "compute copy": gathered(base, layout.compute),
+        "reference log-probs": gathered(reference(job)) + summed(rows * t, 2 * s.l + 1),
         "old log-probs": gathered(layout.compute) + summed(rows * t, 2 * s.l + 1),
         "accumulate": gathered(layout.compute, times=passes - 1) + reduced + summed(rows * t, 2 * passes * s.l + 1),
         "optimizer step": [],

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from crpo_jax.model import lora
 from crpo_jax.model.attention import piece
 from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.model.shape import Shape
@@ -53,9 +54,21 @@ def of_table(job: Job, table: WeightTable, dtype: Any) -> float:
     return table_bytes(job.shape, table, job.mesh, jnp.dtype(dtype).itemsize)
 
 
+def adapters(job: Job, table: WeightTable, dtype: Any) -> float:
+    """Bytes that a device holds of the adapters under a table."""
+    low = job.settings.lora
+    numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), lora.abstract(job.shape, low))
+    return held(numbers, lora.shardings(job.shape, low, table, job.mesh))
+
+
 def trained(job: Job) -> float:
-    """Bytes of the float32 masters, and as many of their gradients: of the weights that an optimizer step changes, all of them."""
-    return of_table(job, job.layout.master, jnp.float32)
+    """Bytes of the float32 masters, and as many of their gradients: of all weights, or of the adapters alone."""
+    return (adapters if job.settings.lora.rank else of_table)(job, job.layout.master, jnp.float32)
+
+
+def reference(job: Job) -> WeightTable:
+    """Where the frozen model lies: with adapters it is what they are trained on, too."""
+    return job.layout.compute if job.settings.lora.rank else job.layout.reference
 
 
 def sampling_weights(job: Job) -> float:
@@ -88,8 +101,9 @@ def resident(job: Job) -> dict[str, Memory]:
     only the step's micro-batches."""
     dtype, layout = jnp.dtype(job.settings.model.dtype), job.layout
     master = trained(job)
-    always = {"master": master, "moments": moments(job), "reference": of_table(job, layout.reference, dtype)}
-    sampling, compute = {"weights": sampling_weights(job)}, {"weights": of_table(job, layout.compute, dtype)}
+    always = {"master": master, "moments": moments(job), "reference": of_table(job, reference(job), dtype)}
+    copied = (adapters if job.settings.lora.rank else of_table)(job, layout.compute, dtype)
+    sampling, compute = {"weights": sampling_weights(job)}, {"weights": copied}
     rollout, gradients, kept = job.settings.rollout, {"gradients": master}, {"temporaries": batches(job)}
     phases = {
         "sampling copy": sampling,
@@ -116,6 +130,8 @@ def phases_of(job: Job) -> list[str]:
 def moments(job: Job) -> float:
     """Bytes of the optimizer's moments: AdamW keeps two a weight, Muon one for the matrices of the blocks and two elsewhere."""
     muon = job.settings.optimizer.algorithm == "muon"
+    if job.settings.lora.rank:
+        return (1 if muon else 2) * trained(job)
     return 2 * trained(job) - (table_bytes(job.shape, job.layout.master, job.mesh, 4, matrices=True) if muon else 0)
 
 
@@ -151,13 +167,16 @@ def temporaries(job: Job) -> Memory:
     forward = chunk + block(rows * t, 2, 4)
     copied = (whole if tpu else whole / 4) if split("master") else 0.0
     blocks = of_table(job, layout.master, dtype) - embedding / (job.data if split("master") else 1)  # the gradients of all blocks
+    if job.settings.lora.rank:  # nor are there gradients of the base, and it is stored as it computes
+        blocks, embedding = adapters(job, layout.master, dtype), 0.0
+        copied = (whole if tpu else whole / 4) if split("compute") else 0.0
     backward = blocks + max(embedding, 1.5 * chunk) + block(rows * t, 4.5, 9) + 3 * scores(rows, t)
     return {
         "sampling copy": copied,
         "prefill": (0 if tpu else 3 * scores(prompts, longest)) + block(prompts * longest, 2, 8) + 4 * drawn,
         "decode": 4 * drawn,
         "compute copy": 0.0 if split("compute") else copied,
-        "reference log-probs": forward + (embedding if split("reference") else 0),
+        "reference log-probs": forward + (embedding if of_table(job, reference(job), dtype) < whole else 0),
         "old log-probs": forward + (embedding if split("compute") else 0),
         "accumulate": backward + (embedding if split("compute") else 0) + (2.5 * embedding if tpu else 0),
         "optimizer step": 0.0,
