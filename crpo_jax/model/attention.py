@@ -74,7 +74,7 @@ def causal_attention(
 
 def piece(t: int) -> int:
     """How many queries of rows of `t` tokens are taken together: they skip the keys after the last of them."""
-    return max(PIECE, PIECE * -(-t // (PIECE * PIECES)))
+    return PIECE * -(-t // (PIECE * PIECES))
 
 
 def splash(q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> Float[Array, "b t n h"]:
