@@ -14,16 +14,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crpo_jax import config
-from crpo_jax.config import Config, InputError
+from crpo_jax import cli
+from crpo_jax.chat import traces
+from crpo_jax.chat.client import Client, GivenUp, Reply, ServerError, ask_all, parameters
+from crpo_jax.config import Config
 from crpo_jax.data import question as questions
-from crpo_jax.data import traces
 from crpo_jax.data.prompts import instruction, user_turn
 from crpo_jax.data.question import OTHER_HALF, Question, halves
-from crpo_jax.judge.client import Client, GivenUp, Reply, ServerError, ask_all, parameters
-from crpo_jax.judge.journal import Full, Journal, keep, key_of, replace_rows
-from crpo_jax.run.progress import Progress
-from crpo_jax.run.workdir import Stop, open_workdir
+from crpo_jax.errors import InputError
+from crpo_jax.runtime.progress import Progress
+from crpo_jax.runtime.signals import Stop
+from crpo_jax.store.journal import Full, Journal, keep, key_of, replace_rows
+from crpo_jax.store.workdir import open_workdir
 
 TEACHER = (
     "Answer the medical multiple-choice question below. Think it through first: what the case shows, and what speaks for and against each "
@@ -54,7 +56,9 @@ def teacher_turn(question: Question, settings: Config) -> list[dict[str, str]]:
 
 def rewriting_turn(trace: Trace, letter: str) -> list[dict[str, str]]:
     notes = "\n\n".join(filter(None, (trace.reasoning, trace.answer)))
-    asked = REWRITE.format(letter=letter, instruction=instruction("crpo"), question=user_turn(trace.question, "brief"), notes=notes)
+    asked = REWRITE.format(
+        letter=letter, instruction=instruction("crpo"), question=user_turn(trace.question, "brief"), notes=notes
+    )
     return [{"role": "user", "content": asked}]
 
 
@@ -72,7 +76,12 @@ def chosen_questions(settings: Config) -> list[Question]:
 
 
 def fields_of(question: Question) -> dict[str, Any]:
-    own = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer}
+    own = {
+        "id": question.id,
+        "question": question.question,
+        "options": dict(question.options),
+        "answer": question.answer,
+    }
     return own | {name: value for name, value in (("source", question.source), ("split", question.split)) if value}
 
 
@@ -81,7 +90,10 @@ def ask_teacher(settings: Config, wanted: Sequence[Question], journal: Journal, 
     shape, failed = parameters(settings.distill), 0
     right = {row["key"]: bool(row["right"]) for row in journal.rows}
     rounds = settings.distill.attempts
-    keys = {question.id: [key_of(shape, teacher_turn(question, settings), attempt) for attempt in range(rounds)] for question in wanted}
+    keys = {
+        question.id: [key_of(shape, teacher_turn(question, settings), attempt) for attempt in range(rounds)]
+        for question in wanted
+    }
 
     def answered(item: tuple[int, Question], reply: Reply | GivenUp) -> None:
         nonlocal failed
@@ -91,19 +103,42 @@ def ask_teacher(settings: Config, wanted: Sequence[Question], journal: Journal, 
             return progress.keep(f"{question.id}: no reply: {reply.why}")
         key, parts = keys[question.id][attempt], traces.parted(reply.content, reply.reasoning)
         letter = traces.answer_letter(parts[1], question)[0] if parts else None
-        told = {"key": key, "attempt": attempt, "teacher": settings.distill.model, "reasoning": reply.reasoning, "content": reply.content}
-        told |= {"finish_reason": reply.finish_reason, "usage": dict(reply.usage), "letter": letter, "right": letter == question.answer}
+        told = {
+            "key": key,
+            "attempt": attempt,
+            "teacher": settings.distill.model,
+            "reasoning": reply.reasoning,
+            "content": reply.content,
+        }
+        told |= {
+            "finish_reason": reply.finish_reason,
+            "usage": dict(reply.usage),
+            "letter": letter,
+            "right": letter == question.answer,
+        }
         keep(journal, fields_of(question) | told, progress.keep)
         right[key] = letter == question.answer
-        progress.show(len(right), f"try {attempt + 1}/{rounds}  right {sum(right.values()) / len(right):.2f}  no reply {failed}")
+        progress.show(
+            len(right), f"try {attempt + 1}/{rounds}  right {sum(right.values()) / len(right):.2f}  no reply {failed}"
+        )
 
     with Client(settings.distill, "distill") as client:
         for attempt in range(rounds):
-            left = [question for question in wanted if keys[question.id][attempt] not in right and not any(map(right.get, keys[question.id]))]
+            left = [
+                question
+                for question in wanted
+                if keys[question.id][attempt] not in right and not any(map(right.get, keys[question.id]))
+            ]
             failed = 0
             if stop.noted:
                 break
-            ask_all(client, [(attempt, question) for question in left], lambda item: teacher_turn(item[1], settings), answered, lambda: stop.noted)
+            ask_all(
+                client,
+                [(attempt, question) for question in left],
+                lambda item: teacher_turn(item[1], settings),
+                answered,
+                lambda: stop.noted,
+            )
     return failed
 
 
@@ -111,7 +146,9 @@ def kept_traces(rows: Iterable[Mapping[str, Any]]) -> list[Trace]:
     found = []
     for row in rows:
         parts = traces.parted(row["content"], row["reasoning"]) or (None, None)
-        found.append(Trace(questions.from_record(questions.Record(row, "traces.jsonl")), row["attempt"], row["teacher"], *parts))
+        found.append(
+            Trace(questions.from_record(questions.Record(row, "traces.jsonl")), row["attempt"], row["teacher"], *parts)
+        )
     return found
 
 
@@ -124,7 +161,9 @@ def foreign_traces(path: str) -> list[Trace]:
         options = record.options("options")
         answer = record.letter("answer_idx" if record.has("answer_idx") else "answer", options)
         source = record.text("source") if record.has("source") else ""
-        asked = Question(record.identity("id", default=f"trace-{number:06d}"), record.text("question"), options, answer, source)
+        asked = Question(
+            record.identity("id", default=f"trace-{number:06d}"), record.text("question"), options, answer, source
+        )
         whole = record.text("completion" if record.has("completion") else "content")
         parts = traces.parted(whole, record.text("reasoning") if record.has("reasoning") else "") or (None, None)
         found.append(Trace(asked, number, record.text("teacher") if record.has("teacher") else "", *parts))
@@ -137,12 +176,18 @@ def by_rules(trace: Trace, settings: Config) -> traces.Converted:
     return traces.converted(trace.question, trace.reasoning, trace.answer, settings.reward)
 
 
-def rewritten(found: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: Stop) -> list[traces.Converted]:
+def rewritten(
+    found: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: Stop
+) -> list[traces.Converted]:
     """The traces with the right answer as the model writes them anew; its replies are kept in rewrites.jsonl."""
     out = [traces.Converted(None, "not rewritten yet")] * len(found)
     shape, wanted = parameters(settings.distill), []
     for index, trace in enumerate(found):
-        letter, why = traces.answer_letter(trace.answer, trace.question) if trace.answer is not None else (None, "the reasoning was cut off")
+        letter, why = (
+            traces.answer_letter(trace.answer, trace.question)
+            if trace.answer is not None
+            else (None, "the reasoning was cut off")
+        )
         if letter is not None and letter == trace.question.answer:
             wanted.append((index, rewriting_turn(trace, letter)))
         else:
@@ -160,7 +205,12 @@ def rewritten(found: Sequence[Trace], settings: Config, workdir: Path, progress:
             if isinstance(reply, GivenUp):
                 out[index] = traces.Converted(None, f"not rewritten yet: {reply.why}")
                 return
-            row = {"key": key_of(shape, turn), "id": found[index].question.id, "content": reply.content, "reasoning": reply.reasoning}
+            row = {
+                "key": key_of(shape, turn),
+                "id": found[index].question.id,
+                "content": reply.content,
+                "reasoning": reply.reasoning,
+            }
             keep(journal, row, progress.keep)
             use(index, row)
 
@@ -190,11 +240,21 @@ def convert(found: Sequence[Trace], settings: Config, workdir: Path, progress: P
             good[question.id] = fields_of(question) | told | {"cross_reference": outcome.score.cross_reference}
         else:
             why = outcome.why or "another trace of this question is taken"
-            bad.append({"id": question.id, "attempt": trace.attempt, "why": why, "reasoning": trace.reasoning, "content": trace.answer})
+            bad.append(
+                {
+                    "id": question.id,
+                    "attempt": trace.attempt,
+                    "why": why,
+                    "reasoning": trace.reasoning,
+                    "content": trace.answer,
+                }
+            )
     replace_rows(workdir / "converted.jsonl", list(good.values()))
     replace_rows(workdir / "rejected.jsonl", bad)
     cites = sum(row["cross_reference"] for row in good.values())
-    lines = [f"converted {len(good)} of {len(found)} traces: {workdir / 'converted.jsonl'}  (crpo_jax.sft takes it as sft.path)"]
+    lines = [
+        f"converted {len(good)} of {len(found)} traces: {workdir / 'converted.jsonl'}  (crpo_jax.sft takes it as sft.path)"
+    ]
     lines += [f"their conclusions cite their analysis in {cites:.0f}"] if good else []
     lines += [f"left out {len(bad)}: {workdir / 'rejected.jsonl'}"] if bad else []
     lines += [f"  {count:5d}  {why}" for why, count in Counter(row["why"] for row in bad).most_common(5)]
@@ -202,12 +262,18 @@ def convert(found: Sequence[Trace], settings: Config, workdir: Path, progress: P
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = config.parser("distill", __doc__ or "")
+    parser = cli.parser("distill", __doc__ or "")
     parser.add_argument("--convert", action="store_true", help="only convert the traces that WORKDIR holds")
-    parser.add_argument("--traces", metavar="FILE", help="only convert the traces of this file: JSON lines with a completion that holds <think>")
-    parser.add_argument("--allow-changes", action="store_true", help="go on in a workdir that holds the traces of another config")
+    parser.add_argument(
+        "--traces",
+        metavar="FILE",
+        help="only convert the traces of this file: JSON lines with a completion that holds <think>",
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="go on in a workdir that holds the traces of another config"
+    )
     args = parser.parse_args(arguments)
-    settings = config.from_arguments(args, model=False)
+    settings = cli.from_arguments(args, model=False)
     workdir = Path(args.workdir or "runs/distill")
     foreign = foreign_traces(args.traces) if args.traces else None
     wanted = [] if args.convert or args.traces else chosen_questions(settings)
@@ -217,12 +283,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"--workdir {workdir}: expected traces.jsonl to convert, got none there")
     failed = 0
     try:
-        with open_workdir(workdir, settings, changes=args.allow_changes), Stop("waiting for the requests under way, asking nothing new") as stop:
+        with (
+            open_workdir(workdir, settings, changes=args.allow_changes),
+            Stop("waiting for the requests under way, asking nothing new") as stop,
+        ):
             progress = Progress(len(wanted))
             if foreign is None:
                 with Journal(workdir / "traces.jsonl") as journal:
                     if wanted:
-                        progress.keep(f"{len(wanted)} questions for {settings.distill.model}; {len(journal.rows)} replies on disk: {journal.path}")
+                        progress.keep(
+                            f"{len(wanted)} questions for {settings.distill.model}; {len(journal.rows)} replies on disk: {journal.path}"
+                        )
                         failed = ask_teacher(settings, wanted, journal, progress, stop)
                 with Journal(workdir / "traces.jsonl") as journal:
                     foreign = kept_traces(journal.rows)
@@ -236,4 +307,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    config.run_command("distill", main)
+    cli.run_command("distill", main)

@@ -20,16 +20,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crpo_jax import config
-from crpo_jax.config import Config, Endpoint, InputError
+from crpo_jax import cli, config
+from crpo_jax.answer import records
+from crpo_jax.answer.records import Answer
+from crpo_jax.chat.client import ServerError
+from crpo_jax.config import Config, Endpoint
 from crpo_jax.data import question as questions
 from crpo_jax.data.question import Question
-from crpo_jax.judge import answers, measures, report, table
-from crpo_jax.judge.answers import Answer
-from crpo_jax.judge.client import ServerError
-from crpo_jax.judge.journal import Full
-from crpo_jax.run.progress import Progress
-from crpo_jax.run.workdir import Stop, Stopped, open_workdir
+from crpo_jax.errors import InputError
+from crpo_jax.judge import measures, report, table
+from crpo_jax.runtime.progress import Progress
+from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.store.journal import Full
+from crpo_jax.store.workdir import open_workdir
 
 SPLITS = {"medmcqa": "validation"}  # its test split hides the answers; elsewhere data.eval_split
 
@@ -42,7 +45,10 @@ def data_sets(specifications: Sequence[str], settings: Config) -> dict[str, list
         if name == "vignettes" and not equals:
             from crpo_jax.data.vignettes import vignettes
 
-            found = vignettes(settings.data.eval_split, settings.evaluate.questions or settings.data.eval_questions or settings.data.vignettes)
+            found = vignettes(
+                settings.data.eval_split,
+                settings.evaluate.questions or settings.data.eval_questions or settings.data.vignettes,
+            )
         elif name in questions.HUB:
             found = questions.read(name, path, SPLITS.get(name, settings.data.eval_split))
         elif not equals and Path(text).is_file():
@@ -73,7 +79,9 @@ def keep_given(paths: Sequence[str], folder: Path) -> None:
     for path in map(Path, paths):
         kept = folder / f"{path.stem}.jsonl"
         if kept.exists() and kept.read_bytes() != path.read_bytes():
-            raise InputError(f"--responses {path}: expected the responses that {kept} holds already, got others; take another --workdir")
+            raise InputError(
+                f"--responses {path}: expected the responses that {kept} holds already, got others; take another --workdir"
+            )
         folder.mkdir(exist_ok=True)
         shutil.copyfile(path, kept)
 
@@ -87,7 +95,9 @@ def write_json(path: Path, value: Any) -> None:
         raise SystemExit(f"crpo_jax.evaluate: {path}: cannot write: {error.strerror}") from None
 
 
-def judges(found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: Stop) -> dict[str, dict[str, Any]]:
+def judges(
+    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: Stop
+) -> dict[str, dict[str, Any]]:
     """By data set: each judge's means, the agreement of two, and of each with the truth where it is known; empty where no judge is named."""
     judge = settings.judge
     if not judge.base_url and not judge.model:
@@ -99,10 +109,14 @@ def judges(found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Pat
     verdicts: dict[str, measures.Verdicts] = {}
     for section, endpoint in endpoints.items():
         progress = Progress(8 * sum(map(len, picked.values())))
-        progress.keep(f"{endpoint.model} judges {sum(map(len, picked.values()))} responses by {len(measures.MEASURES)} measures")
+        progress.keep(
+            f"{endpoint.model} judges {sum(map(len, picked.values()))} responses by {len(measures.MEASURES)} measures"
+        )
         path = workdir / "judge" / f"{section}.jsonl"
 
-        def show(done: int, wanted: int, failed: int, progress: Progress = progress, model: str = endpoint.model) -> None:
+        def show(
+            done: int, wanted: int, failed: int, progress: Progress = progress, model: str = endpoint.model
+        ) -> None:
             progress.show(done, f"{model}  no reply {failed}")
 
         label = endpoint.model if endpoint.model not in verdicts else f"{endpoint.model} again"
@@ -112,20 +126,33 @@ def judges(found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Pat
         told[name] = {"judges": {label: measures.means(one, name, responses) for label, one in verdicts.items()}}
         if len(verdicts) == 2:
             first, second = verdicts.values()
-            pairs = {measure: (first.counts[name][measure], second.counts[name][measure]) for measure in measures.MEASURES}
+            pairs = {
+                measure: (first.counts[name][measure], second.counts[name][measure]) for measure in measures.MEASURES
+            }
             told[name]["agreement"] = {measure: measures.agreement(*pair) for measure, pair in pairs.items()}
-        told[name]["judges_and_truth"] = {label: measures.against_truth(one, name, responses) for label, one in verdicts.items()}
+        told[name]["judges_and_truth"] = {
+            label: measures.against_truth(one, name, responses) for label, one in verdicts.items()
+        }
     return told
 
 
-def measured(found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, dropped: Mapping[str, Any], stop: Stop) -> dict[str, Any]:
+def measured(
+    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, dropped: Mapping[str, Any], stop: Stop
+) -> dict[str, Any]:
     """The summary of every data set, judged where a judge is named; kept in summary.json, before the judge is asked and after."""
     effective, path = effective_tokens(settings), workdir / "summary.json"
     before = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() else {}
-    kept = {name: {key: one[key] for key in ("judges", "agreement", "judges_and_truth") if key in one} for name, one in before.items()}
+    kept = {
+        name: {key: one[key] for key in ("judges", "agreement", "judges_and_truth") if key in one}
+        for name, one in before.items()
+    }
     sets = {}
     for name, responses in found.items():
-        sets[name] = answers.summary(responses, settings, effective) | {"dropped": len(dropped.get(name, {}))} | kept.get(name, {})
+        sets[name] = (
+            records.summary(responses, settings, effective)
+            | {"dropped": len(dropped.get(name, {}))}
+            | kept.get(name, {})
+        )
     summary = {"model": settings.model.path, "data": sets}
     write_json(path, summary)
     for name, told in judges(found, settings, workdir, stop).items():
@@ -135,12 +162,25 @@ def measured(found: Mapping[str, Sequence[Answer]], settings: Config, workdir: P
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = config.parser("evaluate", __doc__ or "")
+    parser = cli.parser("evaluate", __doc__ or "")
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder or hub id (sets model.path)")
-    parser.add_argument("--data", metavar="NAME_OR_FILE", nargs="+", action="extend", default=[], help="data sets to answer")
-    parser.add_argument("--responses", metavar="FILE", nargs="+", action="extend", default=[], help="responses to evaluate instead")
-    parser.add_argument("--report", metavar="NAME=DIR", nargs="+", action="extend", default=[], help="evaluated workdirs; a name again is a seed")
-    parser.add_argument("--allow-changes", action="store_true", help="go on in a workdir that holds the responses of another config")
+    parser.add_argument(
+        "--data", metavar="NAME_OR_FILE", nargs="+", action="extend", default=[], help="data sets to answer"
+    )
+    parser.add_argument(
+        "--responses", metavar="FILE", nargs="+", action="extend", default=[], help="responses to evaluate instead"
+    )
+    parser.add_argument(
+        "--report",
+        metavar="NAME=DIR",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="evaluated workdirs; a name again is a seed",
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="go on in a workdir that holds the responses of another config"
+    )
     args = parser.parse_intermixed_args(arguments)
     if args.report:
         if args.model or args.data or args.responses or args.overrides:
@@ -155,21 +195,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.model:
         args.overrides.append(f"model.path={args.model}")
     kept = workdir / "config.yaml"
-    settings = config.from_arguments(args, kept if kept.is_file() else None, model=False)
+    settings = cli.from_arguments(args, kept if kept.is_file() else None, model=False)
     if args.model:
         config.check(settings)
     sets = data_sets(args.data, settings)
-    given = {Path(path).stem: answers.read_answers(path) for path in args.responses}
+    given = {Path(path).stem: records.read_answers(path) for path in args.responses}
     if len(given) < len(args.responses):
         raise InputError("--responses: expected files of different names")
     folder = workdir / "responses"
     if not sets and not given and not sorted(folder.glob("*.jsonl")):
-        raise InputError(f"--workdir {workdir}: expected responses to evaluate in {folder}, got none; give --model and --data, or --responses")
-    with open_workdir(workdir, settings, changes=args.allow_changes), Stop("finishing this wave of responses, keeping it, then stopping") as stop:
+        raise InputError(
+            f"--workdir {workdir}: expected responses to evaluate in {folder}, got none; give --model and --data, or --responses"
+        )
+    with (
+        open_workdir(workdir, settings, changes=args.allow_changes),
+        Stop("finishing this wave of responses, keeping it, then stopping") as stop,
+    ):
         if sets:
+            from crpo_jax.answer.datasets import examine
             from crpo_jax.parallel.processes import self_test
-            from crpo_jax.run.answering import examine
-            from crpo_jax.run.guard import one_line
+            from crpo_jax.runtime.limits import one_line
 
             self_test()
             try:
@@ -181,8 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise SystemExit(f"crpo_jax.evaluate: stopped, what is answered is kept: {error}") from None
         if given:
             keep_given(args.responses, folder)
-        found = given or {path.stem: answers.read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
-        dropped = json.loads((folder / "dropped.json").read_text(encoding="utf-8")) if (folder / "dropped.json").is_file() else {}
+        found = given or {path.stem: records.read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
+        dropped = (
+            json.loads((folder / "dropped.json").read_text(encoding="utf-8"))
+            if (folder / "dropped.json").is_file()
+            else {}
+        )
         try:
             summary = measured(found, settings, workdir, dropped, stop)
         except (ServerError, Full) as error:
@@ -191,4 +240,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    config.run_command("evaluate", main)
+    cli.run_command("evaluate", main)

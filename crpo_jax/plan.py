@@ -15,17 +15,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crpo_jax import config
-from crpo_jax.config import InputError
+from crpo_jax import cli, config
+from crpo_jax.errors import InputError
 from crpo_jax.planner.targets import parse_target, plug_in_missing, prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = config.parser("plan", __doc__ or "")
-    p.add_argument("--target", metavar="NAME", required=True, help="devices to plan for: 8xa6000, h200, h100x8, v4-16, v5e-16, v5p-8, v6e-8, ...")
+    p = cli.parser("plan", __doc__ or "")
+    p.add_argument(
+        "--target",
+        metavar="NAME",
+        required=True,
+        help="devices to plan for: 8xa6000, h200, h100x8, v4-16, v5e-16, v5p-8, v6e-8, ...",
+    )
     p.add_argument("--layout", metavar="NAME", help="sets parallel.layout")
-    p.add_argument("--search", action="store_true", help="rank all meshes and layouts of the target's devices, then plan the best")
-    p.add_argument("--fast", action="store_true", help="from shapes alone, in seconds; memory within 10%% of the compiled figures")
+    p.add_argument(
+        "--search", action="store_true", help="rank all meshes and layouts of the target's devices, then plan the best"
+    )
+    p.add_argument(
+        "--fast", action="store_true", help="from shapes alone, in seconds; memory within 10%% of the compiled figures"
+    )
     p.add_argument("--json", action="store_true", help="print JSON instead of tables")
     p.add_argument("--plot", metavar="FILE.png", help="a picture: memory by phase and part, a panel per layout")
     args = p.parse_intermixed_args(arguments)
@@ -37,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError(f"--plot: expected a file that ends in .png, got {args.plot!r}")
     if args.plot and not Path(args.plot).absolute().parent.is_dir():
         raise InputError(f"--plot {args.plot}: no such folder")
-    settings = config.from_arguments(args, config.default_config("an accelerator"))
+    settings = cli.from_arguments(args, config.default_config("an accelerator"))
     target = parse_target(args.target)
     prepare(target)
 
@@ -60,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if fast:
         plan = planning.from_shapes(job, changed)
     else:
-        plan = dataclasses.replace(planning.by_compiling(job, lambda line: print(line, file=sys.stderr, flush=True)), changed=changed)
+        plan = dataclasses.replace(
+            planning.by_compiling(job, lambda line: print(line, file=sys.stderr, flush=True)), changed=changed
+        )
     print(json.dumps({**planning.as_json(plan), **found}, indent=1) if args.json else report.text(plan))
     if args.plot:
         jobs, _ = planning.all_jobs(job.settings, target)
@@ -80,4 +91,4 @@ def checked() -> None:
 
 
 if __name__ == "__main__":
-    config.run_command("plan", checked)
+    cli.run_command("plan", checked)

@@ -24,11 +24,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from crpo_jax.config import InputError, Reward, from_arguments, parser
+from crpo_jax.cli import from_arguments, parser
+from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
+from crpo_jax.errors import InputError
 from crpo_jax.reward.effective import effective_table, token_ids_of
 from crpo_jax.reward.rules import DESIGNS, Score
-from crpo_jax.reward.scoring import Batch, Scored, Scorer, ScoringError
+from crpo_jax.reward.scorer import Batch, Scored, Scorer, ScoringError
 
 BATCH = 256  # lines; a user's function is called with this many
 MAX_ID = 2**31 - 1
@@ -71,7 +73,10 @@ class Tokens:
         """The token ids of every record, without the one that ended it."""
         texts = [record.response.encode("utf-8", "replace").decode() for record in records if record.token_ids is None]
         encoded = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ())
-        found = [np.array(next(encoded).ids, np.int64) if record.token_ids is None else record.token_ids for record in records]
+        found = [
+            np.array(next(encoded).ids, np.int64) if record.token_ids is None else record.token_ids
+            for record in records
+        ]
         return [ids[:-1] if ids.size and int(ids[-1]) in self.stops else ids for ids in found]
 
 
@@ -104,7 +109,12 @@ def read_line(line: bytes, vocab_size: int | None) -> Record:
     ids = row.get("token_ids")
     if ids is not None:
         top = f" below {vocab_size}" if vocab_size else ""
-        if not isinstance(ids, list) or not set(map(type, ids)) <= {int} or min(ids, default=0) < 0 or max(ids, default=0) > MAX_ID:
+        if (
+            not isinstance(ids, list)
+            or not set(map(type, ids)) <= {int}
+            or min(ids, default=0) < 0
+            or max(ids, default=0) > MAX_ID
+        ):
             raise InputError(f"token_ids: expected a list of token ids{top}, got {shown(ids)}")
         if vocab_size and ids and max(ids) >= vocab_size:
             raise InputError(f"token_ids: expected token ids{top}, got {max(ids)}")
@@ -160,10 +170,14 @@ class Tally:
             self.total += scored.total
         else:
             self.failed += 1
-            self.first_failure = self.first_failure or f"the first, {record.id}: {scored.error}\n{scored.traceback}".rstrip()
+            self.first_failure = (
+                self.first_failure or f"the first, {record.id}: {scored.error}\n{scored.traceback}".rstrip()
+            )
 
 
-def run(settings: Reward, tokens: Tokens | None, strict: bool, lines: Iterable[bytes], source: str, sink: IO[str]) -> Tally:
+def run(
+    settings: Reward, tokens: Tokens | None, strict: bool, lines: Iterable[bytes], source: str, sink: IO[str]
+) -> Tally:
     """Score every good line; each bad one is named on standard error, and with `strict` the first ends the run."""
     tally, waiting = Tally(), deque[tuple[list[Record], Batch]]()
     components = settings.design not in DESIGNS
@@ -192,7 +206,12 @@ def run(settings: Reward, tokens: Tokens | None, strict: bool, lines: Iterable[b
         stream = records()
         while chunk := list(islice(stream, BATCH)):
             ids = tokens.complete(chunk) if tokens else None
-            waiting.append((chunk, scorer.submit([record.question for record in chunk], [record.response for record in chunk], ids)))
+            waiting.append(
+                (
+                    chunk,
+                    scorer.submit([record.question for record in chunk], [record.response for record in chunk], ids),
+                )
+            )
             if len(waiting) > IN_FLIGHT:
                 write()
         while waiting:
@@ -203,7 +222,9 @@ def run(settings: Reward, tokens: Tokens | None, strict: bool, lines: Iterable[b
 def main(arguments: list[str] | None = None) -> int:
     p = parser("score", __doc__ or "")
     p.add_argument("--responses", metavar="FILE", required=True, help="JSON lines; - is standard input")
-    p.add_argument("--design", metavar="NAME", help="crpo, grpo, released, module:function or a weighted sum (sets reward.design)")
+    p.add_argument(
+        "--design", metavar="NAME", help="crpo, grpo, released, module:function or a weighted sum (sets reward.design)"
+    )
     p.add_argument("--tokenizer", metavar="DIR", help="a folder with tokenizer.json, for consistency by tokens")
     p.add_argument("--out", metavar="FILE", default="-", help="JSON lines; - is standard output (default)")
     p.add_argument("--strict", action="store_true", help="stop at the first bad line")
@@ -215,14 +236,20 @@ def main(arguments: list[str] | None = None) -> int:
         Scorer(config.reward)  # checks the design before any file is opened
         tokens = Tokens(args.tokenizer, config.rollout.stop) if args.tokenizer else None
         with ExitStack() as files:
-            lines: IO[bytes] = sys.stdin.buffer if args.responses == "-" else files.enter_context(opened(args.responses, "rb", "--responses"))
+            lines: IO[bytes] = (
+                sys.stdin.buffer
+                if args.responses == "-"
+                else files.enter_context(opened(args.responses, "rb", "--responses"))
+            )
             if args.out == "-":
                 sink = files.enter_context(open(os.dup(1), "w", encoding="utf-8", errors="backslashreplace"))
             else:
                 if args.responses != "-" and Path(args.out).exists() and os.path.samefile(args.responses, args.out):
                     raise InputError(f"--out {args.out}: expected another file than --responses")
                 sink = files.enter_context(opened(args.out, "w", "--out"))
-            tally = run(config.reward, tokens, args.strict, lines, "line" if args.responses == "-" else args.responses, sink)
+            tally = run(
+                config.reward, tokens, args.strict, lines, "line" if args.responses == "-" else args.responses, sink
+            )
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

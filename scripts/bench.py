@@ -21,16 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crpo_jax import config
-from crpo_jax.config import InputError
-from crpo_jax.model import hub
+from crpo_jax import cli, config
+from crpo_jax.errors import InputError
+from crpo_jax.model import huggingface
 from crpo_jax.model.shape import forward_flops, read_shape
 from crpo_jax.parallel.layout import LAYOUTS, check_layout
 from crpo_jax.parallel.mesh import data_size, make_mesh, model_size
 from crpo_jax.rollout import Response, Sampling, Tally, load
 from crpo_jax.update.batches import MicroBatch, Row, micro_batch, micro_batches, of_rows
 from crpo_jax.update.losses import row_weights
-from crpo_jax.update.step import on_devices, trainer
+from crpo_jax.update.trainer import on_devices, trainer
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -64,7 +64,11 @@ def read_prompts(path: str, vocabulary: int) -> list[list[int]]:
             tokens = json.loads(line)["tokens"]
         except (ValueError, TypeError, KeyError):
             tokens = None
-        if not isinstance(tokens, list) or not tokens or not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+        if (
+            not isinstance(tokens, list)
+            or not tokens
+            or not all(type(token) is int and 0 <= token < vocabulary for token in tokens)
+        ):
             raise InputError(f'{path}:{number}: expected {{"tokens": [ids below {vocabulary}]}}, got {line[:60]!r}')
         prompts.append(tokens)
     return prompts
@@ -76,7 +80,9 @@ def rollout(args: argparse.Namespace) -> dict[str, Any]:
     Bytes of a decode step on each device: all weights that a token's logits need, and the cache as long as it was.
     """
     how = Sampling(args.temperature, stop_ids=tuple(args.stop))
-    engine, weights = load(args.model, how, args.max_new, mesh=args.mesh, dtype=args.dtype, slots=args.slots, chunk=args.chunk)
+    engine, weights = load(
+        args.model, how, args.max_new, mesh=args.mesh, dtype=args.dtype, slots=args.slots, chunk=args.chunk
+    )
     jax.block_until_ready(weights)
     prompts = read_prompts(args.prompts, engine.shape.v)
     tallies: list[Tally] = []
@@ -84,17 +90,26 @@ def rollout(args: argparse.Namespace) -> dict[str, Any]:
     def sample(seed: int, limit: int = args.max_new) -> list[list[Response]]:
         tallies.clear()
         limits = [limit] * len(prompts)
-        return engine.generate(weights, prompts, key=jax.random.key(seed), group=args.group, limits=limits, progress=tallies.append)
+        return engine.generate(
+            weights, prompts, key=jax.random.key(seed), group=args.group, limits=limits, progress=tallies.append
+        )
 
     first, _ = timed(lambda: sample(0))
     prefill = statistics.median(timed(lambda seed=seed: sample(seed, 1))[0] for seed in range(args.repeats))
     runs = [timed(lambda seed=seed: sample(seed)) for seed in range(1, args.repeats + 1)]
-    whole, tokens = statistics.median(spent for spent, _ in runs), sum(len(one.tokens) for group in runs[-1][1] for one in group)
-    read = weights._replace(embed_vd=None) if weights.unembed_dv is not None else weights  # a token reads one row of an embedding of its own
+    whole, tokens = (
+        statistics.median(spent for spent, _ in runs),
+        sum(len(one.tokens) for group in runs[-1][1] for one in group),
+    )
+    read = (
+        weights._replace(embed_vd=None) if weights.unembed_dv is not None else weights
+    )  # a token reads one row of an embedding of its own
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(read)) // model_size(engine.mesh)
     steps = max(tallies[-1].steps, 1)
     before = [0, *(tally.steps for tally in tallies)]
-    cache_bytes = sum((tally.steps - old) * tally.cache_bytes for old, tally in zip(before, tallies, strict=False)) / steps
+    cache_bytes = (
+        sum((tally.steps - old) * tally.cache_bytes for old, tally in zip(before, tallies, strict=False)) / steps
+    )
     speed = bandwidth()
     return {
         "peer": "crpo_jax",
@@ -118,7 +133,11 @@ def read_lengths(path: str) -> list[int]:
         lengths = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--lengths {path}: expected a readable JSON file, got {error}") from None
-    if not isinstance(lengths, list) or not lengths or not all(type(length) is int and length > 1 for length in lengths):
+    if (
+        not isinstance(lengths, list)
+        or not lengths
+        or not all(type(length) is int and length > 1 for length in lengths)
+    ):
         raise InputError(f"--lengths {path}: expected a list of whole numbers above 1, got {str(lengths)[:60]}")
     return lengths
 
@@ -130,18 +149,22 @@ def update(args: argparse.Namespace) -> dict[str, Any]:
     """
     mesh, lengths = make_mesh(args.mesh), read_lengths(args.lengths)
     settings = config.load(None, [f"model.dtype={args.dtype}", *args.overrides], model=False)
-    shape, parallel = read_shape(hub.model_folder(args.model)), settings.parallel
+    shape, parallel = read_shape(huggingface.model_folder(args.model)), settings.parallel
     layout = LAYOUTS[parallel.layout]
     check_layout(layout, mesh, {letter: getattr(shape, letter) for letter in "dnkfv"})
     run = trainer(shape, mesh, settings, settings.optimizer, 1, loss="supervised")
-    weights = jax.block_until_ready(run.compute_weights(hub.load(args.model, mesh, layout.master, jnp.float32)[1]))
+    weights = jax.block_until_ready(
+        run.compute_weights(huggingface.load(args.model, mesh, layout.master, jnp.float32)[1])
+    )
     draw = np.random.default_rng(0)
     rows = [Row([0], draw.integers(shape.v, size=length - 1).tolist()) for length in lengths]
     per_token = row_weights(np.array(lengths) - 1, np.ones(len(rows), bool), "token_mean")
 
     def micros() -> list[MicroBatch]:
         if not args.padded:
-            return micro_batches(rows, budget=parallel.micro_batch_tokens, multiple=parallel.length_multiple, shards=data_size(mesh))
+            return micro_batches(
+                rows, budget=parallel.micro_batch_tokens, multiple=parallel.length_multiple, shards=data_size(mesh)
+            )
         t = -(-max(lengths) // parallel.length_multiple) * parallel.length_multiple
         b = data_size(mesh) * max(1, parallel.micro_batch_tokens // t)
         return [micro_batch(rows, range(first, min(first + b, len(rows))), b, t) for first in range(0, len(rows), b)]
@@ -179,9 +202,13 @@ def main() -> None:
     part.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with tokens")
     part.add_argument("--group", type=int, default=5, help="responses per prompt")
     part.add_argument("--max-new", type=int, default=64, help="longest response, in tokens")
-    part.add_argument("--stop", type=int, nargs="*", default=[], help="stop token ids; none: every row runs to --max-new")
+    part.add_argument(
+        "--stop", type=int, nargs="*", default=[], help="stop token ids; none: every row runs to --max-new"
+    )
     part.add_argument("--temperature", type=float, default=1.0)
-    part.add_argument("--mesh", default="", metavar="DxM", help="data x model, in devices; default: all on the data axis")
+    part.add_argument(
+        "--mesh", default="", metavar="DxM", help="data x model, in devices; default: all on the data axis"
+    )
     part.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and cache")
     part.add_argument("--repeats", type=int, default=3, help="timed runs after the first")
     part.add_argument("--slots", type=int, default=128, help="rows decoded together on each data shard")
@@ -191,13 +218,17 @@ def main() -> None:
     part.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder")
     part.add_argument("--lengths", required=True, metavar="FILE", help="JSON list of the rows' lengths")
     part.add_argument("--padded", action="store_true", help="pad every row to the longest, in arrival order")
-    part.add_argument("--mesh", default="", metavar="DxM", help="data x model, in devices; default: all on the data axis")
+    part.add_argument(
+        "--mesh", default="", metavar="DxM", help="data x model, in devices; default: all on the data axis"
+    )
     part.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute type")
     part.add_argument("--repeats", type=int, default=3, help="timed runs after the first")
-    part.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, such as parallel.micro_batch_tokens=4096")
+    part.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, such as parallel.micro_batch_tokens=4096"
+    )
     args = parser.parse_args()
     print(json.dumps(args.run(args)))
 
 
 if __name__ == "__main__":
-    config.run_command("bench", main)
+    cli.run_command("bench", main)

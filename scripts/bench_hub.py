@@ -31,7 +31,9 @@ def make(config: str, folder: str) -> dict[str, Any]:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**json.loads(Path(config).read_text(encoding="utf-8"))))
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**json.loads(Path(config).read_text(encoding="utf-8")))
+    )
     with torch.no_grad():  # transformers' own start has zero biases and unit norms, which would hide an exchanged one
         for name, weight in model.named_parameters():
             if "bias" in name or "norm" in name:
@@ -44,23 +46,30 @@ def import_and_export(source: str, target: str) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from crpo_jax.model import hub
+    from crpo_jax.model import huggingface
     from crpo_jax.parallel.layout import TENSOR
     from crpo_jax.parallel.mesh import make_mesh
 
     jnp.zeros(1).block_until_ready()  # the runtime's own memory is no part of the import
     with Watch() as watch:
         began = time.perf_counter()
-        shape, model = hub.load(source, make_mesh(), TENSOR, "bfloat16")
+        shape, model = huggingface.load(source, make_mesh(), TENSOR, "bfloat16")
         jax.block_until_ready(model)
         loaded = time.perf_counter()
         during_import = dict(watch.peak)
-        hub.save(model, shape, target, dtype="bfloat16", max_shard_bytes=2 * GIGABYTE)
+        huggingface.save(model, shape, target, dtype="bfloat16", max_shard_bytes=2 * GIGABYTE)
         saved = time.perf_counter()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    found: dict[str, Any] = {"parameters_gb": round(size / GIGABYTE, 3), "import_s": round(loaded - began, 1), "export_s": round(saved - loaded, 1)}
+    found: dict[str, Any] = {
+        "parameters_gb": round(size / GIGABYTE, 3),
+        "import_s": round(loaded - began, 1),
+        "export_s": round(saved - loaded, 1),
+    }
     for step, peak in (("import", during_import), ("both", watch.peak)):
-        found |= {f"{step}_{kind}_above_parameters_gb": round((value - watch.before[kind] - size) / GIGABYTE, 3) for kind, value in peak.items()}
+        found |= {
+            f"{step}_{kind}_above_parameters_gb": round((value - watch.before[kind] - size) / GIGABYTE, 3)
+            for kind, value in peak.items()
+        }
     return found
 
 
@@ -88,7 +97,9 @@ class Watch:
 def memory() -> dict[str, int]:
     """Bytes by kind, from /proc."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return {kind: int(lines[name].split()[0]) * 1024 for kind, name in (("anonymous", "RssAnon"), ("resident", "VmRSS"))}
+    return {
+        kind: int(lines[name].split()[0]) * 1024 for kind, name in (("anonymous", "RssAnon"), ("resident", "VmRSS"))
+    }
 
 
 def compare(source: str, exported: str) -> dict[str, Any]:
@@ -114,7 +125,9 @@ def compare(source: str, exported: str) -> dict[str, Any]:
 
 
 def step(name: str, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, "--step", name, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--step", name, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -136,7 +149,11 @@ def main() -> None:
     if theirs.exists() or ours.exists():
         parser.error(f"--folder {args.folder}: expected no 'theirs' or 'ours' in it")
     try:
-        found = step("make", args.config, str(theirs)) | step("round", str(theirs), str(ours)) | step("compare", str(theirs), str(ours))
+        found = (
+            step("make", args.config, str(theirs))
+            | step("round", str(theirs), str(ours))
+            | step("compare", str(theirs), str(ours))
+        )
     finally:
         for made in () if args.keep else (theirs, ours):
             shutil.rmtree(made, ignore_errors=True)

@@ -30,7 +30,10 @@ CHARACTERS = 2550  # about 600 tokens: this text has 4.25 characters to a token
 def long_responses(count: int) -> Iterator[dict[str, object]]:
     """Five responses to a question, as in training, each with other questions' analyses put into its System 2 part."""
     questions = vignettes("train", (count + 4) // 5)
-    rng, noise = Random("bench score"), TeacherNoise(missing_part=0.0, cites=1.0)  # all well-formed, so that every rule has work to do
+    rng, noise = (
+        Random("bench score"),
+        TeacherNoise(missing_part=0.0, cites=1.0),
+    )  # all well-formed, so that every rule has work to do
     for index in range(count):
         question = questions[index // 5]
         response = teacher_response(question, index, noise)
@@ -90,12 +93,25 @@ def end_to_end(count: int, workers: int, tokenizer: str | None) -> None:
             from tokenizers import Tokenizer
 
             encoder = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
-            for row, encoded in zip(rows, encoder.encode_batch([str(row["response"]) for row in rows], add_special_tokens=False), strict=True):
+            for row, encoded in zip(
+                rows,
+                encoder.encode_batch([str(row["response"]) for row in rows], add_special_tokens=False),
+                strict=True,
+            ):
                 row["token_ids"] = encoded.ids
             print(f"tokens a response: {sum(len(row['token_ids']) for row in rows) / count:.0f}")  # pyright: ignore[reportArgumentType]
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         characters = sum(len(str(row["response"])) for row in rows) / count
-        command = [sys.executable, "-m", "crpo_jax.score", "--responses", str(path), "--out", str(out), f"reward.workers={workers}"]
+        command = [
+            sys.executable,
+            "-m",
+            "crpo_jax.score",
+            "--responses",
+            str(path),
+            "--out",
+            str(out),
+            f"reward.workers={workers}",
+        ]
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command + (["--tokenizer", tokenizer] if tokenizer else []), check=True)
         took, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -103,8 +119,12 @@ def end_to_end(count: int, workers: int, tokenizer: str | None) -> None:
         with open(out, encoding="utf-8") as lines:
             scored = sum(1 for _ in lines)
     by = "tokens" if tokenizer else "characters"
-    print(f"{scored} responses of {characters:.0f} characters, {workers} workers, consistency by {by}: {took:.2f} s, {scored / took:.0f} a second")
-    print(f"processor time {cpu:.2f} s in all, {1e6 * cpu / scored:.0f} microseconds a response; compare it where other work shares the machine")
+    print(
+        f"{scored} responses of {characters:.0f} characters, {workers} workers, consistency by {by}: {took:.2f} s, {scored / took:.0f} a second"
+    )
+    print(
+        f"processor time {cpu:.2f} s in all, {1e6 * cpu / scored:.0f} microseconds a response; compare it where other work shares the machine"
+    )
 
 
 def worst_cases() -> None:

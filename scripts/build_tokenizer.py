@@ -68,12 +68,17 @@ def build() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), min_frequency=2, show_progress=False
+        vocab_size=VOCAB_SIZE - len(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise SystemExit(f"expected {VOCAB_SIZE} tokens, got {tokenizer.get_vocab_size()}: the corpus has too few distinct words")
+        raise SystemExit(
+            f"expected {VOCAB_SIZE} tokens, got {tokenizer.get_vocab_size()}: the corpus has too few distinct words"
+        )
     return tokenizer
 
 
@@ -108,12 +113,16 @@ def write(folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the embedded world's tokenizer.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "configs" / "tiny_tokenizer", metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent.parent / "configs" / "tiny_tokenizer", metavar="DIR"
+    )
     folder = parser.parse_args().out
     write(folder)
     print(f"{VOCAB_SIZE} tokens in {folder}")

@@ -11,8 +11,18 @@ Answer = tuple[int, dict[str, str], bytes]
 
 def says(content: str | None, reasoning: str | None = None, **message: Any) -> Answer:
     """A chat completion as OpenAI-compatible servers send it."""
-    told = {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning is not None else {}), **message}
-    body = {"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message": told, "finish_reason": "stop"}], "usage": {"total_tokens": 7}}
+    told = {
+        "role": "assistant",
+        "content": content,
+        **({"reasoning_content": reasoning} if reasoning is not None else {}),
+        **message,
+    }
+    body = {
+        "id": "x",
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": told, "finish_reason": "stop"}],
+        "usage": {"total_tokens": 7},
+    }
     return 200, {}, json.dumps(body).encode()
 
 
@@ -40,7 +50,11 @@ class ChatServer:
                 status, headers, body = plan(request, times)
                 try:
                     self.send_response(status)
-                    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+                    for name, value in {
+                        "Content-Type": "application/json",
+                        "Content-Length": str(len(body)),
+                        **headers,
+                    }.items():
                         self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(body)

@@ -10,7 +10,9 @@ from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FULL = bool(os.environ.get("CRPO_JAX_FULL_OPTIMIZATION"))
-OLDER_EMITTERS = ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") and not FULL else []  # 0.11 has none
+OLDER_EMITTERS = (
+    ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") and not FULL else []
+)  # 0.11 has none
 FLAGS = ["--xla_force_host_platform_device_count=8", *OLDER_EMITTERS]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -30,7 +32,11 @@ def annotations_hold(function: Callable[..., Any]) -> Callable[..., Any]:
     Typeguard 4's own decorator reads jaxtyping's "b t" as Python code and stops at a syntax error; its `check_type` does not.
     """
     signature = inspect.signature(function)
-    of = {name: parameter.annotation for name, parameter in signature.parameters.items() if parameter.annotation is not parameter.empty}
+    of = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if parameter.annotation is not parameter.empty
+    }
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -57,8 +63,8 @@ from hypothesis import settings
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
-from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.model.shape import Shape
+from crpo_jax.model.transformer import Qwen2
 from crpo_jax.parallel.mesh import DATA, MODEL
 
 settings.register_profile("same examples every time", derandomize=True, database=None, deadline=None)
@@ -107,7 +113,9 @@ def strict_ranks() -> Iterator[None]:
 
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **of: COMPILED.append(of["fun_name"]) if event == "/jax/core/compile/backend_compile_duration" else None
+    lambda event, _, **of: (
+        COMPILED.append(of["fun_name"]) if event == "/jax/core/compile/backend_compile_duration" else None
+    )
 )
 
 

@@ -34,15 +34,33 @@ import numpy as np
 import orbax.checkpoint as ocp
 import transformers  # noqa: F401 (imported here once, so that no child has to)
 
-from crpo_jax import config, train
+from crpo_jax import cli, train
 
 LOOP = "CRPO, reward design"  # the run's opening words: what comes after is its loop
 SETTINGS = [
     *("--mesh", "1x1"),
-    *("model.shape.hidden_size=32", "model.shape.num_hidden_layers=1", "model.shape.num_attention_heads=2", "model.shape.intermediate_size=32"),
+    *(
+        "model.shape.hidden_size=32",
+        "model.shape.num_hidden_layers=1",
+        "model.shape.num_attention_heads=2",
+        "model.shape.intermediate_size=32",
+    ),
     *("data.vignettes=64", "data.eval_questions=8", "rollout.max_new_tokens=48", "rollout.chunk=12"),
-    *("crpo.prompts_per_step=8", "crpo.mini_batch_prompts=4", "crpo.group_size=3", "reward.workers=1", "parallel.unroll=false"),
-    *("sft.steps=2", "sft.batch_size=8", "sft.optimizer.algorithm=adamw", "run.eval_every=3", "run.save_every=2", "optimizer.learning_rate=0.01"),
+    *(
+        "crpo.prompts_per_step=8",
+        "crpo.mini_batch_prompts=4",
+        "crpo.group_size=3",
+        "reward.workers=1",
+        "parallel.unroll=false",
+    ),
+    *(
+        "sft.steps=2",
+        "sft.batch_size=8",
+        "sft.optimizer.algorithm=adamw",
+        "run.eval_every=3",
+        "run.save_every=2",
+        "optimizer.learning_rate=0.01",
+    ),
 ]
 
 
@@ -62,7 +80,7 @@ class Child:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
             arguments = ["--workdir", str(workdir), *SETTINGS, f"crpo.steps={steps}", *overrides]
             try:
-                config.run_command("train", lambda: train.main(arguments))
+                cli.run_command("train", lambda: train.main(arguments))
             except SystemExit as done:  # as the interpreter would end, were this not a copy of its parent
                 if isinstance(done.code, str):
                     os.write(2, f"{done.code}\n".encode())
@@ -202,7 +220,9 @@ def kills(folder: Path, count: int, steps: int, seed: int) -> None:
         found = outcome(workdir)
         for name, value in expected.items():
             if found[name] != value:
-                raise SystemExit(f"{workdir}: {name} differ from those of the run never stopped, after kills in {dict(fell)}")
+                raise SystemExit(
+                    f"{workdir}: {name} differ from those of the run never stopped, after kills in {dict(fell)}"
+                )
         runs += 1
     seconds = (time.monotonic() - began) / fell.total()
     print(f"{fell.total()} kills, each followed by a resume, over {runs} runs of {steps} steps; {seconds:.1f} s a kill")

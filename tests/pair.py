@@ -20,10 +20,18 @@ class Pair:
 
     def __init__(self, *command: str, **environment: str) -> None:
         flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
-        shared = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"} | environment
+        shared = (
+            os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"} | environment
+        )
         shared |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
         self.processes = [
-            subprocess.Popen([sys.executable, *command, *flags, str(i)], env=shared, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+            subprocess.Popen(
+                [sys.executable, *command, *flags, str(i)],
+                env=shared,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
             for i in range(2)
         ]
 

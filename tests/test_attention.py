@@ -11,7 +11,7 @@ from conftest import SHAPE, mesh_of
 from jax.sharding import NamedSharding
 from jax.test_util import check_grads
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 from crpo_jax.model import attention
 from crpo_jax.model.attention import causal_attention, decode_attention, implementation
 from crpo_jax.model.placement import training_placement
@@ -48,7 +48,9 @@ def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return out
 
 
-@pytest.fixture(params=[(128, 1024), (4, 1024), (5, 0), (1, 0)], ids=lambda sizes: f"pieces of {sizes[0]}, kept to {sizes[1]}")
+@pytest.fixture(
+    params=[(128, 1024), (4, 1024), (5, 0), (1, 0)], ids=lambda sizes: f"pieces of {sizes[0]}, kept to {sizes[1]}"
+)
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whole, in equal pieces, in pieces of which the last is shorter, and in no more than eight."""
     monkeypatch.setattr(attention, "PIECE", request.param[0])
@@ -203,11 +205,21 @@ def test_decoding_is_the_last_row_of_the_whole():
 
     prompt_k, prompt_v = normal(p, K, t, H), normal(p, K, t, H)
     cache_k, cache_v, q = normal(p * g, K, s, H), normal(p * g, K, s, H), normal(p * g, N, H)
-    out = decode(q, prompt_k, prompt_v, jnp.arange(t) < lengths[:, None], cache_k, cache_v, jnp.arange(s) <= np.full((p * g, 1), cursor))
+    out = decode(
+        q,
+        prompt_k,
+        prompt_v,
+        jnp.arange(t) < lengths[:, None],
+        cache_k,
+        cache_v,
+        jnp.arange(s) <= np.full((p * g, 1), cursor),
+    )
     for row in range(p * g):
         prompt = row // g
         keys, values = (
-            np.concatenate([of_prompt[prompt, :, : lengths[prompt]], own[row, :, : cursor + 1]], axis=1).transpose(1, 0, 2)[None]
+            np.concatenate([of_prompt[prompt, :, : lengths[prompt]], own[row, :, : cursor + 1]], axis=1).transpose(
+                1, 0, 2
+            )[None]
             for of_prompt, own in ((prompt_k, cache_k), (prompt_v, cache_v))
         )
         queries = np.concatenate([np.zeros((1, keys.shape[1] - 1, N, H), np.float32), q[row][None, None]], axis=1)
@@ -220,7 +232,10 @@ def test_decoding_reads_no_slot_that_is_not_seen():
     """What padding and unused slots hold, even NaN-like extremes, does not matter."""
     p, g, t, s = 2, 2, 4, 3
     draw = np.random.default_rng(3)
-    arrays = [np.float32(draw.normal(size=sizes)) for sizes in ((p * g, N, H), (p, K, t, H), (p, K, t, H), (p * g, K, s, H), (p * g, K, s, H))]
+    arrays = [
+        np.float32(draw.normal(size=sizes))
+        for sizes in ((p * g, N, H), (p, K, t, H), (p, K, t, H), (p * g, K, s, H), (p * g, K, s, H))
+    ]
     q, prompt_k, prompt_v, cache_k, cache_v = arrays
     prompt_seen, cache_seen = jnp.arange(t) < np.array([[2], [3]]), jnp.arange(s) <= np.zeros((p * g, 1))
     clean = decode(q, prompt_k, prompt_v, prompt_seen, cache_k, cache_v, cache_seen)
@@ -232,7 +247,9 @@ def test_decoding_reads_no_slot_that_is_not_seen():
 def test_decoding_with_extreme_scores():
     p, g, t, s = 1, 2, 3, 2
     draw = np.random.default_rng(4)
-    q, prompt_k, cache_k = (np.float32(draw.normal(size=sizes) * 1e8) for sizes in ((p * g, N, H), (p, K, t, H), (p * g, K, s, H)))
+    q, prompt_k, cache_k = (
+        np.float32(draw.normal(size=sizes) * 1e8) for sizes in ((p * g, N, H), (p, K, t, H), (p * g, K, s, H))
+    )
     prompt_v, cache_v = np.ones((p, K, t, H), np.float32), np.ones((p * g, K, s, H), np.float32)
     out = decode(q, prompt_k, prompt_v, jnp.ones((p, t), bool), cache_k, cache_v, jnp.ones((p * g, s), bool))
     np.testing.assert_allclose(out, np.ones_like(q), rtol=1e-6)

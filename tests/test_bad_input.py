@@ -20,19 +20,29 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from crpo_jax import config, train
-from crpo_jax.config import InputError
 from crpo_jax.data.question import READERS, read
-from crpo_jax.model import hub
+from crpo_jax.errors import InputError
+from crpo_jax.model import huggingface
 from crpo_jax.model.shape import shape_of
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"
 QUESTION = {"id": "1", "question": "Which?", "options": {"A": "one", "B": "two"}, "answer": "A"}
-SIZES = {"vocab_size": 1280, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 64}
+SIZES = {
+    "vocab_size": 1280,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
 
 
 def jsonl(path: Path, *records: Any) -> None:
-    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records),
+        encoding="utf-8",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "configs" / "tiny_tokenizer" / name, good / name)
     shape = shape_of(SIZES)
-    (good / "config.json").write_text(json.dumps(hub.config_of(shape, "float32", {})))
+    (good / "config.json").write_text(json.dumps(huggingface.config_of(shape, "float32", {})))
     draw = np.random.default_rng(0)
-    save_file({tensor.key: draw.normal(size=tensor.sizes).astype(np.float32) for tensor in hub.tensors(shape)}, good / "model.safetensors")
+    save_file(
+        {tensor.key: draw.normal(size=tensor.sizes).astype(np.float32) for tensor in huggingface.tensors(shape)},
+        good / "model.safetensors",
+    )
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(good, folder / name))
@@ -58,12 +71,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (copy("small_vocabulary") / "config.json").write_text(json.dumps(SIZES | {"vocab_size": 700}))
     (copy("bad_tokenizer") / "tokenizer.json").write_text("{}")
     settings = json.loads((good / "tokenizer_config.json").read_text())
-    (copy("no_template") / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "chat_template"}))
+    (copy("no_template") / "tokenizer_config.json").write_text(
+        json.dumps({k: v for k, v in settings.items() if k != "chat_template"})
+    )
     code = copy("code")
-    (code / "config.json").write_text(json.dumps(SIZES | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"}))
+    (code / "config.json").write_text(
+        json.dumps(SIZES | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"})
+    )
     (code / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
     weights = load_file(good / "model.safetensors")
-    save_file({key: value for key, value in weights.items() if key != "model.norm.weight"}, copy("missing") / "model.safetensors")
+    save_file(
+        {key: value for key, value in weights.items() if key != "model.norm.weight"},
+        copy("missing") / "model.safetensors",
+    )
 
     many = [QUESTION | {"id": str(number)} for number in range(20)]
     jsonl(folder / "train.jsonl", *many)
@@ -111,7 +131,10 @@ BAD: list[tuple[list[str], str]] = [
     (["crpo.kl_coef=.nan"], "crpo.kl_coef: expected number, got nan"),
     (["crpo.truncated=drop"], "crpo.truncated: expected keep | mask, got 'drop'"),
     (["run.seed=-1"], "run.seed: expected between 0 and 9223372036854775807, got -1"),
-    (["run.seed=18446744073709551616"], "run.seed: expected between 0 and 9223372036854775807, got 18446744073709551616"),
+    (
+        ["run.seed=18446744073709551616"],
+        "run.seed: expected between 0 and 9223372036854775807, got 18446744073709551616",
+    ),
     (["run.seed=0o7"], "run.seed: expected whole number, got '0o7'"),
     (["run.seed=010"], "override: run.seed:1: expected a plain decimal number, got '010'"),
     (["run.save_every=often"], "run.save_every: expected whole number, got 'often'"),
@@ -135,8 +158,14 @@ BAD: list[tuple[list[str], str]] = [
     (["data.prompt=terse"], "data.prompt: expected crpo | grpo | grpo_dx | released | brief, got 'terse'"),
     # settings that contradict each other, or the machine
     (["crpo.mini_batch_prompts=3"], "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=16, got 3"),
-    (["model.shape.num_attention_heads=3"], "model.shape.hidden_size: expected a multiple of num_attention_heads=3, got 128"),
-    (["model.shape.num_key_value_heads=3"], "model.shape.num_attention_heads: expected a multiple of num_key_value_heads=3, got 4"),
+    (
+        ["model.shape.num_attention_heads=3"],
+        "model.shape.hidden_size: expected a multiple of num_attention_heads=3, got 128",
+    ),
+    (
+        ["model.shape.num_key_value_heads=3"],
+        "model.shape.num_attention_heads: expected a multiple of num_key_value_heads=3, got 4",
+    ),
     (["tokenizer.path="], "tokenizer.path: expected a folder, since model.path is empty and brings none"),
     (["data.eval_split=train"], "data.eval_split: expected another split than data.split, got 'train' for both"),
     (["rollout.temperature=0"], "rollout.temperature: expected more than 0 to train, got 0"),
@@ -147,11 +176,23 @@ BAD: list[tuple[list[str], str]] = [
     (["--workdir", "FOLDER/nothing/../code.py"], "--workdir FOLDER/nothing/../code.py: expected a folder, got a file"),
     # tokenizers and models
     (["tokenizer.path=FOLDER/nothing"], "tokenizer.path: expected a folder with tokenizer.json, got 'FOLDER/nothing'"),
-    (["tokenizer.path=FOLDER/bad_tokenizer"], "tokenizer.path: expected a readable tokenizer in FOLDER/bad_tokenizer, got: "),
-    (["tokenizer.path=FOLDER/no_template"], "tokenizer.path: expected a chat_template in FOLDER/no_template/tokenizer_config.json, got none"),
+    (
+        ["tokenizer.path=FOLDER/bad_tokenizer"],
+        "tokenizer.path: expected a readable tokenizer in FOLDER/bad_tokenizer, got: ",
+    ),
+    (
+        ["tokenizer.path=FOLDER/no_template"],
+        "tokenizer.path: expected a chat_template in FOLDER/no_template/tokenizer_config.json, got none",
+    ),
     (["model.shape.vocab_size=700"], "tokenizer.path: expected at most the model's 700 tokens, got 1280 in "),
-    (["model.path=FOLDER/small_vocabulary"], "FOLDER/small_vocabulary/model.safetensors: model.embed_tokens.weight: expected shape [700, 64], got "),
-    (["model.path=FOLDER/nowhere"], "model.path: expected a folder, or a hub id such as Qwen/Qwen2.5-3B, got 'FOLDER/nowhere', which is neither"),
+    (
+        ["model.path=FOLDER/small_vocabulary"],
+        "FOLDER/small_vocabulary/model.safetensors: model.embed_tokens.weight: expected shape [700, 64], got ",
+    ),
+    (
+        ["model.path=FOLDER/nowhere"],
+        "model.path: expected a folder, or a hub id such as Qwen/Qwen2.5-3B, got 'FOLDER/nowhere', which is neither",
+    ),
     (["model.path=FOLDER/nothing"], "model.path: FOLDER/nothing/config.json: No such file or directory"),
     (["model.path=FOLDER/no_json"], "FOLDER/no_json/config.json: expected JSON, got: "),
     (["model.path=FOLDER/other_type"], "FOLDER/other_type/config.json: model_type: expected 'qwen2', got 'llama'"),
@@ -161,12 +202,21 @@ BAD: list[tuple[list[str], str]] = [
         ["model.path=FOLDER/pickle"],
         "FOLDER/pickle: expected model.safetensors or model.safetensors.index.json, got only pytorch_model.bin; a pickle",
     ),
-    (["model.path=FOLDER/missing"], "FOLDER/missing/model.safetensors: model.norm.weight: missing; expected shape [64]"),
+    (
+        ["model.path=FOLDER/missing"],
+        "FOLDER/missing/model.safetensors: model.norm.weight: missing; expected shape [64]",
+    ),
     # questions
     (own("nowhere.jsonl"), "FOLDER/nowhere.jsonl: expected a file or folder with jsonl questions, got no such path"),
     (["data.source=jsonl"], "data.path: expected a file or folder, since jsonl has no hub id, got ''"),
-    (["data.source=jsonl", "data.path=FOLDER/train.jsonl"], "data.eval_path: expected a file or folder of its own for split test"),
-    (own("train.jsonl", "data.eval_path=FOLDER/train.jsonl"), "data.eval_path: expected a file or folder of its own for split test"),
+    (
+        ["data.source=jsonl", "data.path=FOLDER/train.jsonl"],
+        "data.eval_path: expected a file or folder of its own for split test",
+    ),
+    (
+        own("train.jsonl", "data.eval_path=FOLDER/train.jsonl"),
+        "data.eval_path: expected a file or folder of its own for split test",
+    ),
     (own("empty.jsonl"), "FOLDER/empty.jsonl: expected at least one record, got an empty file"),
     (own("table.csv"), "FOLDER/table.csv: expected a file ending in .json, .jsonl, .parquet, got .csv"),
     (own("table.parquet"), "FOLDER/table.parquet: expected a parquet file, got "),
@@ -176,18 +226,42 @@ BAD: list[tuple[list[str], str]] = [
     (own("deep.jsonl"), "FOLDER/deep.jsonl:1: expected a JSON object in the array, got "),
     (own("list.jsonl"), "FOLDER/list.jsonl:1: expected a JSON object, got 3"),
     (own("key_twice.jsonl"), "FOLDER/key_twice.jsonl:1: expected one JSON object a line, got the key 'id' twice"),
-    (own("twice.jsonl"), "FOLDER/twice.jsonl:2: id: expected an id of its own (the same stands at FOLDER/twice.jsonl:1), got '1'"),
-    (own("no_answer.jsonl"), "FOLDER/no_answer.jsonl:2: answer: expected such a field among id, question, options, got None"),
+    (
+        own("twice.jsonl"),
+        "FOLDER/twice.jsonl:2: id: expected an id of its own (the same stands at FOLDER/twice.jsonl:1), got '1'",
+    ),
+    (
+        own("no_answer.jsonl"),
+        "FOLDER/no_answer.jsonl:2: answer: expected such a field among id, question, options, got None",
+    ),
     (own("other_answer.jsonl"), "FOLDER/other_answer.jsonl:1: answer: expected a letter among A, B, got 'C'"),
-    (own("one_option.jsonl"), "FOLDER/one_option.jsonl:1: options: expected letters A, B, ... without a gap, at least two, got 'A'"),
-    (own("gap.jsonl"), "FOLDER/gap.jsonl:1: options: expected letters A, B, ... without a gap, at least two, got 'A, C'"),
+    (
+        own("one_option.jsonl"),
+        "FOLDER/one_option.jsonl:1: options: expected letters A, B, ... without a gap, at least two, got 'A'",
+    ),
+    (
+        own("gap.jsonl"),
+        "FOLDER/gap.jsonl:1: options: expected letters A, B, ... without a gap, at least two, got 'A, C'",
+    ),
     (own("number.jsonl"), "FOLDER/number.jsonl:1: question: expected a text, got 3"),
     (own("blank.jsonl"), "FOLDER/blank.jsonl:1: question: expected a text that is not empty, got '  '"),
     (own("surrogate.jsonl"), "FOLDER/surrogate.jsonl:1: question: expected text that UTF-8 can write, got "),
-    (own("special.jsonl", "data.part=all"), "question 1: expected text without the tokenizer's special tokens, got <|im_end|>"),
-    (own("long.jsonl", "data.part=all"), "data.max_prompt_tokens: expected room for at least one question, got 160; the shortest prompt has "),
-    (own("train.jsonl", "sft.path=FOLDER/traces.jsonl"), "FOLDER/traces.jsonl: 1: response: expected the teacher's text, got None"),
-    (own("train.jsonl"), "sft.path: expected a file of teacher traces, since data.source=jsonl has no built-in teacher"),
+    (
+        own("special.jsonl", "data.part=all"),
+        "question 1: expected text without the tokenizer's special tokens, got <|im_end|>",
+    ),
+    (
+        own("long.jsonl", "data.part=all"),
+        "data.max_prompt_tokens: expected room for at least one question, got 160; the shortest prompt has ",
+    ),
+    (
+        own("train.jsonl", "sft.path=FOLDER/traces.jsonl"),
+        "FOLDER/traces.jsonl: 1: response: expected the teacher's text, got None",
+    ),
+    (
+        own("train.jsonl"),
+        "sft.path: expected a file of teacher traces, since data.source=jsonl has no built-in teacher",
+    ),
 ]
 
 
@@ -195,7 +269,9 @@ def snapshot(folder: Path) -> dict[str, float]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize(("arguments", "line"), BAD, ids=[f"{number}-{line.split(':')[0]}" for number, (_, line) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("arguments", "line"), BAD, ids=[f"{number}-{line.split(':')[0]}" for number, (_, line) in enumerate(BAD)]
+)
 def test_bad_input_earns_its_line_and_leaves_nothing(arguments: list[str], line: str, folder: Path, tmp_path: Path):
     arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
     before = snapshot(folder)
@@ -216,12 +292,18 @@ def test_there_are_at_least_sixty():
 
 EXAMPLES = int(os.environ.get("CRPO_JAX_FUZZ", "200"))
 often = profile(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), deadline=None)
-PLACE = Path(tempfile.mkdtemp())  # hypothesis has no use for a fixture of pytest's: it would be made once for all examples
+PLACE = Path(
+    tempfile.mkdtemp()
+)  # hypothesis has no use for a fixture of pytest's: it would be made once for all examples
 atexit.register(shutil.rmtree, PLACE, ignore_errors=True)
 
 WRITTEN = ["1e-6", "010", "1:30", "<<", "~", "yes", "2001-99-99"]
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(WRITTEN)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
 keys = st.sampled_from(sorted(config.leaves()))
 
 
@@ -265,10 +347,20 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
 @st.composite
 def question_files(draw: st.DrawFn) -> tuple[str, bytes]:
     """A source, and a file of records that are nearly its own, or nothing of the kind."""
-    options = st.dictionaries(st.sampled_from("ABCDEFGHIJ") | st.text(max_size=3), st.text(max_size=5) | values, max_size=5)
+    options = st.dictionaries(
+        st.sampled_from("ABCDEFGHIJ") | st.text(max_size=3), st.text(max_size=5) | values, max_size=5
+    )
     fields = {
-        **{name: st.text(max_size=10) | values for name in ("question", "answer", "id", "realidx", "opa", "opb", "opc", "opd", "source", "split")},
-        **{"options": options, "cop": st.integers(-2, 5) | values, "answer_idx": st.sampled_from("ABCD"), "label": st.sampled_from("ABCD") | values},
+        **{
+            name: st.text(max_size=10) | values
+            for name in ("question", "answer", "id", "realidx", "opa", "opb", "opc", "opd", "source", "split")
+        },
+        **{
+            "options": options,
+            "cop": st.integers(-2, 5) | values,
+            "answer_idx": st.sampled_from("ABCD"),
+            "label": st.sampled_from("ABCD") | values,
+        },
     }
     whole = st.fixed_dictionaries({}, optional=fields)
     records = draw(st.lists(whole | values, max_size=4))

@@ -16,7 +16,10 @@ HOW = {"budget": st.integers(1, 400), "multiple": st.sampled_from([1, 4, 32]), "
 def rows_of(lengths: list[tuple[int, int]]) -> list[Row]:
     """Rows in which no two tokens are equal, so that a token out of place shows."""
     count = iter(range(1, 10**6))
-    return [Row([next(count) for _ in range(prompt)], [next(count) for _ in range(response)]) for prompt, response in lengths]
+    return [
+        Row([next(count) for _ in range(prompt)], [next(count) for _ in range(response)])
+        for prompt, response in lengths
+    ]
 
 
 @given(lengths=LENGTHS, **HOW)
@@ -66,7 +69,10 @@ def test_sorting_by_length_wastes_little():
 def test_one_mini_batch_compiles_few_shapes():
     """Other rows of the same lengths give the same shapes: what compiles follows from lengths and their number alone."""
     lengths = [(5, int(n)) for n in np.random.default_rng(1).integers(1, 90, 64)]
-    shapes = [{micro.tokens.shape for micro in micro_batches(rows_of(each), budget=512, multiple=32, shards=2)} for each in (lengths, lengths[::-1])]
+    shapes = [
+        {micro.tokens.shape for micro in micro_batches(rows_of(each), budget=512, multiple=32, shards=2)}
+        for each in (lengths, lengths[::-1])
+    ]
     assert shapes[0] == shapes[1]
     assert len(shapes[0]) <= 6
 
@@ -110,7 +116,9 @@ def test_aligned_by_hand():
 
 @given(lengths=LENGTHS, **HOW)
 @settings(max_examples=50, deadline=None)
-def test_aligned_values_stand_where_their_token_is_predicted(lengths: list[tuple[int, int]], budget: int, multiple: int, shards: int):
+def test_aligned_values_stand_where_their_token_is_predicted(
+    lengths: list[tuple[int, int]], budget: int, multiple: int, shards: int
+):
     """Each token's own id as its value: on position j stands token j + 1 where that belongs to the response, else 0."""
     rows = rows_of(lengths)
     values: list[Any] = [np.array(row.response, np.float32) for row in rows]

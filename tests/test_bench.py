@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import SHAPE
 
-from crpo_jax.model.hub import save
-from crpo_jax.model.qwen2 import Qwen2
+from crpo_jax.model.huggingface import save
+from crpo_jax.model.transformer import Qwen2
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
 
@@ -23,7 +23,16 @@ def folder(model: Qwen2, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench(folder: Path, *arguments: str, prompts: str = "prompts.jsonl") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "rollout", "--model", str(folder / "model"), "--prompts", str(folder / prompts), *arguments]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "rollout",
+        "--model",
+        str(folder / "model"),
+        "--prompts",
+        str(folder / prompts),
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -39,7 +48,9 @@ def test_one_line_with_the_peers_keys_and_what_the_device_did(folder: Path):
     embedding_of_its_own = SHAPE.v * SHAPE.d
     parameters = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors")) // 4
     row = 2 * SHAPE.l * SHAPE.k * SHAPE.h * 4  # bytes of keys and values a token
-    assert found["bytes_per_step"] == pytest.approx(4 * (parameters - embedding_of_its_own) + row * (32 + 2 * 6), rel=0.1)
+    assert found["bytes_per_step"] == pytest.approx(
+        4 * (parameters - embedding_of_its_own) + row * (32 + 2 * 6), rel=0.1
+    )
     assert found["bandwidth"] > 1e8
     assert 0 < found["share_of_bandwidth"] < 1.5
 

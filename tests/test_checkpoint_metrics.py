@@ -20,17 +20,16 @@ from conftest import MESHES, SHAPE, mesh_of, placed
 from jax.sharding import Mesh
 
 from crpo_jax import config
-from crpo_jax.config import InputError
+from crpo_jax.errors import Fault, InputError
 from crpo_jax.model.placement import weight_shardings
-from crpo_jax.model.qwen2 import Qwen2
+from crpo_jax.model.transformer import Qwen2
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.rollout.engine import Tally
-from crpo_jax.run import report
-from crpo_jax.run.checkpoint import START, Checkpoints, Saved
-from crpo_jax.run.metrics import LOGS, Log, read_metrics
-from crpo_jax.run.progress import Progress, clock
-from crpo_jax.run.workdir import Fault
-from crpo_jax.update.step import Trainer, TrainState, trainer
+from crpo_jax.runtime import report
+from crpo_jax.runtime.progress import Progress, clock
+from crpo_jax.store.checkpoint import START, Checkpoints, Saved
+from crpo_jax.store.logs import LOGS, Log, read_metrics
+from crpo_jax.update.trainer import Trainer, TrainState, trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -39,7 +38,9 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def programs(mesh: Mesh, layout: str) -> Trainer:
-    settings = config.load(None, [f"parallel.layout={layout}", "model.dtype=float32", "optimizer.learning_rate=0.01"], model=False)
+    settings = config.load(
+        None, [f"parallel.layout={layout}", "model.dtype=float32", "optimizer.learning_rate=0.01"], model=False
+    )
     return trainer(SHAPE, mesh, settings, settings.optimizer, 10, loss="crpo")
 
 
@@ -54,7 +55,9 @@ def trained(model: Qwen2) -> TrainState:
     mesh = mesh_of(4, 2)
     run = programs(mesh, "zero1")
     state = begun(run, model, mesh, "zero1")
-    gradients = placed(jax.tree.map(lambda leaf: leaf**3, model), weight_shardings(SHAPE, LAYOUTS["zero1"].master, mesh))
+    gradients = placed(
+        jax.tree.map(lambda leaf: leaf**3, model), weight_shardings(SHAPE, LAYOUTS["zero1"].master, mesh)
+    )
     state, _, _ = run.apply(state, gradients)
     norm = state.master.final_norm_d[...]
     odd = jax.device_put(norm.at[0].set(jnp.nan).at[1].set(1e-45).at[2].set(-0.0), norm.sharding)
@@ -66,8 +69,13 @@ def bits(tree: TrainState) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize(("sizes", "layout"), [((4, 2), "zero1"), ((4, 2), "replicated"), ((8, 1), "fsdp"), ((1, 8), "zero1"), ((1, 1), "zero1")])
-def test_a_state_comes_back_bit_by_bit_on_any_mesh(sizes: tuple[int, int], layout: str, trained: TrainState, model: Qwen2, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("sizes", "layout"),
+    [((4, 2), "zero1"), ((4, 2), "replicated"), ((8, 1), "fsdp"), ((1, 8), "zero1"), ((1, 1), "zero1")],
+)
+def test_a_state_comes_back_bit_by_bit_on_any_mesh(
+    sizes: tuple[int, int], layout: str, trained: TrainState, model: Qwen2, tmp_path: Path
+):
     """Saved on 4x2, restored where the next run stands, in the place that its own layout gives every tensor."""
     assert sizes in MESHES
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
@@ -114,7 +122,9 @@ def test_only_the_newest_are_kept(trained: TrainState, tmp_path: Path):
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["2", "3"]
     with Checkpoints(folder, keep=2) as checkpoints:
         assert (checkpoints.chosen(None), checkpoints.chosen(2)) == (3, 2)
-        with pytest.raises(InputError, match=f"^{re.escape(f'{folder}: expected a checkpoint of step 1, got [2, 3]')}$"):
+        with pytest.raises(
+            InputError, match=f"^{re.escape(f'{folder}: expected a checkpoint of step 1, got [2, 3]')}$"
+        ):
             checkpoints.chosen(1)
 
 
@@ -136,7 +146,9 @@ def test_the_best_that_were_evaluated_are_kept_beside_the_newest(trained: TrainS
         assert checkpoints.steps() == [2, 4, 6]
 
 
-def test_what_a_killed_process_was_writing_or_removing_is_no_checkpoint(trained: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_a_killed_process_was_writing_or_removing_is_no_checkpoint(
+    trained: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Neither used nor reported as damage: it never had its name, or not any more."""
     folder = tmp_path / "checkpoints"
     with Checkpoints(folder, keep=2) as checkpoints:
@@ -168,12 +180,24 @@ def damages(folder: Path) -> list[tuple[str, Callable[[Path], object]]]:
         data[len(data) // 2] ^= 16
         path.write_bytes(data)
 
-    how = {"truncated": lambda path: os.truncate(path, path.stat().st_size // 2), "flipped": flip, "removed": Path.unlink}
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    return [(f"{name} {kind}", lambda checkpoint, name=name, act=act: act(checkpoint / name)) for name in files for kind, act in how.items()]
+    how = {
+        "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+        "flipped": flip,
+        "removed": Path.unlink,
+    }
+    files = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.stat().st_size
+    )
+    return [
+        (f"{name} {kind}", lambda checkpoint, name=name, act=act: act(checkpoint / name))
+        for name in files
+        for kind, act in how.items()
+    ]
 
 
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(trained: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
+    trained: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Whichever of its files is cut short, changed by a bit or gone."""
     folder, spare = tmp_path / "checkpoints", tmp_path / "spare"
     with Checkpoints(folder, keep=2) as checkpoints:
@@ -199,11 +223,15 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(trained: Tr
         assert checkpoints.newest().step == 2
         for step in (1, 2):
             os.truncate(folder / str(step) / "_METADATA", 1)
-        with pytest.raises(InputError, match=r"expected a whole checkpoint, got only damaged ones: _METADATA has 1 bytes instead of "):
+        with pytest.raises(
+            InputError, match=r"expected a whole checkpoint, got only damaged ones: _METADATA has 1 bytes instead of "
+        ):
             checkpoints.newest()
 
 
-def test_a_checkpoint_whose_log_lines_are_lost_is_passed_over(trained: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_checkpoint_whose_log_lines_are_lost_is_passed_over(
+    trained: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """After a power failure the checkpoint may be there and the lines of its steps not: resuming would leave a hole."""
     with Log(tmp_path) as log, Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         for step in (1, 2):
@@ -213,10 +241,15 @@ def test_a_checkpoint_whose_log_lines_are_lost_is_passed_over(trained: TrainStat
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         saved = checkpoints.newest()
     assert saved == Saved(1, {"metrics.jsonl": 22, "samples.jsonl": 0})
-    assert "metrics.jsonl beside it has 43 bytes instead of at least 44: lines of its steps are missing" in capsys.readouterr().err
+    assert (
+        "metrics.jsonl beside it has 43 bytes instead of at least 44: lines of its steps are missing"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_checkpoint_that_cannot_be_written_is_a_fault(trained: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_that_cannot_be_written_is_a_fault(
+    trained: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = tmp_path / "checkpoints"
 
     def full(folder: Path, saved: Saved) -> None:
@@ -225,9 +258,12 @@ def test_a_checkpoint_that_cannot_be_written_is_a_fault(trained: TrainState, tmp
     with Checkpoints(folder, keep=2) as checkpoints:
         checkpoints.save(1, trained)
         checkpoints.wait()
-        monkeypatch.setattr("crpo_jax.run.checkpoint.write_seal", full)
+        monkeypatch.setattr("crpo_jax.store.checkpoint.write_seal", full)
         checkpoints.save(2, trained)
-        with pytest.raises(Fault, match=r"could not write the checkpoint of step 2: No space left on device; the checkpoint of step 1 is whole"):
+        with pytest.raises(
+            Fault,
+            match=r"could not write the checkpoint of step 2: No space left on device; the checkpoint of step 1 is whole",
+        ):
             checkpoints.wait()
         assert checkpoints.steps() == [1]
 
@@ -292,7 +328,7 @@ def test_a_last_line_cut_off_by_a_crash_is_dropped(cut: str, tmp_path: Path):
 def test_a_disk_full_in_the_middle_of_a_line_is_one_line_and_no_loss(tmp_path: Path):
     """A file that may not grow stands for a full disk: what was logged before stays, what was cut goes when the run resumes."""
     script = (
-        "import resource, signal, sys; from pathlib import Path; from crpo_jax.run.metrics import Log\n"
+        "import resource, signal, sys; from pathlib import Path; from crpo_jax.store.logs import Log\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "with Log(Path(sys.argv[1])) as log:\n"
         "    log.step(0, {'a': 1.0})\n"
@@ -331,7 +367,16 @@ def test_a_process_that_does_not_write_leaves_nothing(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0:00"), (0.4, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (61, "1:01"), (3599.6, "1:00:00"), (3661, "1:01:01"), (90061, "25:01:01")],
+    [
+        (0, "0:00"),
+        (0.4, "0:00"),
+        (59.4, "0:59"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599.6, "1:00:00"),
+        (3661, "1:01:01"),
+        (90061, "25:01:01"),
+    ],
 )
 def test_clock(seconds: float, shown: str):
     assert clock(seconds) == shown
@@ -368,7 +413,10 @@ def test_a_rollout_says_how_far_it_is():
     screen = Terminal()
     show = report.sampling(Progress(10, 0, stream=screen), 3)
     show(Tally(prompts=5, responses=30, total=40, tokens=2400, done_tokens=1500, steps=90, cache_bytes=0, seconds=60.0))
-    assert "3/10  sampling: 5 prompts, 30 of 40 responses done  40 tok/s  mean length 50  about 0:20 to go" in screen.getvalue()
+    assert (
+        "3/10  sampling: 5 prompts, 30 of 40 responses done  40 tok/s  mean length 50  about 0:20 to go"
+        in screen.getvalue()
+    )
 
 
 def test_time_left_counts_from_where_a_resumed_run_began():

@@ -46,7 +46,13 @@ def computations(text: str) -> dict[str, list[str]]:
 def inside_loops(text: str) -> list[str]:
     """Every instruction that runs in some loop, and those that it calls; what is fused into one kernel counts as that kernel."""
     all_ = computations(text)
-    waiting = [name for lines in all_.values() for line in lines if " while(" in line for name in re.findall(r"(?:body|condition)=%?([\w.-]+)", line)]
+    waiting = [
+        name
+        for lines in all_.values()
+        for line in lines
+        if " while(" in line
+        for name in re.findall(r"(?:body|condition)=%?([\w.-]+)", line)
+    ]
     seen: set[str] = set()
     while waiting:
         name = waiting.pop()
@@ -54,7 +60,11 @@ def inside_loops(text: str) -> list[str]:
             seen.add(name)
             for line in all_[name]:
                 if " fusion(" not in line:
-                    waiting += [called for called in re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)", line) if called in all_]
+                    waiting += [
+                        called
+                        for called in re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)", line)
+                        if called in all_
+                    ]
     return [line for name in sorted(seen) for line in all_[name]]
 
 
@@ -72,7 +82,9 @@ def read(text: str, whole: set[tuple[int, ...]], cache: int, temporaries: int) -
     for line in lines:
         name = re.search(r" ([\w-]+)\(", line.split(" = ", 1)[1])
         kind = name[1] if name else ""
-        if kind in ("copy", "copy-start", "transpose", "concatenate", "pad", "gather") or (kind == "fusion" and re.search(r"%?copy|transpose", line)):
+        if kind in ("copy", "copy-start", "transpose", "concatenate", "pad", "gather") or (
+            kind == "fusion" and re.search(r"%?copy|transpose", line)
+        ):
             copies += [line[:200] for dims, layout in sizes(line)[:1] if dims in whole and "S(1)" not in layout]
         if re.match(r"(all|reduce-scatter|collective)-?", kind):
             collectives.append(line[:200])
@@ -86,7 +98,7 @@ def decode_program(mesh: Any, shape: Any, rows: int, slots: int, dtype: Any, com
 
     from crpo_jax.model.decode import Cache
     from crpo_jax.model.placement import sampling_form, sampling_shardings
-    from crpo_jax.model.qwen2 import abstract
+    from crpo_jax.model.transformer import abstract
     from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, kv_copies
     from crpo_jax.parallel.mesh import data_size, model_size
     from crpo_jax.rollout.draw import Sampling
@@ -99,19 +111,31 @@ def decode_program(mesh: Any, shape: Any, rows: int, slots: int, dtype: Any, com
         return jax.sharding.NamedSharding(mesh, spec)
 
     b, heads = rows * data_size(mesh), shape.k * kv_copies(mesh, shape.k)
-    weights = placed(jax.eval_shape(lambda model: sampling_form(model, shape, mesh, dtype), abstract(shape)), sampling_shardings(shape, mesh))
-    layer = Cache(*(jax.ShapeDtypeStruct((b, heads, size, shape.h), dtype, sharding=over(CACHE_BKSH)) for size in (0, 0, slots, slots)))
+    weights = placed(
+        jax.eval_shape(lambda model: sampling_form(model, shape, mesh, dtype), abstract(shape)),
+        sampling_shardings(shape, mesh),
+    )
+    layer = Cache(
+        *(
+            jax.ShapeDtypeStruct((b, heads, size, shape.h), dtype, sharding=over(CACHE_BKSH))
+            for size in (0, 0, slots, slots)
+        )
+    )
     told = Rows(*(jax.ShapeDtypeStruct((b,), jnp.int32, sharding=over(ROWS_B)) for _ in Rows._fields))
     key = jax.eval_shape(lambda: jax.random.key(0))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     run = programs(shape, mesh, Sampling(1.0, stop_ids=(1, 2)), 16, "xla")
-    program = run.advance.lower(weights, (layer,) * shape.l, told, key, number, number).compile(compiler_options=compiler)
+    program = run.advance.lower(weights, (layer,) * shape.l, told, key, number, number).compile(
+        compiler_options=compiler
+    )
 
     def local(x: Any) -> tuple[int, ...]:
         return tuple(sorted(n for n in x.sharding.shard_shape(x.shape) if n != 1))
 
     whole = {local(x) for x in [*jax.tree.leaves(weights), layer.k_bksh] if len(local(x)) > 1}
-    cache = 2 * shape.l * math.prod(layer.k_bksh.shape) * jnp.dtype(dtype).itemsize // (data_size(mesh) * model_size(mesh))
+    cache = (
+        2 * shape.l * math.prod(layer.k_bksh.shape) * jnp.dtype(dtype).itemsize // (data_size(mesh) * model_size(mesh))
+    )
     return read(program.as_text(), whole, cache, program.memory_analysis().temp_size_in_bytes)
 
 
@@ -153,7 +177,9 @@ def test_decoding_3b_copies_and_sends_nothing_per_token(name: str):
     clean = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     root = Path(__file__).parents[1]
     clean["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), clean.get("PYTHONPATH"))))
-    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, timeout=900, check=False, env=clean)
+    done = subprocess.run(
+        [sys.executable, __file__, name], capture_output=True, text=True, timeout=900, check=False, env=clean
+    )
     assert done.returncode == 0, done.stderr
     found = Found(**json.loads(done.stdout))
     assert found.loop > 500

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from crpo_jax import config
-from crpo_jax.config import Config, InputError, Parallel, load
+from crpo_jax import cli, config
+from crpo_jax.config import Config, Parallel, load
+from crpo_jax.errors import InputError
 from crpo_jax.parallel.layout import LAYOUTS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-FROM_SCRATCH = ("tokenizer.path=somewhere",)  # what the defaults alone do not say: a model from model.shape brings no tokenizer
+FROM_SCRATCH = (
+    "tokenizer.path=somewhere",
+)  # what the defaults alone do not say: a model from model.shape brings no tokenizer
 
 
 def written(folder: Path, text: str) -> Path:
@@ -60,7 +63,12 @@ def test_there_are_shipped_configs():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_dump_then_load_is_the_same_config(path: Path, tmp_path: Path):
     """A workdir keeps the resolved config, and a resumed run is compared with it: floats and tuples come back exactly."""
-    overrides = ("optimizer.learning_rate=1.2345678901234567e-7", "rollout.stop=['<a>', '§']", "data.system_prompt=a: 'b'\\n #c", "data.split=017")
+    overrides = (
+        "optimizer.learning_rate=1.2345678901234567e-7",
+        "rollout.stop=['<a>', '§']",
+        "data.system_prompt=a: 'b'\\n #c",
+        "data.split=017",
+    )
     changed = load(path, overrides)
     assert load(written(tmp_path, config.dump(changed))) == changed
     assert config.differences(changed, load(written(tmp_path, config.dump(changed)))) == []
@@ -86,7 +94,9 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path):
     """Sections with defaults of their own keep them: sft.optimizer.learning_rate is not optimizer's."""
     loaded = load(written(tmp_path, "sft:\n  optimizer: {warmup_steps: 3}\n"), FROM_SCRATCH)
     assert loaded.sft.optimizer.warmup_steps == 3
-    assert loaded.sft.optimizer.learning_rate == Config().sft.optimizer.learning_rate != Config().optimizer.learning_rate
+    assert (
+        loaded.sft.optimizer.learning_rate == Config().sft.optimizer.learning_rate != Config().optimizer.learning_rate
+    )
     assert config.differences(load(None, FROM_SCRATCH), loaded) == ["sft.optimizer.warmup_steps: 0 -> 3"]
 
 
@@ -181,9 +191,15 @@ BAD_FILES = [
     ("run: {seed: \0}", "FILE: not valid YAML: unacceptable character #x0000"),
     ("? [crpo]\n: 1", "FILE:1: expected the name of a setting, got a list or mapping as a key"),
     ("crpo: {kl_coef: 1" + "0" * 400 + "}", "FILE: crpo.kl_coef: expected number, got a whole number of 1329 bits"),
-    ("run: {seed: 18446744073709551616}", "FILE: run.seed: expected between 0 and 9223372036854775807, got 18446744073709551616"),
+    (
+        "run: {seed: 18446744073709551616}",
+        "FILE: run.seed: expected between 0 and 9223372036854775807, got 18446744073709551616",
+    ),
     ("run: {seed: -1}", "FILE: run.seed: expected between 0 and 9223372036854775807, got -1"),
-    ("run: {seed: 0x" + "f" * 5000 + "}", "FILE: run.seed: expected between 0 and 9223372036854775807, got a whole number of 20000 bits"),
+    (
+        "run: {seed: 0x" + "f" * 5000 + "}",
+        "FILE: run.seed: expected between 0 and 9223372036854775807, got a whole number of 20000 bits",
+    ),
     ("crpo: {steps: 2147483648}", "FILE: crpo.steps: expected at most 2147483647, got 2147483648"),
     ("crpo:\n  steps: 010\n", "FILE:2: expected a plain decimal number, got '010'"),
     ("crpo: {steps: 1:30}", "FILE:1: expected a plain decimal number, got '1:30'"),
@@ -191,8 +207,14 @@ BAD_FILES = [
     ("crpo: &a {steps: 1}\nrun:\n  <<: *a\n", "FILE:3: <<: expected every setting written out, got a merge key"),
     ("crpo: &a\n  steps: *a\n", "FILE:1: not valid YAML: found unconstructable recursive node"),
     ("crpo: {steps: 1}\n---\ncrpo: {steps: 2}\n", "FILE:2: not valid YAML: but found another document"),
-    ('data: {path: "a\\0b"}', "FILE: data.path: expected text that a file can hold, without NUL and lone surrogates, got 'a\\x00b'"),
-    ('rollout: {stop: ["\\ud800"]}', "FILE: rollout.stop: expected text that a file can hold, without NUL and lone surrogates, got '\\ud800'"),
+    (
+        'data: {path: "a\\0b"}',
+        "FILE: data.path: expected text that a file can hold, without NUL and lone surrogates, got 'a\\x00b'",
+    ),
+    (
+        'rollout: {stop: ["\\ud800"]}',
+        "FILE: rollout.stop: expected text that a file can hold, without NUL and lone surrogates, got '\\ud800'",
+    ),
     ("{a: " * 2000 + "}" * 2000, "FILE: expected settings by section, got lists or mappings nested too deeply"),
     ("crpo: {steps: " + "x" * 5000 + "}", "FILE: crpo.steps: expected whole number, got 'xxxxxx"),
     ('"a\\e[2Jb": 1', "FILE: a\\x1b[2Jb: unknown key"),
@@ -200,11 +222,20 @@ BAD_FILES = [
     ("optimizer: {beta1: 1}", "optimizer.beta1: expected less than 1, got 1"),
     ("sft: {optimizer: {beta2: 1}}", "sft.optimizer.beta2: expected less than 1, got 1"),
     ("optimizer: {eps: 0}", "optimizer.eps: expected more than 0, got 0"),
-    ("crpo: {mini_batch_prompts: 7}", "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7"),
+    (
+        "crpo: {mini_batch_prompts: 7}",
+        "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7",
+    ),
     ("reward: {design: grpo, grpo_tags: [think]}", "reward.grpo_tags: expected two tags, got ['think']"),
     ("rollout: {top_p: 0}", "rollout.top_p: expected more than 0, got 0"),
-    ("model: {shape: {num_attention_heads: 3}}", "model.shape.hidden_size: expected a multiple of num_attention_heads=3, got 128"),
-    ("model: {shape: {num_key_value_heads: 3}}", "model.shape.num_attention_heads: expected a multiple of num_key_value_heads=3, got 4"),
+    (
+        "model: {shape: {num_attention_heads: 3}}",
+        "model.shape.hidden_size: expected a multiple of num_attention_heads=3, got 128",
+    ),
+    (
+        "model: {shape: {num_key_value_heads: 3}}",
+        "model.shape.num_attention_heads: expected a multiple of num_key_value_heads=3, got 4",
+    ),
     ("{}", "tokenizer.path: expected a folder, since model.path is empty and brings none"),
 ]
 
@@ -265,7 +296,9 @@ def run(arguments: list[str], default: Path | None = None) -> Config:
     """What a command does with its arguments."""
     found: list[Config] = []
     with pytest.raises(SystemExit) as stopped:
-        config.run_command("train", lambda: found.append(config.from_arguments(config.parser("train", "").parse_args(arguments), default)))
+        cli.run_command(
+            "train", lambda: found.append(cli.from_arguments(cli.parser("train", "").parse_args(arguments), default))
+        )
     assert stopped.value.code == 0
     return found[0]
 
@@ -298,7 +331,7 @@ def test_mesh_is_a_setting(tmp_path: Path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        config.run_command("train", lambda: config.from_arguments(config.parser("train", "").parse_args(arguments)))
+        cli.run_command("train", lambda: cli.from_arguments(cli.parser("train", "").parse_args(arguments)))
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", line)
 
@@ -308,7 +341,7 @@ def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str]):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stopped:
-        config.run_command("train", interrupted)
+        cli.run_command("train", interrupted)
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "crpo_jax.train: interrupted\n"
 
@@ -320,12 +353,12 @@ def test_a_bug_is_not_taken_for_bad_input():
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        config.run_command("train", broken)
+        cli.run_command("train", broken)
 
 
 def test_help_lists_every_setting_once(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        config.parser("train", "The loop.").parse_args(["--help"])
+        cli.parser("train", "The loop.").parse_args(["--help"])
     assert stopped.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     for key, (_, default, meta) in config.leaves().items():

@@ -12,11 +12,13 @@ from chat_server import ChatServer, prompt_of, says
 from question_file import write_jsonl
 
 from crpo_jax import distill
-from crpo_jax.config import InputError, Reward
+from crpo_jax.chat import client
+from crpo_jax.chat.traces import answer_letter, converted, parted
+from crpo_jax.config import Reward
 from crpo_jax.data.question import Question, read
-from crpo_jax.data.traces import answer_letter, converted, parted
-from crpo_jax.judge import client, journal
+from crpo_jax.errors import InputError
 from crpo_jax.reward.rules import score
+from crpo_jax.store import journal
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "coldstart" / "think_traces.jsonl"
 CASE = "A man of 60 has white ear tophi and a swollen big toe after heavy beer use."
@@ -26,7 +28,10 @@ THINK = (
     "Heavy beer use raises urate, which fits as well. White ear tophi with a swollen big toe and heavy beer use leave only gout, option C, "
     "so the other options can be put aside with confidence."
 )
-QUESTIONS = [Question(f"q{n}", f"{CASE} Case {n}?", {"A": "septic joint", "B": "pseudogout", "C": "gout"}, "C") for n in range(12)]
+QUESTIONS = [
+    Question(f"q{n}", f"{CASE} Case {n}?", {"A": "septic joint", "B": "pseudogout", "C": "gout"}, "C")
+    for n in range(12)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +42,13 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
     write_jsonl(tmp_path / "questions.jsonl", QUESTIONS)
-    data = ["data.source=jsonl", f"data.path={tmp_path / 'questions.jsonl'}", "data.part=all", "distill.model=teacher", "distill.concurrency=3"]
+    data = [
+        "data.source=jsonl",
+        f"data.path={tmp_path / 'questions.jsonl'}",
+        "data.part=all",
+        "distill.model=teacher",
+        "distill.concurrency=3",
+    ]
     return ["--workdir", str(tmp_path / "run"), *data]
 
 
@@ -145,11 +156,38 @@ def test_the_model_may_write_the_format_itself_and_each_rewriting_is_kept(tmp_pa
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
-        *[(text, "C") for text in ("C", "**C**", "(C)", "C) gout", "C.\nBecause of the tophi.", "\\boxed{C}", "The answer is C.", "**Answer: C**")],
-        *[(text, "C") for text in ("Gout.", "So the correct answer is **C**, as tophi show.", "It is option C.", "I think A at first.\n\nAnswer: C")],
+        *[
+            (text, "C")
+            for text in (
+                "C",
+                "**C**",
+                "(C)",
+                "C) gout",
+                "C.\nBecause of the tophi.",
+                "\\boxed{C}",
+                "The answer is C.",
+                "**Answer: C**",
+            )
+        ],
+        *[
+            (text, "C")
+            for text in (
+                "Gout.",
+                "So the correct answer is **C**, as tophi show.",
+                "It is option C.",
+                "I think A at first.\n\nAnswer: C",
+            )
+        ],
         *[
             (text, None)
-            for text in ("", "gout or not", "The answer is A.\n\nThe answer is C.", "\\boxed{A} \\boxed{C}", "\\boxed{F}", "A case of gout")
+            for text in (
+                "",
+                "gout or not",
+                "The answer is A.\n\nThe answer is C.",
+                "\\boxed{A} \\boxed{C}",
+                "\\boxed{F}",
+                "A case of gout",
+            )
         ],
     ],
 )
@@ -172,7 +210,10 @@ def test_conversion_adds_no_word_and_drops_none_but_the_bare_answer():
 
 
 def test_conversion_by_rules_refuses_what_it_cannot_read():
-    assert converted(QUESTIONS[0], "Gout.", "C", Reward()).why == "the reasoning is too short to be parted into System 1 and System 2"
+    assert (
+        converted(QUESTIONS[0], "Gout.", "C", Reward()).why
+        == "the reasoning is too short to be parted into System 1 and System 2"
+    )
     assert converted(QUESTIONS[0], THINK + "<|im_end|>", "C", Reward()).why == "the trace spells a special token"
     tagged = converted(QUESTIONS[0], THINK.replace("Heavy", "</dx> System 2: \\boxed{A} Heavy"), "C", Reward())
     assert tagged.response is not None

@@ -32,9 +32,13 @@ def program(how: Sampling, vocabulary: int, shards: int) -> Any:
     return jax.jit(jax.shard_map(one, mesh=mesh_of(1, shards), in_specs=specs, out_specs=P(), check_vma=False))
 
 
-def drawn(logits: np.ndarray, how: Sampling = PLAIN, *, seed: int = 0, position: int = 0, shards: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def drawn(
+    logits: np.ndarray, how: Sampling = PLAIN, *, seed: int = 0, position: int = 0, shards: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     keys = row_keys(jax.random.key(seed), jnp.arange(len(logits)), jnp.zeros(len(logits), jnp.int32))
-    tokens, logprobs = program(how, logits.shape[1], shards)(jnp.float32(logits), keys, jnp.full(len(logits), position, jnp.int32))
+    tokens, logprobs = program(how, logits.shape[1], shards)(
+        jnp.float32(logits), keys, jnp.full(len(logits), position, jnp.int32)
+    )
     return np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -75,7 +79,9 @@ def test_positions_of_one_row_are_independent():
     single = np.exp(log_softmax(logits[0]))
     assert fits(tokens.reshape(-1), single)
     assert fits((tokens[:-1:2] * 4 + tokens[1::2]).reshape(-1), np.outer(single, single).reshape(-1))
-    assert fits((tokens[:, :-1:2] * 4 + tokens[:, 1::2]).reshape(-1), np.outer(single, single).reshape(-1))  # neighbouring rows
+    assert fits(
+        (tokens[:, :-1:2] * 4 + tokens[:, 1::2]).reshape(-1), np.outer(single, single).reshape(-1)
+    )  # neighbouring rows
 
 
 def test_a_token_of_no_probability_is_never_drawn():
@@ -118,12 +124,16 @@ def test_inversion_is_the_cumulative_sum():
 # --- log-probs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [Sampling(), Sampling(0.6), Sampling(1.7), Sampling(1.0, top_p=0.5), Sampling(0.6, top_k=3)], ids=str)
+@pytest.mark.parametrize(
+    "how", [Sampling(), Sampling(0.6), Sampling(1.7), Sampling(1.0, top_p=0.5), Sampling(0.6, top_k=3)], ids=str
+)
 def test_log_probs_are_of_the_softmax_at_this_temperature(how: Sampling):
     """With top-p or top-k on as well: the trainer's distribution, before they cut it."""
     logits = random_logits(50, 40)
     tokens, logprobs = drawn(logits, how)
-    np.testing.assert_allclose(logprobs, log_softmax(logits / how.temperature)[np.arange(50), tokens], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        logprobs, log_softmax(logits / how.temperature)[np.arange(50), tokens], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("offset", [-3e4, 3e4])
@@ -161,7 +171,9 @@ def test_top_p_keeps_what_sorting_keeps(p: float):
     logits = random_logits(100, 40)
     mass = np.exp(logits - logits.max(axis=1, keepdims=True))
     order = np.argsort(-mass, axis=1)
-    before = np.cumsum(np.take_along_axis(mass.astype(np.float64), order, 1), axis=1) - np.take_along_axis(mass, order, 1)
+    before = np.cumsum(np.take_along_axis(mass.astype(np.float64), order, 1), axis=1) - np.take_along_axis(
+        mass, order, 1
+    )
     kept = np.zeros(mass.shape, bool)
     np.put_along_axis(kept, order, before < p * mass.astype(np.float64).sum(axis=1, keepdims=True), 1)
     found = np.asarray(threshold(jnp.asarray(mass), jnp.asarray(p * mass.sum(axis=1)), WHOLE, by_count=False))

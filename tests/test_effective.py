@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from crpo_jax.config import InputError
-from crpo_jax.reward.effective import EFFECTIVE_RANGES, NOT_EFFECTIVE, character_classes, effective_bytes, effective_table
+from crpo_jax.errors import InputError
+from crpo_jax.reward.effective import (
+    EFFECTIVE_RANGES,
+    NOT_EFFECTIVE,
+    character_classes,
+    effective_bytes,
+    effective_table,
+)
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny_tokenizer" / "tokenizer.json"
 QWEN = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5" / "tokenizer.json"
@@ -57,9 +63,15 @@ def test_every_effective_character_is_a_letter_number_sign_or_space() -> None:
         kind = unicodedata.category(chr(code))
         assert kind[0] in "LNPSMZ" or chr(code) in "\t\n\v\f\r\x85" or kind == "Cn", hex(code)
         if kind[0] == "L":
-            assert unicodedata.name(chr(code)).split()[0] in ("LATIN", "GREEK", "MODIFIER", "MICRO", "FEMININE", "MASCULINE", "SUPERSCRIPT") or (
-                0x2090 <= code <= 0x218B
-            ), hex(code)
+            assert unicodedata.name(chr(code)).split()[0] in (
+                "LATIN",
+                "GREEK",
+                "MODIFIER",
+                "MICRO",
+                "FEMININE",
+                "MASCULINE",
+                "SUPERSCRIPT",
+            ) or (0x2090 <= code <= 0x218B), hex(code)
 
 
 def tables() -> list[tuple[str, Path]]:
@@ -107,7 +119,11 @@ def test_qwen_has_few_ways_to_hide_a_character() -> None:
     hidden = {chr(code) for code, found in zip(codes, encoded, strict=True) if found.ids and table[found.ids].all()}
     assert len(hidden) < 700
     assert not hidden & set("\u00ad\u200b\u200c\u200e")
-    names = {unicodedata.name(character, "").split(" ")[0] for character in hidden if unicodedata.category(character)[0] == "L"}
+    names = {
+        unicodedata.name(character, "").split(" ")[0]
+        for character in hidden
+        if unicodedata.category(character)[0] == "L"
+    }
     assert names == {"LATIN", "MODIFIER", "GREEK", "COPTIC", "ETHIOPIC"}, "no letter of a script that models write"
 
 

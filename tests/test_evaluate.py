@@ -10,19 +10,31 @@ from pathlib import Path
 import pytest
 
 from crpo_jax import config, evaluate
-from crpo_jax.config import InputError
+from crpo_jax.answer import datasets
+from crpo_jax.answer.records import Answer, row_of
 from crpo_jax.data.vignettes import teacher_response, vignettes
-from crpo_jax.judge.answers import Answer, row_of
-from crpo_jax.model import hub
+from crpo_jax.errors import InputError
+from crpo_jax.model import huggingface
 from crpo_jax.parallel.layout import TENSOR
 from crpo_jax.parallel.mesh import make_mesh
-from crpo_jax.run import answering, setup, start
+from crpo_jax.runtime import setup, start
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
-SHAPE = ["model.shape.hidden_size=64", "model.shape.num_hidden_layers=1", "model.shape.num_attention_heads=8", "model.shape.intermediate_size=64"]
-SMALL = ["evaluate.max_new_tokens=12", "rollout.chunk=12", "rollout.slots=2", "evaluate.samples=2", "evaluate.questions=40"]
+SHAPE = [
+    "model.shape.hidden_size=64",
+    "model.shape.num_hidden_layers=1",
+    "model.shape.num_attention_heads=8",
+    "model.shape.intermediate_size=64",
+]
+SMALL = [
+    "evaluate.max_new_tokens=12",
+    "rollout.chunk=12",
+    "rollout.slots=2",
+    "evaluate.samples=2",
+    "evaluate.questions=40",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +45,22 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model") / "small"
     tokenizer = str(setup.text_for(settings, shape).folder)
     model = start.start_model(None, settings, shape, mesh, TENSOR, "float32")
-    hub.save(model, shape, str(folder), dtype="float32", tokenizer_folder=tokenizer, generation=None)
+    huggingface.save(model, shape, str(folder), dtype="float32", tokenizer_folder=tokenizer, generation=None)
     return str(folder)
 
 
 def run(workdir: Path, model: str, *more: str, mesh: str = "8x1") -> None:
     config_ = ["--config", str(TINY)] if not (workdir / "config.yaml").exists() else []
-    evaluate.main([*config_, "--mesh", mesh, "--model", model, "--data", "vignettes", "--workdir", str(workdir), *SMALL, *more])
+    evaluate.main(
+        [*config_, "--mesh", mesh, "--model", model, "--data", "vignettes", "--workdir", str(workdir), *SMALL, *more]
+    )
 
 
 def rows(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "responses" / "vignettes.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (workdir / "responses" / "vignettes.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def by_sample(found: list[dict]) -> dict[tuple[str, int], str]:
@@ -69,7 +86,7 @@ def test_every_question_is_answered_and_counted(whole):
 
 def test_a_stop_between_waves_and_a_torn_line_change_no_response(whole, model, tmp_path, capsys):
     """Waves of 8 questions: stopped after the first, a line of it torn, then resumed on another mesh."""
-    real, waves = answering.Tally.add, []
+    real, waves = datasets.Tally.add, []
 
     def add(tally, answers):
         real(tally, answers)
@@ -78,7 +95,7 @@ def test_a_stop_between_waves_and_a_torn_line_change_no_response(whole, model, t
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answering.Tally, "add", add)
+        patch.setattr(datasets.Tally, "add", add)
         run(tmp_path / "run", model)
     assert "stopped; the same command goes on from there" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -92,7 +109,7 @@ def test_a_stop_between_waves_and_a_torn_line_change_no_response(whole, model, t
 
 def test_a_finished_evaluation_draws_nothing_and_can_be_counted_anew(whole, model, monkeypatch):
     before = (whole / "responses" / "vignettes.jsonl").read_bytes()
-    monkeypatch.setattr(answering, "sampling_weights", lambda *_: pytest.fail("the model is not needed"))
+    monkeypatch.setattr(datasets, "sampling_weights", lambda *_: pytest.fail("the model is not needed"))
     run(whole, model)
     evaluate.main(["--workdir", str(whole), "evaluate.answer=anywhere", "evaluate.subjects=[sex]"])
     assert (whole / "responses" / "vignettes.jsonl").read_bytes() == before
@@ -109,13 +126,17 @@ def test_responses_to_other_questions_are_refused(whole, model, tmp_path):
 
 def test_responses_of_another_make_need_no_jax(tmp_path):
     question = vignettes("test", 1)[0]
-    (tmp_path / "theirs.jsonl").write_text(json.dumps(row_of(Answer(question, 0, teacher_response(question, 0)))) + "\n", encoding="utf-8")
+    (tmp_path / "theirs.jsonl").write_text(
+        json.dumps(row_of(Answer(question, 0, teacher_response(question, 0)))) + "\n", encoding="utf-8"
+    )
     check = (
         "import sys\nfrom crpo_jax import evaluate\nevaluate.main(sys.argv[1:])\n"
         "loaded = sorted({'jax', 'flax', 'torch', 'transformers'} & set(sys.modules))\nassert not loaded, loaded\n"
     )
     arguments = ["--responses", str(tmp_path / "theirs.jsonl"), "--workdir", str(tmp_path / "run"), "reward.workers=0"]
-    done = subprocess.run([sys.executable, "-c", check, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", check, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
     assert "theirs by condition" in done.stdout

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 
 from crpo_jax import config
-from crpo_jax.config import Config, InputError
-from crpo_jax.run import guard
-from crpo_jax.run.guard import Guard
-from crpo_jax.run.metrics import read_metrics
-from crpo_jax.run.programs import keep_programs
-from crpo_jax.run.workdir import Fault, check_inputs, open_workdir
+from crpo_jax.config import Config
+from crpo_jax.errors import Fault, InputError
+from crpo_jax.runtime import limits
+from crpo_jax.runtime.compilations import keep_programs
+from crpo_jax.runtime.limits import Guard
+from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.workdir import check_inputs, open_workdir
 
 KILLS = int(os.environ.get("CRPO_JAX_KILLS", "4"))
 
@@ -79,23 +80,31 @@ def test_nothing_compiles_after_the_first_epoch(folder: Path):
 def test_a_second_run_in_a_workdir_is_refused(ended: dict[str, Any]):
     assert ended["second run"]["code"] == 2
     assert re.search(
-        r"--workdir \S+: expected a folder that no other run is using, got one that process \d+ on \S+ has open\n$", ended["second run"]["said"]
+        r"--workdir \S+: expected a folder that no other run is using, got one that process \d+ on \S+ has open\n$",
+        ended["second run"]["said"],
     )
 
 
 @pytest.mark.slow
 def test_sigterm_ends_a_run_in_good_order(ended: dict[str, Any]):
     assert ended["SIGTERM"]["code"] == 0
-    assert "SIGTERM: finishing this part of the step, saving, then stopping; once more stops at once" in ended["SIGTERM"]["said"]
+    assert (
+        "SIGTERM: finishing this part of the step, saving, then stopping; once more stops at once"
+        in ended["SIGTERM"]["said"]
+    )
     assert re.search(r"stopped after step \d of 4; the same command goes on from there\n$", ended["SIGTERM"]["said"])
     assert ended["its scoring processes killed"]["code"] == 0
-    assert ended["same"]["stopped"], "stopped, and its scoring processes killed after that: not the run it would have been"
+    assert ended["same"]["stopped"], (
+        "stopped, and its scoring processes killed after that: not the run it would have been"
+    )
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(ended: dict[str, Any]):
     assert ended["SIGINT twice"]["code"] == 130
-    assert ended["SIGINT twice"]["said"].endswith("SIGINT again: stopped at once; the same command goes on from what is saved\n")
+    assert ended["SIGINT twice"]["said"].endswith(
+        "SIGINT again: stopped at once; the same command goes on from what is saved\n"
+    )
 
 
 @pytest.mark.slow
@@ -112,8 +121,14 @@ def test_updates_that_are_not_finite_are_not_applied_and_named(ended: dict[str, 
     """A learning rate of 1e30: the second update of the first step meets weights that overflow."""
     said = ended["not finite"]["said"]
     assert ended["not finite"]["code"] == 1
-    assert re.search(r"^step 0, mini-batch 1: loss or gradient not finite, update not applied \(loss, .*norm", said, re.MULTILINE)
-    assert re.search(r"^crpo_jax.train: stopped: step 1, mini-batch 1: .* It was the last of 3 in a row \(run.limits.skipped\)", said, re.MULTILINE)
+    assert re.search(
+        r"^step 0, mini-batch 1: loss or gradient not finite, update not applied \(loss, .*norm", said, re.MULTILINE
+    )
+    assert re.search(
+        r"^crpo_jax.train: stopped: step 1, mini-batch 1: .* It was the last of 3 in a row \(run.limits.skipped\)",
+        said,
+        re.MULTILINE,
+    )
     assert [row["policy/skipped_updates"] for row in read_metrics(folder / "astray")] == [1, 2]
     assert sorted(path.name for path in (folder / "astray" / "skipped").iterdir()) == [
         f"step_{step:06d}_mini_{mini:03d}.npz" for step, mini in ((0, 1), (1, 0), (1, 1))
@@ -123,9 +138,14 @@ def test_updates_that_are_not_finite_are_not_applied_and_named(ended: dict[str, 
 @pytest.mark.slow
 def test_a_kept_batch_is_looked_at_again(ended: dict[str, Any]):
     assert ended["replay"]["code"] == 0
-    assert re.search(r"step_000000_mini_001.npz: loss -?[\d.e-]+, gradient norm [\d.e-]+, not finite: nothing", ended["replay"]["said"])
+    assert re.search(
+        r"step_000000_mini_001.npz: loss -?[\d.e-]+, gradient norm [\d.e-]+, not finite: nothing",
+        ended["replay"]["said"],
+    )
     assert ended["no replay"]["code"] == 2
-    assert re.search(r"--replay 77: expected a step whose batch was kept in \S+, got \[0, 1\]\n$", ended["no replay"]["said"])
+    assert re.search(
+        r"--replay 77: expected a step whose batch was kept in \S+, got \[0, 1\]\n$", ended["no replay"]["said"]
+    )
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
@@ -133,9 +153,24 @@ def test_a_kept_batch_is_looked_at_again(ended: dict[str, Any]):
 WELL = {"kl/mean": 0.1, "policy/entropy": 0.3, "reward/zero_variance_groups": 0.5, "response/truncated": 0.1}
 BEYOND = [
     ("kl/mean", 1.5, "kl/mean is 1.5: nats a token from the start model, over run.limits.kl=1", "crpo.kl_coef"),
-    ("policy/entropy", 0.001, "policy/entropy is 0.001: nats a token, under run.limits.entropy=0.01", "crpo.entropy_coef"),
-    ("reward/zero_variance_groups", 1.0, "reward/zero_variance_groups is 1: of the groups have responses that all earn the same", "crpo.group_size"),
-    ("response/truncated", 1.0, "response/truncated is 1: of the responses were cut at rollout.max_new_tokens=4096", "rollout.stop"),
+    (
+        "policy/entropy",
+        0.001,
+        "policy/entropy is 0.001: nats a token, under run.limits.entropy=0.01",
+        "crpo.entropy_coef",
+    ),
+    (
+        "reward/zero_variance_groups",
+        1.0,
+        "reward/zero_variance_groups is 1: of the groups have responses that all earn the same",
+        "crpo.group_size",
+    ),
+    (
+        "response/truncated",
+        1.0,
+        "response/truncated is 1: of the responses were cut at rollout.max_new_tokens=4096",
+        "rollout.stop",
+    ),
 ]
 
 
@@ -176,19 +211,22 @@ def test_limits_of_zero_are_off(tmp_path: Path):
 
 
 def test_a_kept_batch_comes_back_and_a_damaged_one_is_refused(tmp_path: Path):
-    mini = [{"tokens": jnp.arange(6).reshape(2, 3), "weights": jnp.array([1.0, jnp.nan])}, {"tokens": jnp.zeros((1, 2), jnp.int32)}]
-    path = guard.keep(tmp_path, 3, 1, mini)
-    assert guard.kept_at(tmp_path, 3) == [path]
-    for before, after in zip(mini, guard.load(path), strict=True):
+    mini = [
+        {"tokens": jnp.arange(6).reshape(2, 3), "weights": jnp.array([1.0, jnp.nan])},
+        {"tokens": jnp.zeros((1, 2), jnp.int32)},
+    ]
+    path = limits.keep(tmp_path, 3, 1, mini)
+    assert limits.kept_at(tmp_path, 3) == [path]
+    for before, after in zip(mini, limits.load(path), strict=True):
         assert before.keys() == after.keys()
         for name, value in before.items():
             np.testing.assert_array_equal(value, after[name])
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match=f"{path}: expected a mini-batch kept by a run, got: "):
-        guard.load(path)
+        limits.load(path)
     np.savez(path, **{"0/tokens": np.array([{"a": 1}], dtype=object)})
     with pytest.raises(InputError, match="pickle"):
-        guard.load(path)
+        limits.load(path)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -199,16 +237,20 @@ def test_out_of_memory_names_the_phase_and_the_knob():
     said = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12884901888 bytes."
 
     def raised(module: str) -> Fault | None:
-        program = compile("raise error", str(Path(guard.__file__).parents[1] / module), "exec")
+        program = compile("raise error", str(Path(limits.__file__).parents[1] / module), "exec")
         try:
             exec(program, {"error": jax.errors.JaxRuntimeError(said)})  # noqa: S102 (a frame of that file)
         except jax.errors.JaxRuntimeError as error:
-            return guard.out_of_memory(error)
+            return limits.out_of_memory(error)
 
-    assert str(raised("rollout/engine.py")).startswith("out of device memory while sampling (asked for 12884901888 bytes): try rollout.slots smaller")
-    assert str(raised("train.py")).startswith("out of device memory while the update (asked for 12884901888 bytes): try parallel.micro_batch_tokens")
-    assert str(raised("model/hub.py")).startswith("out of device memory while loading the model")
-    assert guard.out_of_memory(ValueError("something else")) is None
+    assert str(raised("rollout/engine.py")).startswith(
+        "out of device memory while sampling (asked for 12884901888 bytes): try rollout.slots smaller"
+    )
+    assert str(raised("train.py")).startswith(
+        "out of device memory while the update (asked for 12884901888 bytes): try parallel.micro_batch_tokens"
+    )
+    assert str(raised("model/huggingface.py")).startswith("out of device memory while loading the model")
+    assert limits.out_of_memory(ValueError("something else")) is None
 
 
 # ---- the workdir -----------------------------------------------------------------------------------------------------
@@ -218,11 +260,16 @@ def test_another_config_is_refused_unless_told(tmp_path: Path, capsys: pytest.Ca
     scratch = "tokenizer.path=somewhere"
     open_workdir(tmp_path / "run", settings(scratch)).close()
     other = settings(scratch, "crpo.kl_coef=0.5", "crpo.steps=7", "parallel.mesh=1x1", "run.limits.kl=2")
-    with pytest.raises(InputError, match=r"got crpo.kl_coef: 0.001 -> 0.5. Take another --workdir, or say --allow-changes"):
+    with pytest.raises(
+        InputError, match=r"got crpo.kl_coef: 0.001 -> 0.5. Take another --workdir, or say --allow-changes"
+    ):
         open_workdir(tmp_path / "run", other)
     assert config.load(tmp_path / "run" / "config.yaml").crpo.kl_coef == 0.001
     open_workdir(tmp_path / "run", other, changes=True).close()
-    assert capsys.readouterr().err == "--allow-changes: crpo.kl_coef: 0.001 -> 0.5; the config until now is config.1.yaml\n"
+    assert (
+        capsys.readouterr().err
+        == "--allow-changes: crpo.kl_coef: 0.001 -> 0.5; the config until now is config.1.yaml\n"
+    )
     assert config.load(tmp_path / "run" / "config.yaml") == other
     assert config.load(tmp_path / "run" / "config.1.yaml").crpo.kl_coef == 0.001
 
@@ -236,24 +283,34 @@ def test_how_long_it_runs_may_change_unless_the_learning_rate_depends_on_it(tmp_
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"expected a new folder or one with a run's config.yaml, got a folder with other files"):
+    with pytest.raises(
+        InputError, match=r"expected a new folder or one with a run's config.yaml, got a folder with other files"
+    ):
         open_workdir(tmp_path, settings())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_workdir_is_one_runs_until_that_is_over(tmp_path: Path):
-    with open_workdir(tmp_path / "run", settings("tokenizer.path=a")), pytest.raises(InputError, match=f"process {os.getpid()} on .* has open"):
+    with (
+        open_workdir(tmp_path / "run", settings("tokenizer.path=a")),
+        pytest.raises(InputError, match=f"process {os.getpid()} on .* has open"),
+    ):
         open_workdir(tmp_path / "run", settings("tokenizer.path=a"))
     open_workdir(tmp_path / "run", settings("tokenizer.path=a")).close()
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     def no_locks(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("crpo_jax.run.workdir.fcntl.flock", no_locks)
+    monkeypatch.setattr("crpo_jax.store.workdir.fcntl.flock", no_locks)
     open_workdir(tmp_path / "run", settings("tokenizer.path=a")).close()
-    assert "no locks on this file system (Operation not supported): nothing keeps a second run out of it" in capsys.readouterr().err
+    assert (
+        "no locks on this file system (Operation not supported): nothing keeps a second run out of it"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path: Path):
@@ -267,14 +324,22 @@ def test_inputs_that_changed_between_runs_are_named(tmp_path: Path, capsys: pyte
     check_inputs(tmp_path, before)
     check_inputs(tmp_path, before)
     after = before | {"training questions": "x", "start model": "y"}
-    with pytest.raises(InputError, match=r"the inputs the run in it began with, got other training questions and other start model\. Take"):
+    with pytest.raises(
+        InputError,
+        match=r"the inputs the run in it began with, got other training questions and other start model\. Take",
+    ):
         check_inputs(tmp_path, after)
     check_inputs(tmp_path, after, changes=True)
-    assert "--allow-changes: other training questions and other start model than the run began with" in capsys.readouterr().err
+    assert (
+        "--allow-changes: other training questions and other start model than the run began with"
+        in capsys.readouterr().err
+    )
     check_inputs(tmp_path, after)
 
 
-def test_programs_are_kept_apart_by_machine_and_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_programs_are_kept_apart_by_machine_and_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     asked: Counter[str] = Counter()
     monkeypatch.setattr(jax.config, "update", lambda name, value: asked.update([f"{name}={value}"]))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")

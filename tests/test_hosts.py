@@ -13,8 +13,8 @@ import pytest
 import yaml
 from pair import Pair
 
-from crpo_jax import config
-from crpo_jax.config import InputError
+from crpo_jax import cli
+from crpo_jax.errors import InputError
 from crpo_jax.parallel import processes
 
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch"
@@ -51,7 +51,12 @@ def script(of_each: str) -> list[str]:
     ("who", "raised", "code", "line"),
     [
         (1, "InputError('data.path: /data/x.jsonl: No such file')", 2, "data.path: /data/x.jsonl: No such file"),
-        (0, "SystemExit('crpo_jax.train: stopped, the reward is at fault: 3 of 4\\n  traceback')", 1, "stopped, the reward is at fault: 3 of 4"),
+        (
+            0,
+            "SystemExit('crpo_jax.train: stopped, the reward is at fault: 3 of 4\\n  traceback')",
+            1,
+            "stopped, the reward is at fault: 3 of 4",
+        ),
     ],
 )
 def test_what_ends_one_ends_the_other_and_says_why(who, raised, code, line):
@@ -73,7 +78,9 @@ def test_the_loss_of_the_first_process_is_said_though_jax_aborts():
     pair.processes[0].kill()
     (_, first), (code, second) = pair.ended()
     assert code != 0
-    assert "crpo_jax.train: process 1 of 2 was killed, or ended by jax.distributed because it lost another one" in second
+    assert (
+        "crpo_jax.train: process 1 of 2 was killed, or ended by jax.distributed because it lost another one" in second
+    )
     assert "crpo_jax.train: process 0 of 2 was killed" in first
 
 
@@ -86,7 +93,14 @@ def test_a_collective_that_hangs_ends_the_process_with_what_to_try():
         processes.self_test(lambda: time.sleep(60), seconds=0.2)
     """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(check)], env=environment, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(check)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "crpo_jax: a sum over all 2 devices did not end within 0.2 seconds; peer-to-peer copies between these GPUs may be broken: "
@@ -111,7 +125,11 @@ def asked(*arguments: str) -> argparse.Namespace:
 
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in [*processes.FLAGS.values(), *(name for name in os.environ if name.startswith("SLURM_")), "TPU_ML_PLATFORM"]:
+    for name in [
+        *processes.FLAGS.values(),
+        *(name for name in os.environ if name.startswith("SLURM_")),
+        "TPU_ML_PLATFORM",
+    ]:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -122,7 +140,10 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (["--coordinator", "a:1"], "expected all three together, got only --coordinator"),
         (["--processes", "2", "--process", "0"], "expected all three together, got only --processes and --process"),
         (["--coordinator", "a", "--processes", "2", "--process", "0"], "--coordinator: expected HOST:PORT, got 'a'"),
-        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process: expected 0 to 1, since there are 2 processes, got 2"),
+        (
+            ["--coordinator", "a:1", "--processes", "2", "--process", "2"],
+            "--process: expected 0 to 1, since there are 2 processes, got 2",
+        ),
     ],
 )
 def test_half_a_cluster_is_refused(nowhere, arguments, line):
@@ -136,7 +157,12 @@ def test_flags_and_variables_say_the_same(nowhere):
     for name, value in zip(processes.FLAGS.values(), ["a:1", "2", "1"], strict=True):
         nowhere.setenv(name, value)
     assert processes.cluster(asked()) == by_flags
-    assert by_flags == {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1, "cluster_detection_method": "deactivate"}
+    assert by_flags == {
+        "coordinator_address": "a:1",
+        "num_processes": 2,
+        "process_id": 1,
+        "cluster_detection_method": "deactivate",
+    }
 
 
 def test_slurm_and_tpu_are_found(nowhere):
@@ -146,7 +172,10 @@ def test_slurm_and_tpu_are_found(nowhere):
     nowhere.setenv("SLURM_STEP_NODELIST", "node[1-2]")
     nowhere.setenv("SLURM_STEP_NUM_NODES", "2")
     nowhere.setenv("SLURM_GPUS_ON_NODE", "4")
-    assert processes.cluster(asked()) == {"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2, 3]}  # a process per node
+    assert processes.cluster(asked()) == {
+        "cluster_detection_method": "slurm",
+        "local_device_ids": [0, 1, 2, 3],
+    }  # a process per node
     nowhere.setenv("SLURM_NTASKS", "8")
     assert processes.cluster(asked()) == {"cluster_detection_method": "slurm"}  # a process per GPU
     nowhere.setenv("SLURM_NTASKS", "1")
@@ -175,17 +204,24 @@ def trained(command: Sequence[str]) -> argparse.Namespace:
     """What crpo_jax.train reads of a launched command; its settings must load."""
     at = command.index("crpo_jax.train")
     assert list(command[at - 2 : at]) in (["python", "-m"], [".venv/bin/python", "-m"])
-    parser = config.parser("train", "")
+    parser = cli.parser("train", "")
     processes.add_flags(parser)
     args = parser.parse_args(command[at + 1 :])
-    settings = config.from_arguments(args)
-    assert (settings.parallel.mesh, settings.model.path, settings.reward.grpo_tags) == ("16x1", "/share/a model", ("dx", "conclusion"))
+    settings = cli.from_arguments(args)
+    assert (settings.parallel.mesh, settings.model.path, settings.reward.grpo_tags) == (
+        "16x1",
+        "/share/a model",
+        ("dx", "conclusion"),
+    )
     return args
 
 
 def test_the_recipe_for_a_tpu_slice():
     lines = [
-        shlex.split(line) for line in dry_run("tpu_slice.sh", NAME="crpo", ZONE="z", TYPE="v5litepod-16", VERSION="v", SHARE="host:/e").splitlines()
+        shlex.split(line)
+        for line in dry_run(
+            "tpu_slice.sh", NAME="crpo", ZONE="z", TYPE="v5litepod-16", VERSION="v", SHARE="host:/e"
+        ).splitlines()
     ]
     assert [line[:5] for line in lines if line[0] == "gcloud"] == [
         ["gcloud", "compute", "tpus", "tpu-vm", verb] for verb in ("create", "scp", *["ssh"] * 3)
@@ -200,8 +236,15 @@ def test_the_recipe_for_a_tpu_slice():
 
 def test_the_recipe_for_slurm():
     text = (LAUNCH / "slurm.sbatch").read_text()
-    options = dict(line.removeprefix("#SBATCH --").split(" #")[0].partition("=")[::2] for line in text.splitlines() if line.startswith("#SBATCH"))
-    assert (options["ntasks-per-node"], options["signal"]) == ("1", "TERM@600")  # a process per node; time to save before the end
+    options = dict(
+        line.removeprefix("#SBATCH --").split(" #")[0].partition("=")[::2]
+        for line in text.splitlines()
+        if line.startswith("#SBATCH")
+    )
+    assert (options["ntasks-per-node"], options["signal"]) == (
+        "1",
+        "TERM@600",
+    )  # a process per node; time to save before the end
     (line,) = dry_run("slurm.sbatch").splitlines()
     command = shlex.split(line)
     assert command[0] == "srun"
@@ -219,7 +262,9 @@ def test_the_recipe_for_kubernetes():
     assert set(variables) == set(processes.FLAGS.values())
     assert variables["JAX_NUM_PROCESSES"] == "2"
     name = made["metadata"]["name"]
-    assert variables["JAX_COORDINATOR_ADDRESS"] == f"{name}-{hosts['name']}-0-0.{name}:8476"  # a JobSet's name for pod 0 of job 0
+    assert (
+        variables["JAX_COORDINATOR_ADDRESS"] == f"{name}-{hosts['name']}-0-0.{name}:8476"
+    )  # a JobSet's name for pod 0 of job 0
     assert "job-completion-index" in variables["JAX_PROCESS_ID"]["fieldRef"]["fieldPath"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert trained(container["command"]).workdir == "/share/runs/crpo"
@@ -228,6 +273,12 @@ def test_the_recipe_for_kubernetes():
 
 @pytest.mark.parametrize("recipe", ["tpu_slice.sh", "kubernetes_jobset.sh"])
 def test_a_recipe_says_what_it_needs(recipe):
-    done = subprocess.run(["bash", str(LAUNCH / recipe), "--dry-run"], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", str(LAUNCH / recipe), "--dry-run"],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0
     assert "NAME: name of the" in done.stderr

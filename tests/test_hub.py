@@ -22,11 +22,12 @@ from jax.sharding import AxisType, Mesh
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from crpo_jax.config import InputError, config_folder
-from crpo_jax.model.hub import HF_KEYS, config_of, inherited, load, model_folder, save, stored_letters, tensors
+from crpo_jax.config import config_folder
+from crpo_jax.errors import InputError
+from crpo_jax.model.huggingface import HF_KEYS, config_of, inherited, load, model_folder, save, stored_letters, tensors
 from crpo_jax.model.placement import weight_shardings
-from crpo_jax.model.qwen2 import Qwen2, abstract, dims_of
 from crpo_jax.model.shape import Shape, shape_of
+from crpo_jax.model.transformer import Qwen2, abstract, dims_of
 from crpo_jax.parallel.layout import LAYOUTS, SHARDED, TENSOR
 
 SHAPE = Shape(d=16, n=4, k=2, h=6, f=28, v=40, l=3, tied=False, rope_theta=1e6, norm_eps=1e-6)
@@ -87,7 +88,12 @@ def same_weights(one: Qwen2, two: Qwen2) -> bool:
 
 def test_every_weight_has_a_key_with_the_same_dims():
     model = abstract(SHAPE)
-    ours = {name for owner in (model, model.blocks) for name in vars(owner) if "_" in name and name.rsplit("_", 1)[1].isalpha() and name[0] != "_"}
+    ours = {
+        name
+        for owner in (model, model.blocks)
+        for name in vars(owner)
+        if "_" in name and name.rsplit("_", 1)[1].isalpha() and name[0] != "_"
+    }
     assert ours == set(HF_KEYS)
     assert all(sorted(stored_letters(name)) == sorted(dims_of(name)) for name in HF_KEYS)
 
@@ -142,7 +148,9 @@ def test_load_converts_on_request(tmp_path: Path):
     np.testing.assert_array_equal(model.final_norm_d[...], stored["model.norm.weight"].astype(ml_dtypes.bfloat16))
 
 
-@pytest.mark.parametrize(("data", "model_axis", "table"), [(4, 2, LAYOUTS["zero1"].master), (2, 4, SHARDED), (4, 2, TENSOR)])
+@pytest.mark.parametrize(
+    ("data", "model_axis", "table"), [(4, 2, LAYOUTS["zero1"].master), (2, 4, SHARDED), (4, 2, TENSOR)]
+)
 def test_a_mesh_of_eight_holds_and_exports_the_same_weights(data: int, model_axis: int, table: Any, tmp_path: Path):
     """2x4 has more model shards than KV heads, which are then whole on each of them."""
     stored, mesh = drawn(SHAPE), mesh_of(data, model_axis)
@@ -196,18 +204,25 @@ def test_tied_folder_may_repeat_its_embedding(tmp_path: Path):
     assert repeated.tied
     assert same_weights(plain, repeated)
     head["lm_head.weight"][-1, -1] += 1
-    with pytest.raises(InputError, match=r"lm_head\.weight: expected no such key, or the same values as model\.embed_tokens\.weight"):
+    with pytest.raises(
+        InputError, match=r"lm_head\.weight: expected no such key, or the same values as model\.embed_tokens\.weight"
+    ):
         load(str(write(tmp_path / "other", TIED, stored | head)), mesh_of(1, 1), TENSOR)
 
 
 def test_old_rotary_buffers_are_ignored_visibly(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     old = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32) for layer in range(3)}
     load(str(write(tmp_path, TIED, drawn(TIED) | old)), mesh_of(1, 1), TENSOR)
-    assert "model.layers.0.self_attn.rotary_emb.inv_freq: ignored (3 such keys), rope_theta=1e+06" in capsys.readouterr().err
+    assert (
+        "model.layers.0.self_attn.rotary_emb.inv_freq: ignored (3 such keys), rope_theta=1e+06"
+        in capsys.readouterr().err
+    )
 
 
 def without(*keys: str) -> Callable[[Path], None]:
-    return lambda folder: save_file({key: value for key, value in drawn(SHAPE).items() if key not in keys}, folder / "model.safetensors")
+    return lambda folder: save_file(
+        {key: value for key, value in drawn(SHAPE).items() if key not in keys}, folder / "model.safetensors"
+    )
 
 
 def with_changed(**changed: np.ndarray) -> Callable[[Path], None]:
@@ -220,7 +235,9 @@ def cut_short(folder: Path) -> None:
 
 
 def git_lfs_pointer(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 6171926992\n")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 6171926992\n"
+    )
 
 
 def only_a_pickle(folder: Path) -> None:
@@ -244,7 +261,10 @@ NORM, GATE, UP = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight", "mo
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (without(GATE), f"model.safetensors: {GATE}: missing; expected shape [28, 16]"),
-    "two missing": (without(GATE, UP), f"model.safetensors: {GATE}: missing; expected shape [28, 16] (1 more are missing)"),
+    "two missing": (
+        without(GATE, UP),
+        f"model.safetensors: {GATE}: missing; expected shape [28, 16] (1 more are missing)",
+    ),
     "no output": (
         without("lm_head.weight"),
         "model.safetensors: lm_head.weight: missing; expected shape [40, 16], since config.json does not set tie_word_embeddings",
@@ -266,7 +286,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"model.safetensors: {GATE}: expected F32, BF16, F16 (weights that are not quantized), got I8",
     ),
     "cut short": (cut_short, "model.safetensors: expected a whole safetensors file, got "),
-    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors: expected a whole safetensors file, got 0 bytes: "),
+    "empty": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        "model.safetensors: expected a whole safetensors file, got 0 bytes: ",
+    ),
     "Git LFS pointer": (git_lfs_pointer, "model.safetensors: expected a whole safetensors file, got 73 bytes: "),
     "pickle": (
         only_a_pickle,
@@ -333,7 +356,10 @@ def test_index_that_is_not_json(tmp_path: Path):
 def test_model_folder_takes_folders_and_refuses_what_is_neither(tmp_path: Path):
     assert model_folder(str(tmp_path)) == tmp_path
     for path in ("", str(tmp_path / "none"), "Qwen2.5-3B", "./a/b", "a/b/c", "a b/c"):
-        with pytest.raises(InputError, match=re.escape(f"model.path: expected a folder, or a hub id such as Qwen/Qwen2.5-3B, got {path!r}")):
+        with pytest.raises(
+            InputError,
+            match=re.escape(f"model.path: expected a folder, or a hub id such as Qwen/Qwen2.5-3B, got {path!r}"),
+        ):
             model_folder(path)
 
 
@@ -344,7 +370,9 @@ def test_hub_ids_come_from_the_cache_or_end_in_one_line(tmp_path: Path, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError) as error:
         load("someone/no-such-model", mesh_of(1, 1), TENSOR)
-    assert str(error.value).startswith("model.path: someone/no-such-model: no such folder here, and the hub did not give it: ")
+    assert str(error.value).startswith(
+        "model.path: someone/no-such-model: no such folder here, and the hub did not give it: "
+    )
     assert "\n" not in str(error.value)
 
     kept = tmp_path / "models--someone--a-model"
@@ -370,7 +398,9 @@ def test_shards_and_their_index(tmp_path: Path):
     save(model, SHAPE, tmp_path / "out", dtype="bfloat16", max_shard_bytes=3_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [file.name for file in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert [file.name for file in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
     assert len(files) > 2
     assert index["weight_map"].keys() == {tensor.key for tensor in tensors(SHAPE)}
     assert index["metadata"]["total_size"] == sum(leaf.size for leaf in jax.tree.leaves(model)) * 2
@@ -408,7 +438,9 @@ def test_save_never_overwrites_and_leaves_no_half_folder(tmp_path: Path):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file"):
-        with pytest.raises(InputError, match=f"{name}: expected a new or empty folder, got one that exists; nothing was written"):
+        with pytest.raises(
+            InputError, match=f"{name}: expected a new or empty folder, got one that exists; nothing was written"
+        ):
             save(model, TIED, tmp_path / name, dtype="float32")
     with pytest.raises(InputError, match="inside: "):
         save(model, TIED, tmp_path / "file" / "inside", dtype="float32")
@@ -440,7 +472,7 @@ PROCESS = """
     import sys
     import jax
     from crpo_jax.config import InputError
-    from crpo_jax.model.hub import load, save
+    from crpo_jax.model.huggingface import load, save
     from crpo_jax.parallel.layout import LAYOUTS
     from crpo_jax.parallel.mesh import make_mesh
 
@@ -475,7 +507,13 @@ def test_two_processes_load_and_save_together(tmp_path: Path):
     }
     shared.pop("JAX_NUM_CPU_DEVICES", None)
     both = [
-        subprocess.Popen(command, env=shared | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command,
+            env=shared | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for i in range(2)
     ]
     try:

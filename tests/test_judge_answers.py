@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crpo_jax import config
-from crpo_jax.config import InputError
+from crpo_jax.answer.records import Answer, count, letter_of, majority, read_answers, row_of, share, summary
+from crpo_jax.answer.truth import exact
 from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import FINDINGS, TeacherNoise, teacher_response, vignettes
-from crpo_jax.judge.answers import Answer, count, letter_of, majority, read_answers, row_of, share, summary
-from crpo_jax.judge.truth import exact
+from crpo_jax.errors import InputError
 
 SETTINGS = config.load(None, ["reward.workers=0"], model=False)
 QUESTION = Question("q", "Which?", {"A": "gout", "B": "flu"}, "A")
@@ -65,7 +65,11 @@ def test_intervals_against_hand_worked_values():
         assert found["mean"] == 0.8
         assert found["low"] == pytest.approx(0.490, abs=0.02)
         assert found["high"] == pytest.approx(0.943, abs=0.02)
-    assert count([[1.0], [3.0]]) == {"mean": 2.0, "low": pytest.approx(2 - 1.959964), "high": pytest.approx(2 + 1.959964)}
+    assert count([[1.0], [3.0]]) == {
+        "mean": 2.0,
+        "low": pytest.approx(2 - 1.959964),
+        "high": pytest.approx(2 + 1.959964),
+    }
 
 
 def test_rows_are_read_back_as_they_were_and_scored_by_the_score_command(tmp_path):
@@ -75,7 +79,12 @@ def test_rows_are_read_back_as_they_were_and_scored_by_the_score_command(tmp_pat
     whole = answer(teacher_response(question, 0), 2, question, token_ids=[5, 6], tokens=3, stopped=True)
     (tmp_path / "responses.jsonl").write_text(json.dumps(row_of(whole)) + "\n", encoding="utf-8")
     assert read_answers(tmp_path / "responses.jsonl") == [whole]
-    assert score.main(["--responses", str(tmp_path / "responses.jsonl"), "--out", str(tmp_path / "out.jsonl"), "reward.workers=0"]) == 0
+    assert (
+        score.main(
+            ["--responses", str(tmp_path / "responses.jsonl"), "--out", str(tmp_path / "out.jsonl"), "reward.workers=0"]
+        )
+        == 0
+    )
 
 
 def test_responses_of_another_make_are_numbered_and_bad_ones_named(tmp_path):
@@ -91,15 +100,27 @@ def test_responses_of_another_make_are_numbered_and_bad_ones_named(tmp_path):
 
 def test_a_summary_counts_what_is_there():
     """Three questions of two samples: both right, one right first, and one right second with an unreadable first."""
-    questions = [Question(f"q{n}", "Which?", {"A": "gout", "B": "flu"}, "A", columns={"subject_name": "x" if n else "y"}) for n in range(3)]
+    questions = [
+        Question(f"q{n}", "Which?", {"A": "gout", "B": "flu"}, "A", columns={"subject_name": "x" if n else "y"})
+        for n in range(3)
+    ]
     right, wrong = ("<dx>d</dx><conclusion>\\boxed{A}</conclusion>", "<dx>d</dx><conclusion>\\boxed{B}</conclusion>")
     given_ = [(0, right), (0, right), (1, right), (1, wrong), (2, "?"), (2, right)]
-    found = summary([answer(text, index % 2, questions[n], tokens=4, stopped=index > 0) for index, (n, text) in enumerate(given_)], SETTINGS)
+    found = summary(
+        [answer(text, index % 2, questions[n], tokens=4, stopped=index > 0) for index, (n, text) in enumerate(given_)],
+        SETTINGS,
+    )
     assert (found["questions"], found["samples"], found["responses"], found["unscored"]) == (3, 2, 6, 0)
     assert found["accuracy"]["mean"] == pytest.approx(4 / 6)
     assert found["valid"]["mean"] == pytest.approx(5 / 6)
     assert found["majority"]["mean"] == 1.0, "ties go to the first, and only readable answers vote"
-    assert found["length"] == {"unit": "tokens", "mean": 4.0, "median": 4.0, "p95": 4.0, "truncated": pytest.approx(1 / 6)}
+    assert found["length"] == {
+        "unit": "tokens",
+        "mean": 4.0,
+        "median": 4.0,
+        "p95": 4.0,
+        "truncated": pytest.approx(1 / 6),
+    }
     assert {name: one["questions"] for name, one in found["subjects"]["subject_name"].items()} == {"x": 2, "y": 1}
     assert "exact" not in found
 
@@ -119,7 +140,11 @@ def test_a_perfect_teacher_says_nothing_but_the_truth():
 
 
 def test_each_untruth_shows_in_its_own_count():
-    question = next(one for one in vignettes("train", 500) if one.columns["condition"] == "gout" and "pseudogout" in one.options.values())
+    question = next(
+        one
+        for one in vignettes("train", 500)
+        if one.columns["condition"] == "gout" and "pseudogout" in one.options.values()
+    )
     shown = question.columns["findings"]
     hidden = next(finding for finding in FINDINGS["gout"] if finding not in shown)
     own = FINDINGS["pseudogout"][0]
@@ -129,7 +154,9 @@ def test_each_untruth_shows_in_its_own_count():
         ("true_claims", "valid_rejections", "findings_invented", "conclusion_findings", "x"), 0
     ) | {"case_findings": 1, "false_claims": 1}
     assert exact(question, f"A) pseudogout would need {own}")["valid_rejections"] == 1
-    assert exact(question, f"A) pseudogout would need {own}")["findings_invented"] == 0, "to miss a finding is not to claim it"
+    assert exact(question, f"A) pseudogout would need {own}")["findings_invented"] == 0, (
+        "to miss a finding is not to claim it"
+    )
     assert exact(question, f"A) pseudogout would need {hidden}")["false_claims"] == 1
     assert exact(question, f"A) gout would need {hidden}")["valid_rejections"] == 0, "the right option is no distractor"
     assert not math.isnan(sum(exact(question, "").values()))

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from chat_server import ChatServer, prompt_of, says
 
-from crpo_jax.config import Endpoint, InputError
-from crpo_jax.judge import client as module
-from crpo_jax.judge.client import Client, GivenUp, Reply, ServerError, ask_all, retry_after
+from crpo_jax.chat import client as module
+from crpo_jax.chat.client import Client, GivenUp, Reply, ServerError, ask_all, retry_after
+from crpo_jax.config import Endpoint
+from crpo_jax.errors import InputError
 
 KEY = "sk-a-very-secret-key"
 
@@ -59,7 +60,9 @@ def test_every_fault_is_tried_again_and_every_answer_arrives_once():
     texts = [f"question {number}" for number in range(len(FAULTS))]
 
     def plan(request, times):
-        return FAULTS[texts.index(prompt_of(request))] if times < 2 else says(f"answer to {prompt_of(request)}", "because")
+        return (
+            FAULTS[texts.index(prompt_of(request))] if times < 2 else says(f"answer to {prompt_of(request)}", "because")
+        )
 
     with ChatServer(plan) as server:
         found = asked(server, texts, max_reply_bytes=20_000)
@@ -95,7 +98,9 @@ def test_what_one_request_did_wrong_costs_that_request_alone():
 @pytest.mark.parametrize("status", [301, 401, 403, 404])
 def test_what_every_request_would_meet_ends_the_run_and_never_shows_the_key(status, caplog):
     caplog.set_level(logging.DEBUG)
-    with ChatServer(lambda request, times: (status, {"Location": "http://elsewhere/"}, f"wrong key {KEY}".encode())) as server:
+    with ChatServer(
+        lambda request, times: (status, {"Location": "http://elsewhere/"}, f"wrong key {KEY}".encode())
+    ) as server:
         with pytest.raises(ServerError) as caught:
             asked(server, [str(number) for number in range(50)], concurrency=2)
         assert len(server.requests) <= 4
@@ -143,7 +148,13 @@ def test_a_stop_asks_nothing_new_and_loses_nothing_under_way():
         return says("x")
 
     with ChatServer(plan) as server, Client(settings(server, concurrency=4), "judge") as client:
-        ask_all(client, [str(n) for n in range(40)], turn, lambda text, reply: found.__setitem__(text, reply), started.is_set)
+        ask_all(
+            client,
+            [str(n) for n in range(40)],
+            turn,
+            lambda text, reply: found.__setitem__(text, reply),
+            started.is_set,
+        )
         assert sorted(found) == sorted(map(prompt_of, server.requests))
     assert 1 <= len(found) <= 8
     assert all(isinstance(reply, Reply) for reply in found.values())

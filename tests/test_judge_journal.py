@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crpo_jax.config import InputError
-from crpo_jax.judge.journal import Full, Journal, replace_rows, whole_rows
+from crpo_jax.errors import InputError
+from crpo_jax.store.journal import Full, Journal, replace_rows, whole_rows
 
 
 @settings(max_examples=25)
@@ -31,7 +31,10 @@ def test_a_file_cut_anywhere_keeps_its_whole_rows(tmp_path_factory, rows, cut):
 
 def test_threads_write_whole_lines(tmp_path):
     with Journal(tmp_path / "rows.jsonl") as journal:
-        threads = [threading.Thread(target=lambda n=n: [journal.append({"n": n, "text": "x" * 3000}) for _ in range(5)]) for n in range(8)]
+        threads = [
+            threading.Thread(target=lambda n=n: [journal.append({"n": n, "text": "x" * 3000}) for _ in range(5)])
+            for n in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -6,21 +6,32 @@ import pytest
 from chat_server import ChatServer, prompt_of, says
 
 from crpo_jax import evaluate
+from crpo_jax.answer.records import Answer, row_of
+from crpo_jax.answer.truth import exact
+from crpo_jax.chat import client
 from crpo_jax.data.vignettes import teacher_response, vignettes
-from crpo_jax.judge import client
-from crpo_jax.judge.answers import Answer, row_of
 from crpo_jax.judge.measures import MEASURES, agreement, asking, chosen, counted
-from crpo_jax.judge.truth import exact
 
 QUESTIONS = vignettes("test", 6)
-ANSWERS = [Answer(question, sample, teacher_response(question, sample)) for question in QUESTIONS for sample in range(2)]
+ANSWERS = [
+    Answer(question, sample, teacher_response(question, sample)) for question in QUESTIONS for sample in range(2)
+]
 
 
 @pytest.fixture
 def responses(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    (tmp_path / "vignettes.jsonl").write_text("".join(json.dumps(row_of(answer)) + "\n" for answer in ANSWERS), encoding="utf-8")
-    return ["--responses", str(tmp_path / "vignettes.jsonl"), "--workdir", str(tmp_path / "run"), "reward.workers=0", "judge.concurrency=3"]
+    (tmp_path / "vignettes.jsonl").write_text(
+        "".join(json.dumps(row_of(answer)) + "\n" for answer in ANSWERS), encoding="utf-8"
+    )
+    return [
+        "--responses",
+        str(tmp_path / "vignettes.jsonl"),
+        "--workdir",
+        str(tmp_path / "run"),
+        "reward.workers=0",
+        "judge.concurrency=3",
+    ]
 
 
 def told(tmp_path):
@@ -32,10 +43,19 @@ def told(tmp_path):
     [
         *[
             (text, 3)
-            for text in ("- a\n- b\n- c\nCOUNT: 3", "count = 3", "**COUNT: 3**", "COUNT: 1\nno, again\nCOUNT: 3\n", "<think>COUNT: 9</think>COUNT: 3")
+            for text in (
+                "- a\n- b\n- c\nCOUNT: 3",
+                "count = 3",
+                "**COUNT: 3**",
+                "COUNT: 1\nno, again\nCOUNT: 3\n",
+                "<think>COUNT: 9</think>COUNT: 3",
+            )
         ],
         ("COUNT: 0", 0),
-        *[(text, None) for text in ("", "three", "3", "I count: 3 of them", "COUNT: many", "COUNT: -3", "COUNT: 12345")],
+        *[
+            (text, None)
+            for text in ("", "three", "3", "I count: 3 of them", "COUNT: many", "COUNT: -3", "COUNT: 12345")
+        ],
     ],
 )
 def test_a_count_is_read_from_its_own_line_or_not_at_all(reply, number):
@@ -58,12 +78,20 @@ def test_two_judges_their_agreement_and_the_truth(tmp_path, responses, capsys):
         text = prompt_of(request)
         measure = next(name for name, what in MEASURES.items() if what.instance in text)
         counts = next(one for response, one in truth.items() if response in text)
-        number = counts[{"faithfulness": "true_claims", "cecd": "case_findings", "drc": "valid_rejections"}.get(measure, "findings_invented")]
+        number = counts[
+            {"faithfulness": "true_claims", "cecd": "case_findings", "drc": "valid_rejections"}.get(
+                measure, "findings_invented"
+            )
+        ]
         if request["model"] == "b" and measure == "backtracking":
             return says("I would rather not say")
         if request["model"] == "b" and measure == "subgoal":
             return 400, {}, b"too long"
-        return (500, {}, b"") if times == 0 and number % 2 else says(f"<list>\nCOUNT: {number + (request['model'] == 'b')}")
+        return (
+            (500, {}, b"")
+            if times == 0 and number % 2
+            else says(f"<list>\nCOUNT: {number + (request['model'] == 'b')}")
+        )
 
     with ChatServer(plan) as server:
         judge = [f"judge.base_url={server.url}", "judge.model=a", "judge.second.model=b", "judge.samples=1"]
@@ -80,7 +108,13 @@ def test_two_judges_their_agreement_and_the_truth(tmp_path, responses, capsys):
     nothing = {"mean": None, "low": None, "high": None, "judged": 0}
     assert found["judges"]["b"]["backtracking"] == nothing | {"unparsed": len(QUESTIONS), "missing": 0}
     assert found["judges"]["b"]["subgoal"] == nothing | {"unparsed": 0, "missing": len(QUESTIONS)}
-    assert found["agreement"]["cecd"] | {"spearman": 1.0} == {"both": 6, "equal": 0, "within_one": 1, "difference": -1, "spearman": 1.0}
+    assert found["agreement"]["cecd"] | {"spearman": 1.0} == {
+        "both": 6,
+        "equal": 0,
+        "within_one": 1,
+        "difference": -1,
+        "spearman": 1.0,
+    }
     assert found["judges_and_truth"]["a"]["drc"]["equal"] == 1
     assert found["judges_and_truth"]["b"]["drc"]["difference"] == 1
     shown = capsys.readouterr().out
@@ -107,7 +141,10 @@ def test_agreement_in_numbers():
 
 
 def test_a_judge_that_refuses_ends_with_the_counts_that_need_none(tmp_path, responses):
-    with ChatServer(lambda request, times: (401, {}, b"who are you")) as server, pytest.raises(SystemExit, match="who are you"):
+    with (
+        ChatServer(lambda request, times: (401, {}, b"who are you")) as server,
+        pytest.raises(SystemExit, match="who are you"),
+    ):
         evaluate.main([*responses, f"judge.base_url={server.url}", "judge.model=a"])
     assert told(tmp_path)["accuracy"]["mean"] > 0
     assert "judges" not in told(tmp_path)

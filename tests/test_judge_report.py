@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from crpo_jax import config, evaluate
-from crpo_jax.config import InputError
+from crpo_jax.answer.records import Answer, row_of, summary
 from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import TeacherNoise, teacher_response, vignettes
+from crpo_jax.errors import InputError
 from crpo_jax.judge import report
-from crpo_jax.judge.answers import Answer, row_of, summary
 from crpo_jax.judge.measures import MEASURES
 from crpo_jax.reward import terms
 
@@ -24,17 +24,27 @@ def evaluated(folder, cites: float, seed: int = 0, judges: bool = False) -> str:
     """An evaluation's workdir inside a run's, as the commands leave them."""
     noise = TeacherNoise(cites=cites, cites_a_word=0, cites_twice=0, missing_part=0, drift=0)
     found = [Answer(question, 0, teacher_response(question, seed, noise)) for question in QUESTIONS]
-    found.append(Answer(Question("evil", EVIL, {"A": EVIL, "B": "b"}, "A", columns=dict(QUESTIONS[0].columns)), 0, EVIL))
+    found.append(
+        Answer(Question("evil", EVIL, {"A": EVIL, "B": "b"}, "A", columns=dict(QUESTIONS[0].columns)), 0, EVIL)
+    )
     inner = folder / "evaluation"
     (inner / "responses").mkdir(parents=True)
-    (inner / "responses" / "vignettes.jsonl").write_text("".join(json.dumps(row_of(one)) + "\n" for one in found), encoding="utf-8")
+    (inner / "responses" / "vignettes.jsonl").write_text(
+        "".join(json.dumps(row_of(one)) + "\n" for one in found), encoding="utf-8"
+    )
     told = summary(found, SETTINGS)
     if judges:
         count = {"mean": 2.0, "low": 1.0, "high": 3.0, "judged": 21, "unparsed": 4, "missing": 1}
         told["judges"] = {"llama": dict.fromkeys(MEASURES, count)}
     (inner / "summary.json").write_text(json.dumps({"model": "m", "data": {"vignettes": told}}), encoding="utf-8")
     steps = [
-        {"step": n, "response/length": 90 + seed, "reward/mean": n, "reward/format": 0.5, "eval/format": 0.4 if n % 4 == 0 else None}
+        {
+            "step": n,
+            "response/length": 90 + seed,
+            "reward/mean": n,
+            "reward/format": 0.5,
+            "eval/format": 0.4 if n % 4 == 0 else None,
+        }
         for n in range(9)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
@@ -60,7 +70,12 @@ def test_a_report_over_seeds_and_methods(tmp_path, capsys):
     assert re.fullmatch(r"cites %\s+0\.0 ± 0\.0\s+9[0-9]\.\d ± \d\.\d \*", cites)
     assert re.search(r"Backtracking\s+-\s+2\.00 ± 0\.00", said)
     folder = tmp_path / "report"
-    assert {path.name for path in folder.iterdir()} == {"index.html", "accuracy.png", "reasoning_vignettes.png", "training.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "index.html",
+        "accuracy.png",
+        "reasoning_vignettes.png",
+        "training.png",
+    }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
 
     text = (folder / "index.html").read_text(encoding="utf-8")
@@ -89,7 +104,10 @@ def test_marking_keeps_every_character():
     assert report.html.unescape(re.sub("</?mark>", "", shown)) == text
 
 
-@pytest.mark.parametrize(("row", "expected"), [("nothing", "expected NAME=FOLDER"), ("A=/nowhere", "expected the workdir of a finished evaluation")])
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [("nothing", "expected NAME=FOLDER"), ("A=/nowhere", "expected the workdir of a finished evaluation")],
+)
 def test_bad_rows_are_named_and_write_nothing(tmp_path, row, expected):
     with pytest.raises(InputError, match=expected):
         evaluate.main(["--report", row, "--workdir", str(tmp_path / "out")])

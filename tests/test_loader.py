@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crpo_jax.config import Data, InputError
-from crpo_jax.data.loader import Batches, questions_for
+from crpo_jax.config import Data
+from crpo_jax.data.batches import Batches, questions_for
 from crpo_jax.data.question import Question, read
+from crpo_jax.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -34,7 +35,9 @@ def test_every_epoch_visits_every_question_once(count, prompts_per_step, seed):
     seen = [identity for step in range(batches.steps(3)) for identity in ids(batches.batch(step))]
     assert len(seen) - prompts_per_step < 3 * count <= len(seen)
     for epoch in range(3):
-        assert Counter(seen[epoch * count : (epoch + 1) * count]) == Counter(question.id for question in numbered(count))
+        assert Counter(seen[epoch * count : (epoch + 1) * count]) == Counter(
+            question.id for question in numbered(count)
+        )
 
 
 @settings(deadline=None, max_examples=40)
@@ -55,7 +58,14 @@ def test_epochs_and_seeds_are_shuffled_differently():
 
 def test_the_order_never_changes():
     """Another order would make a resumed run train on other questions than the run it continues."""
-    assert [identity for step in range(3) for identity in ids(Batches(numbered(5), 2, 7).batch(step))] == ["q1", "q2", "q3", "q4", "q0", "q1"]
+    assert [identity for step in range(3) for identity in ids(Batches(numbered(5), 2, 7).batch(step))] == [
+        "q1",
+        "q2",
+        "q3",
+        "q4",
+        "q0",
+        "q1",
+    ]
 
 
 def test_the_last_partial_batch_goes_on_in_the_next_epoch():
@@ -90,7 +100,10 @@ def test_what_cannot_be_batched(arguments, expected):
 
 
 def own(path, prefix, count):
-    records = [{"id": f"{prefix}{number}", "question": "Which?", "options": {"A": "1", "B": "2"}, "answer": "A"} for number in range(count)]
+    records = [
+        {"id": f"{prefix}{number}", "question": "Which?", "options": {"A": "1", "B": "2"}, "answer": "A"}
+        for number in range(count)
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
@@ -98,7 +111,10 @@ def own(path, prefix, count):
 def test_a_part_is_taken_of_the_training_split_only(tmp_path):
     own(tmp_path / "train.jsonl", "t", 40)
     own(tmp_path / "test.jsonl", "e", 30)
-    parts = {part: questions_for(Data(source="jsonl", path=str(tmp_path), part=part), "train") for part in ("all", "first_half", "second_half")}
+    parts = {
+        part: questions_for(Data(source="jsonl", path=str(tmp_path), part=part), "train")
+        for part in ("all", "first_half", "second_half")
+    }
     assert len(parts["all"]) == 40
     assert sorted(question.id for part in ("first_half", "second_half") for question in parts[part]) == sorted(
         question.id for question in parts["all"]
@@ -114,11 +130,16 @@ def test_evaluation_has_a_path_of_its_own(tmp_path):
 
 def test_no_run_reports_on_the_file_it_trains_on(tmp_path):
     train = own(tmp_path / "a.jsonl", "t", 4)
-    with pytest.raises(InputError, match=r"data\.eval_path: expected a file or folder of its own for split test, got none beside the single file"):
+    with pytest.raises(
+        InputError,
+        match=r"data\.eval_path: expected a file or folder of its own for split test, got none beside the single file",
+    ):
         questions_for(Data(source="jsonl", path=train), "test")
     with pytest.raises(InputError, match=r"data\.eval_path: expected a file or folder of its own .* for both"):
         questions_for(Data(source="jsonl", path=train, eval_path=train), "test")
-    with pytest.raises(InputError, match=r"data\.eval_split: expected another split than data\.split, got 'test' for both"):
+    with pytest.raises(
+        InputError, match=r"data\.eval_split: expected another split than data\.split, got 'test' for both"
+    ):
         questions_for(Data(source="jsonl", path=train, split="test"), "test")
     with pytest.raises(InputError, match=r"split: expected data\.split=train or data\.eval_split=test, got 'dev'"):
         questions_for(Data(source="jsonl", path=train), "dev")
@@ -127,7 +148,10 @@ def test_no_run_reports_on_the_file_it_trains_on(tmp_path):
 def test_vignettes_are_made_in_the_asked_number_and_halved_for_training():
     data = Data(source="vignettes", vignettes=50, eval_questions=20, part="all")
     assert [len(questions_for(data, split)) for split in ("train", "test")] == [50, 20]
-    first, second = (questions_for(Data(source="vignettes", vignettes=50, part=part), "train") for part in ("first_half", "second_half"))
+    first, second = (
+        questions_for(Data(source="vignettes", vignettes=50, part=part), "train")
+        for part in ("first_half", "second_half")
+    )
     assert len(first) + len(second) == 50
     assert not {question.id for question in first} & {question.id for question in second}
 

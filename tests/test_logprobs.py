@@ -9,7 +9,7 @@ import pytest
 from conftest import SHAPE, random_model
 from jax.test_util import check_grads
 
-from crpo_jax.model.qwen2 import Qwen2, logits
+from crpo_jax.model.transformer import Qwen2, logits
 from crpo_jax.update.logprobs import chunk_length, token_logprobs
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
@@ -38,7 +38,11 @@ def plain(model: Qwen2, hidden: jax.Array, targets: jax.Array) -> tuple[np.ndarr
 
 
 def by_chunks(chunk: int, with_entropy: bool = True) -> Any:
-    return jax.jit(lambda model, hidden, targets: token_logprobs(model, hidden, targets, TEMPERATURE, chunk, with_entropy=with_entropy))
+    return jax.jit(
+        lambda model, hidden, targets: token_logprobs(
+            model, hidden, targets, TEMPERATURE, chunk, with_entropy=with_entropy
+        )
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 12])
@@ -51,7 +55,10 @@ def test_every_chunk_is_the_formula(chunk: int, model: Qwen2, hidden: jax.Array,
 def test_is_jax_log_softmax(model: Qwen2, hidden: jax.Array, targets: jax.Array):
     every = jax.nn.log_softmax(logits(model, hidden) / TEMPERATURE)
     np.testing.assert_allclose(
-        by_chunks(4)(model, hidden, targets)[0], jnp.take_along_axis(every, targets[..., None], -1)[..., 0], rtol=1e-5, atol=1e-5
+        by_chunks(4)(model, hidden, targets)[0],
+        jnp.take_along_axis(every, targets[..., None], -1)[..., 0],
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -94,7 +101,9 @@ def test_extreme_logits_stay_finite(model: Qwen2, hidden: jax.Array, targets: ja
     huge = hidden * 1e6
     found = by_chunks(4)(model, huge, targets)
     assert all(np.all(np.isfinite(part)) for part in found)
-    gradient = jax.grad(lambda x: sum(jnp.sum(part) for part in token_logprobs(model, x, targets, TEMPERATURE, 4, with_entropy=True)))(huge)
+    gradient = jax.grad(
+        lambda x: sum(jnp.sum(part) for part in token_logprobs(model, x, targets, TEMPERATURE, 4, with_entropy=True))
+    )(huge)
     assert np.all(np.isfinite(gradient))
 
 
@@ -109,7 +118,8 @@ def test_bfloat16_weights_give_float32_log_probs(hidden: jax.Array, targets: jax
 
 
 @pytest.mark.parametrize(
-    ("t", "rows", "chunk", "expected"), [(12, 2, 8, 4), (12, 2, 100, 12), (12, 2, 1, 1), (7, 1, 6, 1), (5120, 4, 512, 128), (96, 0, 50, 48)]
+    ("t", "rows", "chunk", "expected"),
+    [(12, 2, 8, 4), (12, 2, 100, 12), (12, 2, 1, 1), (7, 1, 6, 1), (5120, 4, 512, 128), (96, 0, 50, 48)],
 )
 def test_chunk_length(t: int, rows: int, chunk: int, expected: int):
     """The longest divisor of the row's length whose rows stay within the budget; never 0, whatever the budget."""

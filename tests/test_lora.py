@@ -12,21 +12,23 @@ from conftest import SHAPE, mesh_of, placed
 from jax.sharding import Mesh
 
 from crpo_jax import config
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 from crpo_jax.model import lora
 from crpo_jax.model.decode import Shard, prefill
 from crpo_jax.model.lora import Adapted, Adapters
 from crpo_jax.model.placement import to_sampling, weight_shardings
-from crpo_jax.model.qwen2 import Qwen2, dims_of, hidden_states, logits
+from crpo_jax.model.transformer import Qwen2, dims_of, hidden_states, logits
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.update.batches import Row, micro_batch, of_rows
 from crpo_jax.update.losses import row_weights
-from crpo_jax.update.step import on_devices, optimizer, trainer
+from crpo_jax.update.trainer import on_devices, optimizer, trainer
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
 LORA = config.Lora(rank=5, alpha=2.0)
-SETTINGS = config.load(None, ["model.dtype=float32", "parallel.remat=false", "sft.optimizer.learning_rate=0.01"], model=False)
+SETTINGS = config.load(
+    None, ["model.dtype=float32", "parallel.remat=false", "sft.optimizer.learning_rate=0.01"], model=False
+)
 ROWS = [Row([3, 1, 4], [1, 5, 9, 2]), Row([6], [5, 3, 5]), Row([8, 9], [7]), Row([9, 3, 2], [3, 8, 4, 6, 2])]
 
 
@@ -43,7 +45,9 @@ def written_out(model: Qwen2, adapters: Adapters) -> Qwen2:
     new = jax.tree.map(lambda x: x, model)
     for weight in adapters.weights:
         (a, b), dims = lora.halves(weight), dims_of(weight)
-        change = jnp.einsum(f"l{dims_of(a)},l{dims_of(b)}->l{dims}", getattr(adapters, a)[...], getattr(adapters, b)[...])
+        change = jnp.einsum(
+            f"l{dims_of(a)},l{dims_of(b)}->l{dims}", getattr(adapters, a)[...], getattr(adapters, b)[...]
+        )
         parameter = getattr(new.blocks, weight)
         parameter[...] = parameter[...] + LORA.alpha / LORA.rank * change
     return new
@@ -61,8 +65,13 @@ def tokens() -> np.ndarray:
 
 def test_every_name_spells_its_dims():
     for path, leaf in jax.tree_util.tree_leaves_with_path(lora.abstract(SHAPE, LORA)):
-        name = next(name for name in (str(getattr(part, "key", getattr(part, "name", ""))) for part in path) if "_" in name)
-        assert leaf.shape == (SHAPE.l, *(LORA.rank if letter == "r" else getattr(SHAPE, letter) for letter in dims_of(name)))
+        name = next(
+            name for name in (str(getattr(part, "key", getattr(part, "name", ""))) for part in path) if "_" in name
+        )
+        assert leaf.shape == (
+            SHAPE.l,
+            *(LORA.rank if letter == "r" else getattr(SHAPE, letter) for letter in dims_of(name)),
+        )
     assert tuple(lora.TARGETS) == config.LINEAR_LAYERS
     assert [lora.halves(weight) for weight in ("q_dnh", "o_nhd", "down_fd")] == [
         ("q_a_dr", "q_b_rnh"),
@@ -76,7 +85,9 @@ def test_fresh_adapters_change_nothing(model: Qwen2, tokens: np.ndarray):
     np.testing.assert_array_equal(forward(model, tokens, fresh), forward(model, tokens))
     a, b = fresh.pair("o_nhd")
     assert not np.any(b)
-    assert np.abs(a).max() <= (SHAPE.n * SHAPE.h) ** -0.5 < np.abs(a).max() * 1.1  # the bound follows from all inputs of a layer
+    assert (
+        np.abs(a).max() <= (SHAPE.n * SHAPE.h) ** -0.5 < np.abs(a).max() * 1.1
+    )  # the bound follows from all inputs of a layer
 
 
 @pytest.mark.parametrize("targets", [config.LINEAR_LAYERS, ("v_proj", "down_proj")], ids=["all", "two"])
@@ -95,7 +106,12 @@ def test_trainer_sampler_and_merged_weights_agree(model: Qwen2, tokens: np.ndarr
     table = LAYOUTS["zero1"]
     mesh = mesh_of(4, 2)
     base = placed(model, weight_shardings(SHAPE, table.master, mesh))
-    merged = lora.merge(Adapted(base, placed(adapters, lora.shardings(SHAPE, dataclasses.replace(LORA, targets=targets), table.master, mesh))))
+    merged = lora.merge(
+        Adapted(
+            base,
+            placed(adapters, lora.shardings(SHAPE, dataclasses.replace(LORA, targets=targets), table.master, mesh)),
+        )
+    )
     for got, want in zip(jax.tree.leaves(merged), jax.tree.leaves(written_out(model, adapters)), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -131,7 +147,11 @@ def expected(model: Qwen2) -> tuple[float, Adapters, Adapters]:
     @jax.value_and_grad
     def loss(adapters: Adapters) -> jax.Array:
         every = jax.nn.log_softmax(forward(written_out(model, adapters), tokens))
-        said = [every[i, len(row.prompt) - 1 + at, token] for i, row in enumerate(ROWS) for at, token in enumerate(row.response)]
+        said = [
+            every[i, len(row.prompt) - 1 + at, token]
+            for i, row in enumerate(ROWS)
+            for at, token in enumerate(row.response)
+        ]
         return -jnp.mean(jnp.stack(said))
 
     value, gradients = loss(adapters)
@@ -141,7 +161,9 @@ def expected(model: Qwen2) -> tuple[float, Adapters, Adapters]:
 
 
 @pytest.mark.parametrize(("sizes", "layout"), [((1, 1), "replicated"), ((4, 2), "zero1"), ((2, 4), "fsdp")])
-def test_an_optimizer_step_on_every_layout(sizes: tuple[int, int], layout: str, model: Qwen2, expected: tuple[float, Adapters, Adapters]):
+def test_an_optimizer_step_on_every_layout(
+    sizes: tuple[int, int], layout: str, model: Qwen2, expected: tuple[float, Adapters, Adapters]
+):
     """Contract 2 for adapters: loss, gradients and parameters; 4 model shards hold copies of the 2 KV heads."""
     mesh, table = mesh_of(*sizes), LAYOUTS[layout]
     settings = dataclasses.replace(SETTINGS, parallel=dataclasses.replace(SETTINGS.parallel, layout=layout))
@@ -165,7 +187,9 @@ def test_an_optimizer_step_on_every_layout(sizes: tuple[int, int], layout: str, 
     places = jax.tree.leaves(lora.shardings(SHAPE, LORA, table.master, mesh))
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     assert len(moments) == 2 * len(places)  # of the adapters and of nothing else
-    for leaf, to in zip([*jax.tree.leaves(state.master), *jax.tree.leaves(gradients), *moments], places * 4, strict=True):
+    for leaf, to in zip(
+        [*jax.tree.leaves(state.master), *jax.tree.leaves(gradients), *moments], places * 4, strict=True
+    ):
         assert leaf.dtype == jnp.float32
         assert leaf.sharding.is_equivalent_to(to, leaf.ndim)
     for got, want in zip(jax.tree.leaves(base), jax.tree.leaves(before), strict=True):
@@ -179,7 +203,10 @@ def test_muon_takes_an_adapter_for_a_matrix_of_its_r(one_device: Mesh):
     adapters = drawn()
     changes, _ = jax.jit(lambda: update.update(adapters, update.init(adapters), adapters))()
     change = np.asarray(changes.pair("o_nhd")[0][0]).reshape(-1, LORA.rank)
-    spread = np.linalg.svd(change + settings.learning_rate * settings.weight_decay * np.asarray(adapters.pair("o_nhd")[0][0]).reshape(-1, 5))[1]
+    spread = np.linalg.svd(
+        change
+        + settings.learning_rate * settings.weight_decay * np.asarray(adapters.pair("o_nhd")[0][0]).reshape(-1, 5)
+    )[1]
     assert spread.max() / spread.min() < 2  # orthogonal up to Newton-Schulz, which a gradient of AdamW's is not
 
 

@@ -94,7 +94,9 @@ def test_advantages_have_mean_0_and_order_of_the_rewards(rewards: list[float]):
     assert found.dtype == np.float32
     assert abs(found.sum()) < 1e-4
     assert np.all(np.diff(found[np.argsort(rewards)]) >= 0)
-    assert np.abs(found).max() <= (len(rewards) - 1) / math.sqrt(len(rewards)) + 1e-4  # the most that one of n can stand out
+    assert (
+        np.abs(found).max() <= (len(rewards) - 1) / math.sqrt(len(rewards)) + 1e-4
+    )  # the most that one of n can stand out
 
 
 def test_dr_grpo_centres_only():
@@ -125,7 +127,10 @@ def test_chosen_groups(varied: list[int], wanted: int, expected: list[int], coun
 
 
 def test_a_group_varies_only_in_what_counts():
-    rewards, counted = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [1.0, 2.0, 3.0]]), np.array([[1, 0, 1], [1, 1, 1], [0, 0, 1]], bool)
+    rewards, counted = (
+        np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [1.0, 2.0, 3.0]]),
+        np.array([[1, 0, 1], [1, 1, 1], [0, 0, 1]], bool),
+    )
     assert chosen_groups(rewards, counted, 1)[0].tolist() == [1]
     assert chosen_groups(rewards, counted, 3)[1] == 1
 
@@ -153,7 +158,11 @@ def test_constant_weighs_every_token_the_same_in_every_batch():
 
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
-    [("token_mean", [1 / 9, 0, 0, 1 / 9]), ("sequence_mean", [1 / 8, 0, 0, 1 / 10]), ("constant", [1 / 40, 0, 0, 1 / 40])],
+    [
+        ("token_mean", [1 / 9, 0, 0, 1 / 9]),
+        ("sequence_mean", [1 / 8, 0, 0, 1 / 10]),
+        ("constant", [1 / 40, 0, 0, 1 / 40]),
+    ],
 )
 def test_what_is_left_out_is_not_in_the_denominator(aggregation: Any, expected: list[float]):
     """Truncated responses once stayed in a public trainer's denominator and shrank every gradient."""
@@ -174,7 +183,9 @@ def test_k3_is_equation_2():
     ratio = np.exp(reference - policy)
     expected = ratio - np.log(ratio) - 1
     assert 5 < expected.max() < 11
-    np.testing.assert_allclose(k3(jnp.float32(policy), jnp.float32(reference)), np.minimum(expected, 10), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        k3(jnp.float32(policy), jnp.float32(reference)), np.minimum(expected, 10), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_k3_is_at_most_10_and_has_no_gradient_beyond():
@@ -253,7 +264,9 @@ def test_clip_by_sign(ratio: float, advantage: float, objective: float, clipped:
 @pytest.mark.parametrize("log_ratio", [100.0, -100.0, 3e38, -3e38])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 def test_extreme_ratios_are_finite(log_ratio: float, advantage: float):
-    value, gradient = jax.value_and_grad(lambda x: clipped_objective(x, jnp.array([advantage]), 0.2, 0.2)[0].sum())(jnp.array([[log_ratio]]))
+    value, gradient = jax.value_and_grad(lambda x: clipped_objective(x, jnp.array([advantage]), 0.2, 0.2)[0].sum())(
+        jnp.array([[log_ratio]])
+    )
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
 
@@ -318,7 +331,9 @@ def test_aggregations_read_literally():
     assert len({round(value, 3) for value in found.values()}) == 3
 
 
-def gspo_written_out(x: dict[str, Any], clip_low: float, clip_high: float, kl_coef: float, entropy_coef: float) -> float:
+def gspo_written_out(
+    x: dict[str, Any], clip_low: float, clip_high: float, kl_coef: float, entropy_coef: float
+) -> float:
     """GSPO's equation 5 response by response in float64, beside the KL and entropy of equation 1."""
     objectives = []
     for i in range(B):
@@ -337,16 +352,25 @@ def test_one_ratio_per_response_is_gspo(seed: int):
     x, coefficients = inputs(seed, aggregation="sequence_mean"), COEFFICIENTS | {"clip_low": 0.05, "clip_high": 0.08}
     loss, metrics = crpo_loss(**x, **coefficients, ratio="sequence")
     assert float(loss) == pytest.approx(gspo_written_out(x, **coefficients), rel=1e-5)
-    log_ratio, advantages = np.array([np.asarray(x["logprobs"] - x["old"])[i][MASK[i]].mean() for i in range(B)]), np.asarray(x["advantages"])
+    log_ratio, advantages = (
+        np.array([np.asarray(x["logprobs"] - x["old"])[i][MASK[i]].mean() for i in range(B)]),
+        np.asarray(x["advantages"]),
+    )
     assert float(metrics["max/log_ratio"]) == pytest.approx(max(log_ratio.max(), 0), rel=1e-4)
     assert float(metrics["min/log_ratio"]) == pytest.approx(min(log_ratio.min(), 0), rel=1e-4)
-    for side, clipped in (("high", (np.exp(log_ratio) > 1.08) & (advantages > 0)), ("low", (np.exp(log_ratio) < 0.95) & (advantages < 0))):
+    for side, clipped in (
+        ("high", (np.exp(log_ratio) > 1.08) & (advantages > 0)),
+        ("low", (np.exp(log_ratio) < 0.95) & (advantages < 0)),
+    ):
         assert float(metrics[f"sum/clipped_{side}"]) == MASK[clipped].sum()  # by token, each standing for its response
 
 
 def test_gradients_of_gspo():
     """Every token of a response that is not clipped has the same one: ratio * advantage / tokens, over the responses."""
-    x, coefficients = inputs(aggregation="sequence_mean"), COEFFICIENTS | {"kl_coef": 0.0, "entropy_coef": 0.0, "clip_low": 0.9, "clip_high": 9.0}
+    x, coefficients = (
+        inputs(aggregation="sequence_mean"),
+        COEFFICIENTS | {"kl_coef": 0.0, "entropy_coef": 0.0, "clip_low": 0.9, "clip_high": 9.0},
+    )
 
     def loss(logprobs: Any) -> Any:
         return crpo_loss(**(x | {"logprobs": jnp.asarray(logprobs)}), **coefficients, ratio="sequence")[0]
@@ -364,7 +388,14 @@ def loss_of(logprobs: Any, x: dict[str, Any], **changed: float) -> Any:
 
 def test_gradients_are_those_of_finite_differences():
     x = inputs()
-    check_grads(lambda logprobs: loss_of(jnp.asarray(logprobs), x), (x["logprobs"],), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    check_grads(
+        lambda logprobs: loss_of(jnp.asarray(logprobs), x),
+        (x["logprobs"],),
+        order=1,
+        modes=["rev"],
+        atol=1e-2,
+        rtol=1e-2,
+    )
 
 
 def test_ratio_1_gives_the_reinforce_gradient():
@@ -372,7 +403,9 @@ def test_ratio_1_gives_the_reinforce_gradient():
     x = inputs()
     x["old"] = x["reference"] = x["logprobs"]
     gradient = jax.grad(loss_of)(x["logprobs"], x)
-    np.testing.assert_allclose(gradient, np.where(MASK, -np.asarray(x["weights"] * x["advantages"])[:, None], 0), rtol=1e-5)
+    np.testing.assert_allclose(
+        gradient, np.where(MASK, -np.asarray(x["weights"] * x["advantages"])[:, None], 0), rtol=1e-5
+    )
 
 
 def test_equal_rewards_give_no_policy_gradient():
@@ -388,7 +421,9 @@ def test_no_gradient_flows_into_old_reference_and_sampler_metrics():
     """The metrics are constants: their sum has no gradient of its own."""
     x = inputs()
     for name in ("logprobs", "entropy"):
-        gradient = jax.grad(lambda value, name=name: sum(crpo_loss(**(x | {name: value}), **COEFFICIENTS)[1].values()))(x[name])
+        gradient = jax.grad(lambda value, name=name: sum(crpo_loss(**(x | {name: value}), **COEFFICIENTS)[1].values()))(
+            x[name]
+        )
         assert not np.any(gradient), name
 
 
@@ -396,7 +431,9 @@ def test_entropy_is_a_bonus():
     """More entropy, less loss, by the coefficient and the token's weight."""
     x = inputs()
     gradient = jax.grad(lambda entropy: crpo_loss(**(x | {"entropy": entropy}), **COEFFICIENTS)[0])(x["entropy"])
-    np.testing.assert_allclose(gradient, -COEFFICIENTS["entropy_coef"] * MASK * np.asarray(x["weights"])[:, None], rtol=1e-6)
+    np.testing.assert_allclose(
+        gradient, -COEFFICIENTS["entropy_coef"] * MASK * np.asarray(x["weights"])[:, None], rtol=1e-6
+    )
 
 
 def test_masking_equals_deletion():
@@ -405,10 +442,12 @@ def test_masking_equals_deletion():
     x["mask"] = x["mask"].at[1].set(False)
     keep = np.array([0, 2, 3])
     cut = {name: value[keep, :5] if value.ndim == 2 else value[keep] for name, value in x.items()}
-    (loss, metrics), gradient = jax.value_and_grad(lambda v: crpo_loss(**(x | {"logprobs": v}), **COEFFICIENTS), has_aux=True)(x["logprobs"])
-    (loss_cut, metrics_cut), gradient_cut = jax.value_and_grad(lambda v: crpo_loss(**(cut | {"logprobs": v}), **COEFFICIENTS), has_aux=True)(
-        cut["logprobs"]
-    )
+    (loss, metrics), gradient = jax.value_and_grad(
+        lambda v: crpo_loss(**(x | {"logprobs": v}), **COEFFICIENTS), has_aux=True
+    )(x["logprobs"])
+    (loss_cut, metrics_cut), gradient_cut = jax.value_and_grad(
+        lambda v: crpo_loss(**(cut | {"logprobs": v}), **COEFFICIENTS), has_aux=True
+    )(cut["logprobs"])
     assert float(loss) == pytest.approx(float(loss_cut), rel=1e-6)
     np.testing.assert_allclose(gradient[keep, :5], gradient_cut, rtol=1e-6)
     assert not np.any(np.delete(gradient, keep, axis=0))
@@ -423,10 +462,12 @@ def test_what_stands_under_the_mask_does_not_matter(name: str, garbage: float):
     """Padding holds whatever the forward made of it; a NaN there must reach neither the loss nor the gradient."""
     x = inputs()
     spoilt = x | {name: jnp.where(x["mask"], x[name], garbage)}
-    (clean, metrics), gradient = jax.value_and_grad(lambda v: crpo_loss(**(x | {"logprobs": v}), **COEFFICIENTS), has_aux=True)(x["logprobs"])
-    (loss, found), spoilt_gradient = jax.value_and_grad(lambda v: crpo_loss(**(spoilt | {"logprobs": v}), **COEFFICIENTS), has_aux=True)(
-        spoilt["logprobs"]
-    )
+    (clean, metrics), gradient = jax.value_and_grad(
+        lambda v: crpo_loss(**(x | {"logprobs": v}), **COEFFICIENTS), has_aux=True
+    )(x["logprobs"])
+    (loss, found), spoilt_gradient = jax.value_and_grad(
+        lambda v: crpo_loss(**(spoilt | {"logprobs": v}), **COEFFICIENTS), has_aux=True
+    )(spoilt["logprobs"])
     assert float(loss) == float(clean)
     np.testing.assert_array_equal(spoilt_gradient, gradient)
     assert {key: float(value) for key, value in found.items()} == {key: float(value) for key, value in metrics.items()}
@@ -469,7 +510,9 @@ def test_micro_batches_add_up(cut: int):
     whole, one, two = (crpo_loss(**part, **COEFFICIENTS) for part in (x, *parts))
     assert float(whole[0]) == pytest.approx(float(one[0] + two[0]), rel=1e-5)
     together = combined(one[1], two[1])
-    assert {name: float(value) for name, value in together.items()} == pytest.approx({name: float(v) for name, v in whole[1].items()}, rel=1e-5)
+    assert {name: float(value) for name, value in together.items()} == pytest.approx(
+        {name: float(v) for name, v in whole[1].items()}, rel=1e-5
+    )
     gradients = [np.asarray(jax.grad(lambda v, part=part: loss_of(v, part))(part["logprobs"])) for part in parts]
     np.testing.assert_allclose(np.concatenate(gradients), jax.grad(loss_of)(x["logprobs"], x), rtol=1e-6)
 

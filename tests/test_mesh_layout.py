@@ -13,9 +13,16 @@ from conftest import SHAPE, mesh_of, random_model
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from crpo_jax.config import InputError
-from crpo_jax.model.placement import automatic_layout, resident_bytes, sampling_shardings, to_sampling, training_placement, weight_shardings
-from crpo_jax.model.qwen2 import Block, Qwen2, abstract, dims_of
+from crpo_jax.errors import InputError
+from crpo_jax.model.placement import (
+    automatic_layout,
+    resident_bytes,
+    sampling_shardings,
+    to_sampling,
+    training_placement,
+    weight_shardings,
+)
+from crpo_jax.model.transformer import Block, Qwen2, abstract, dims_of
 from crpo_jax.parallel import layout
 from crpo_jax.parallel.layout import LAYOUTS, SHARDED, TENSOR, WeightTable, check_layout, kv_copies, spec, wasteful
 from crpo_jax.parallel.mesh import DATA, MODEL, data_size, make_mesh, model_size, parse_mesh
@@ -23,7 +30,9 @@ from crpo_jax.parallel.mesh import DATA, MODEL, data_size, make_mesh, model_size
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
 NAMES = [field.name for field in dataclasses.fields(WeightTable)]
-TABLES = {f"{name}.{use}": getattr(each, use) for name, each in LAYOUTS.items() for use in ("master", "compute", "reference")}
+TABLES = {
+    f"{name}.{use}": getattr(each, use) for name, each in LAYOUTS.items() for use in ("master", "compute", "reference")
+}
 SIZES = {letter: getattr(SHAPE, letter) for letter in "dnkfv"}
 
 
@@ -44,7 +53,9 @@ def test_parse_mesh(text: str, sizes: tuple[int, int]):
     assert parse_mesh(text) == sizes
 
 
-@pytest.mark.parametrize("text", ["", "8", "8x", "x1", "0x1", "8x0", "-1x8", "8X1", "8x1x1", " 8x1", "8x1\n", "08x1", "8.0x1", "٨x1"])
+@pytest.mark.parametrize(
+    "text", ["", "8", "8x", "x1", "0x1", "8x0", "-1x8", "8X1", "8x1x1", " 8x1", "8x1\n", "08x1", "8.0x1", "٨x1"]
+)
 def test_not_a_mesh(text: str):
     with pytest.raises(InputError, match=re.escape(f"--mesh: expected DxM in devices, such as 8x1, got {text!r}")):
         parse_mesh(text)
@@ -113,7 +124,9 @@ def test_names_say_what_is_split(table: str, name: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "dims"), [(name, name.rsplit("_", 1)[1].lower()) for name in vars(layout) if re.fullmatch(r"[A-Z]+_[A-Z]+", name)], ids=lambda x: x
+    ("name", "dims"),
+    [(name, name.rsplit("_", 1)[1].lower()) for name in vars(layout) if re.fullmatch(r"[A-Z]+_[A-Z]+", name)],
+    ids=lambda x: x,
 )
 def test_activation_specs_have_an_entry_per_dim(name: str, dims: str):
     placed = getattr(layout, name)
@@ -142,14 +155,19 @@ def test_shardings_fit_stacked_weights(mesh: Mesh, table: str):
         axes = {"l": None, **dict(zip(dims_of(name), getattr(TABLES[table], name), strict=True))}
         if mesh.shape[MODEL] > SHAPE.k:
             axes |= {"k": None} if "k" in axes else {}
-        expected = tuple(size // (mesh.shape[axes[letter]] if axes[letter] else 1) for letter, size in zip(dims, weight.shape, strict=True))
+        expected = tuple(
+            size // (mesh.shape[axes[letter]] if axes[letter] else 1)
+            for letter, size in zip(dims, weight.shape, strict=True)
+        )
         assert shardings[name].shard_shape(weight.shape) == expected, name
 
 
 # --- KV heads past their number ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model_axis", "kv_heads", "copies"), [(1, 2, 1), (2, 2, 1), (4, 2, 2), (8, 2, 4), (8, 1, 8), (2, 8, 1), (8, 8, 1)])
+@pytest.mark.parametrize(
+    ("model_axis", "kv_heads", "copies"), [(1, 2, 1), (2, 2, 1), (4, 2, 2), (8, 2, 4), (8, 1, 8), (2, 8, 1), (8, 8, 1)]
+)
 def test_kv_copies(model_axis: int, kv_heads: int, copies: int):
     assert kv_copies(mesh_of(1, model_axis), kv_heads) == copies
 
@@ -168,9 +186,13 @@ def test_every_model_shard_holds_the_kv_head_of_its_queries(mesh: Mesh, model: Q
     n, k, shards = SHAPE.n, SHAPE.k, mesh.shape[MODEL]
     assert len(weights.layers) == SHAPE.l
     for layer, of in enumerate(weights.layers):
-        for fused, names in (("qkv", ("q_dnh", "k_dkh", "v_dkh")), ("qkv_bias", ("q_bias_nh", "k_bias_kh", "v_bias_kh"))):
+        for fused, names in (
+            ("qkv", ("q_dnh", "k_dkh", "v_dkh")),
+            ("qkv_bias", ("q_bias_nh", "k_bias_kh", "v_bias_kh")),
+        ):
             q, *kv = (
-                np.asarray(getattr(model.blocks, name)[layer]).reshape(-1, heads, SHAPE.h) for name, heads in zip(names, (n, k, k), strict=True)
+                np.asarray(getattr(model.blocks, name)[layer]).reshape(-1, heads, SHAPE.h)
+                for name, heads in zip(names, (n, k, k), strict=True)
             )
             for shard in getattr(of, fused).addressable_shards:
                 index, queries = list(mesh.devices.flat).index(shard.device) % shards, n // shards
@@ -231,10 +253,18 @@ def test_what_fits_is_let_through(mesh: Mesh, name: str):
     ("sizes", "changed", "line"),
     [
         ((1, 8), {"n": 12}, "--mesh 1x8: expected a model axis that divides the 12 query heads, got 8"),
-        ((1, 4), {"n": 12, "k": 3}, "--mesh 1x4: expected a model axis that divides the 3 KV heads or is a multiple of them, got 4"),
+        (
+            (1, 4),
+            {"n": 12, "k": 3},
+            "--mesh 1x4: expected a model axis that divides the 3 KV heads or is a multiple of them, got 4",
+        ),
         ((1, 8), {"f": 20}, "--mesh 1x8: expected a model axis that divides the ffn width 20, got 8"),
         ((2, 2), {"v": 41}, "--mesh 2x2: expected a model axis that divides the vocabulary 41, got 2"),
-        ((8, 1), {"d": 12}, "--mesh 8x1: expected a data axis that divides the width 12 for this parallel.layout, got 8"),
+        (
+            (8, 1),
+            {"d": 12},
+            "--mesh 8x1: expected a data axis that divides the width 12 for this parallel.layout, got 8",
+        ),
     ],
 )
 def test_what_cannot_be_split(sizes: tuple[int, int], changed: dict[str, int], line: str):
@@ -252,15 +282,29 @@ def test_a_replicated_width_need_not_be_divided():
     ("sizes", "name", "prompts", "rows", "lines"),
     [
         ((4, 2), "zero1", 8, 16, []),
-        ((2, 4), "fsdp", 2, 2, ["4 model shards keep 2 copies of each of the 2 KV heads: the cache does not shrink beyond 2 shards"]),
-        ((8, 1), "fsdp", 8, 5, ["a mini-batch of 5 responses leaves 3 of 8 data shards idle in every update (crpo.mini_batch_prompts)"]),
+        (
+            (2, 4),
+            "fsdp",
+            2,
+            2,
+            ["4 model shards keep 2 copies of each of the 2 KV heads: the cache does not shrink beyond 2 shards"],
+        ),
+        (
+            (8, 1),
+            "fsdp",
+            8,
+            5,
+            ["a mini-batch of 5 responses leaves 3 of 8 data shards idle in every update (crpo.mini_batch_prompts)"],
+        ),
         ((8, 1), "zero1", 6, 8, ["a rollout of 6 questions leaves 2 of 8 data shards idle (crpo.prompts_per_step)"]),
         (
             (2, 1),
             "replicated",
             2,
             2,
-            ["each of 2 data shards keeps masters and moments whole, 12 bytes a parameter; parallel.layout=zero1 splits them"],
+            [
+                "each of 2 data shards keeps masters and moments whole, 12 bytes a parameter; parallel.layout=zero1 splits them"
+            ],
         ),
     ],
 )
@@ -271,7 +315,9 @@ def test_what_would_be_wasted_is_said(sizes: tuple[int, int], name: str, prompts
 def test_what_training_keeps_is_counted_from_the_tables(mesh: Mesh):
     """By hand for one tensor: of q_dnh, fsdp keeps an eighth everywhere; zero1's compute copy is split over the model axis alone."""
     one = {name: resident_bytes(SHAPE, each, mesh_of(1, 1), "bfloat16") for name, each in LAYOUTS.items()}
-    assert one == dict.fromkeys(LAYOUTS, sum(leaf.size for leaf in jax.tree.leaves(abstract(SHAPE))) * 20)  # 16 + 2 + 2 bytes
+    assert one == dict.fromkeys(
+        LAYOUTS, sum(leaf.size for leaf in jax.tree.leaves(abstract(SHAPE))) * 20
+    )  # 16 + 2 + 2 bytes
     here = {name: resident_bytes(SHAPE, each, mesh, "bfloat16") for name, each in LAYOUTS.items()}
     assert here["fsdp"] <= here["zero1"] <= here["replicated"] <= one["zero1"]
     assert (here["fsdp"] < here["zero1"]) == (mesh.shape[DATA] > 1)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from crpo_jax.model.decode import Shard, embed
 from crpo_jax.model.placement import training_placement, weight_shardings
-from crpo_jax.model.qwen2 import Qwen2, abstract, dot, hidden_states, initial, logits, rms_norm, rope
+from crpo_jax.model.transformer import Qwen2, abstract, dot, hidden_states, initial, logits, rms_norm, rope
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.parallel.mesh import MODEL
 
@@ -48,7 +48,9 @@ def rotated(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
 
 def test_rope_turns_pairs_of_dims():
     x, positions = np.random.default_rng(0).normal(size=(2, 5, 3, 6)), np.array([[0, 1, 2, 100, 4000]] * 2)
-    np.testing.assert_allclose(rope(jnp.float32(x), jnp.asarray(positions), 1e6), rotated(x, positions, 1e6), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        rope(jnp.float32(x), jnp.asarray(positions), 1e6), rotated(x, positions, 1e6), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_rope_angles_are_float32_for_bfloat16_inputs():
@@ -70,7 +72,10 @@ def test_rope_depends_on_distances_only():
     assert score(13, 9) != pytest.approx(score(13, 8), rel=1e-3)
 
 
-@pytest.mark.parametrize(("x", "weight", "contracted", "formula"), [("btd", "dnh", 1, "btnh"), ("btnh", "nhd", 2, "btd"), ("bd", "dv", 1, "bv")])
+@pytest.mark.parametrize(
+    ("x", "weight", "contracted", "formula"),
+    [("btd", "dnh", 1, "btnh"), ("btnh", "nhd", 2, "btd"), ("bd", "dv", 1, "bv")],
+)
 def test_dot_is_the_einsum_its_dims_spell(x: str, weight: str, contracted: int, formula: str):
     sizes, draw = {"b": 5, "t": 9, **{letter: getattr(SHAPE, letter) for letter in "dnhv"}}, np.random.default_rng(0)
     one, two = (jnp.float32(draw.normal(size=[sizes[letter] for letter in dims])) for dims in (x, weight))
@@ -80,11 +85,18 @@ def test_dot_is_the_einsum_its_dims_spell(x: str, weight: str, contracted: int, 
 
 def test_logits_are_float32_sums_of_bfloat16_products():
     """256 products of 1.0039 (in bf16) add up to 257 within float32's rounding; a bf16 result would say 256 or 258."""
-    model = Qwen2(lambda name, dims: jnp.full(tuple({"v": 4, "d": 256}.get(letter, 1) for letter in dims), 1.0078125, jnp.bfloat16), tied=True)
+    model = Qwen2(
+        lambda name, dims: jnp.full(
+            tuple({"v": 4, "d": 256}.get(letter, 1) for letter in dims), 1.0078125, jnp.bfloat16
+        ),
+        tied=True,
+    )
     out = logits(model, jnp.full((1, 256), 1.0, jnp.bfloat16))
     assert out.dtype == jnp.float32
     np.testing.assert_array_equal(out, np.full((1, 4), 258.0))
-    np.testing.assert_array_equal(logits(model, jnp.ones((1, 256), jnp.bfloat16).at[0, 0].set(0)), np.full((1, 4), 258.0 - 1.0078125))
+    np.testing.assert_array_equal(
+        logits(model, jnp.ones((1, 256), jnp.bfloat16).at[0, 0].set(0)), np.full((1, 4), 258.0 - 1.0078125)
+    )
 
 
 # --- what must not change the answer ----------------------------------------------------------------------------------
@@ -118,7 +130,9 @@ def test_every_weight_matters(model: Qwen2):
 
     for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(total))(model)):
         per_layer = np.asarray(gradient).reshape(gradient.shape[0] if gradient.shape[0] == SHAPE.l else 1, -1)
-        if "k_bias_kh" in jax.tree_util.keystr(path):  # rotation makes it matter a little: without, softmax would not see it
+        if "k_bias_kh" in jax.tree_util.keystr(
+            path
+        ):  # rotation makes it matter a little: without, softmax would not see it
             assert np.all(np.abs(per_layer).max(axis=1) > 1e-6), path
         else:
             assert np.all(np.abs(per_layer).max(axis=1) > 1e-3), path
@@ -145,7 +159,11 @@ def test_the_forward_is_the_same_on_every_mesh(mesh: Mesh, layout: str, model: Q
 def test_an_embedding_split_over_the_vocabulary(shards: int, model: Qwen2):
     tokens, table = jnp.arange(SHAPE.v), model.embed_vd[...]
     split = jax.shard_map(
-        lambda table: embed(table, tokens, Shard(MODEL)), mesh=mesh_of(1, shards), in_specs=P(MODEL), out_specs=P(), check_vma=False
+        lambda table: embed(table, tokens, Shard(MODEL)),
+        mesh=mesh_of(1, shards),
+        in_specs=P(MODEL),
+        out_specs=P(),
+        check_vma=False,
     )
     np.testing.assert_array_equal(jax.jit(split)(table), table)
     np.testing.assert_array_equal(embed(table, tokens, Shard(None)), table)
@@ -159,7 +177,11 @@ def test_a_model_from_scratch(tied: bool):
     """Norms 1, biases 0, matrices of d^-1/2, smaller by depth where they write the residual stream; an embedding of its own 1."""
     shape = dataclasses.replace(SHAPE, tied=tied)
     model, matrix = initial(shape, jax.random.key(0)), SHAPE.d**-0.5
-    special = {"o_nhd": matrix / (2 * SHAPE.l) ** 0.5, "down_fd": matrix / (2 * SHAPE.l) ** 0.5, "embed_vd": matrix if tied else 1.0}
+    special = {
+        "o_nhd": matrix / (2 * SHAPE.l) ** 0.5,
+        "down_fd": matrix / (2 * SHAPE.l) ** 0.5,
+        "embed_vd": matrix if tied else 1.0,
+    }
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         name = jax.tree_util.keystr(path)
         assert leaf.dtype == jnp.float32

@@ -16,10 +16,10 @@ from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
 
 from crpo_jax.model.decode import Cache, Shard, decode, prefill
-from crpo_jax.model.hub import load, save
+from crpo_jax.model.huggingface import load, save
 from crpo_jax.model.placement import to_sampling
-from crpo_jax.model.qwen2 import Qwen2, hidden_states, logits
 from crpo_jax.model.shape import Shape
+from crpo_jax.model.transformer import Qwen2, hidden_states, logits
 from crpo_jax.parallel.layout import TENSOR
 from crpo_jax.parallel.mesh import DATA, MODEL
 
@@ -47,9 +47,15 @@ def sampler_logits(model: Qwen2, shape: Shape, prompts: list[np.ndarray], respon
         row[: len(prompt)] = prompt
     b, s = responses.shape
     weights = to_sampling(shape, one_device(), "float32")(model)
-    first, kept = jax.jit(lambda weights, tokens: prefill(weights, tokens, lengths, shape, Shard(None), "xla"))(weights, tokens)
+    first, kept = jax.jit(lambda weights, tokens: prefill(weights, tokens, lengths, shape, Shard(None), "xla"))(
+        weights, tokens
+    )
     before = jnp.repeat(lengths, b // len(prompts))
-    step = jax.jit(lambda weights, tokens, cursor, cache: decode(weights, tokens, before + cursor, lengths, cursor, cache, shape, Shard(None)))
+    step = jax.jit(
+        lambda weights, tokens, cursor, cache: decode(
+            weights, tokens, before + cursor, lengths, cursor, cache, shape, Shard(None)
+        )
+    )
     cache = [Cache(k, v, *(jnp.zeros((b, shape.k, s, shape.h)) for _ in range(2))) for k, v in kept]
     found = [np.repeat(np.asarray(first), b // len(prompts), axis=0)]
     for cursor in range(s):
@@ -79,14 +85,31 @@ RECORDED_CONFIG = {
 RECORDED_TOKENS = np.array([[5, 66, 0, 13, 41, 7, 7, 29, 58, 1]])
 RECORDED_AT = [(0, 3), (0, 66), (1, 0), (2, 17), (3, 50), (4, 31), (5, 5), (6, 44), (7, 12), (8, 63), (9, 0), (9, 33)]
 """(position, vocabulary entry) of RECORDED_LOGITS."""
-RECORDED_LOGITS = [-1.139475, 0.202701, -0.398475, 1.435741, -0.213097, 0.241412, 0.4495, -0.054763, 2.261799, 0.758624, -1.554924, 2.417773]
+RECORDED_LOGITS = [
+    -1.139475,
+    0.202701,
+    -0.398475,
+    1.435741,
+    -0.213097,
+    0.241412,
+    0.4495,
+    -0.054763,
+    2.261799,
+    0.758624,
+    -1.554924,
+    2.417773,
+]
 """By transformers 5.23.0 and torch 2.13.0 on a CPU."""
 
 
 def recorded_folder(folder: Path) -> Path:
     """Weights of RandomState(0), whose stream numpy guarantees never to change, under keys written out here by hand."""
     d, heads, kv, f, v = 48, 6 * 8, 2 * 8, 80, 67
-    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,), "lm_head.weight": (v, d)}
+    sizes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (v, d),
+        "model.norm.weight": (d,),
+        "lm_head.weight": (v, d),
+    }
     for layer in range(2):
         block = f"model.layers.{layer}"
         sizes |= {
@@ -104,7 +127,9 @@ def recorded_folder(folder: Path) -> Path:
             f"{block}.mlp.down_proj.weight": (d, f),
         }
     draw = np.random.RandomState(0)
-    weights = {key: ((draw.standard_normal(size) * 0.2) + ("norm" in key)).astype(np.float32) for key, size in sizes.items()}
+    weights = {
+        key: ((draw.standard_normal(size) * 0.2) + ("norm" in key)).astype(np.float32) for key, size in sizes.items()
+    }
     folder.mkdir(exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(RECORDED_CONFIG))
@@ -129,7 +154,9 @@ def torch_and_transformers() -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        pytest.skip(f"parity with live transformers needs torch and transformers, pip install 'crpo_jax[parity]': {error}")
+        pytest.skip(
+            f"parity with live transformers needs torch and transformers, pip install 'crpo_jax[parity]': {error}"
+        )
     return torch, transformers
 
 
@@ -145,12 +172,33 @@ def test_recorded_logits_are_transformers(tmp_path: Path):
     np.testing.assert_allclose(theirs[tuple(np.array(RECORDED_AT).T)], RECORDED_LOGITS, rtol=0, atol=1e-5)
 
 
-SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "max_position_embeddings": 128}
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 128,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "tied, 2 KV heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "untied, 4 KV heads": {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "rope_theta": 1e6},
-    "tied, 4 KV heads, wide head": {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 24},
-    "untied, 2 KV heads, narrow head": {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 6},
+    "untied, 4 KV heads": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e6,
+    },
+    "tied, 4 KV heads, wide head": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "head_dim": 24,
+    },
+    "untied, 2 KV heads, narrow head": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "head_dim": 6,
+    },
 }
 
 
@@ -190,18 +238,33 @@ def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Pat
         np.testing.assert_allclose(sampled[row], expected[len(prompts[row // group]) - 1 :], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("name", "dtype"), list(zip(MODELS, ["float32", "float32", "bfloat16", "bfloat16"], strict=True)))
+@pytest.mark.parametrize(
+    ("name", "dtype"), list(zip(MODELS, ["float32", "float32", "bfloat16", "bfloat16"], strict=True))
+)
 def test_transformers_loads_what_we_export(name: str, dtype: str, tmp_path: Path):
     """transformers -> load -> save -> transformers: the same parameters bit for bit, the same logits, no key over."""
     torch, transformers = torch_and_transformers()
     random_model(MODELS[name], seed=3).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
     before = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto")
     shape, model = load(str(tmp_path / "theirs"), one_device(), TENSOR)
-    save(model, shape, tmp_path / "ours", dtype=dtype, max_shard_bytes=60_000, generation={"eos_token_id": [3, 4], "pad_token_id": 4})  # type: ignore
-    after, notes = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
+    save(
+        model,
+        shape,
+        tmp_path / "ours",
+        dtype=dtype,
+        max_shard_bytes=60_000,
+        generation={"eos_token_id": [3, 4], "pad_token_id": 4},
+    )  # type: ignore
+    after, notes = transformers.Qwen2ForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype="auto", output_loading_info=True
+    )
     assert not any(notes.values()), notes
     assert after.dtype == getattr(torch, dtype)
-    assert (after.config.eos_token_id, after.generation_config.eos_token_id, after.generation_config.pad_token_id) == ([3, 4], [3, 4], 4)
+    assert (after.config.eos_token_id, after.generation_config.eos_token_id, after.generation_config.pad_token_id) == (
+        [3, 4],
+        [3, 4],
+        4,
+    )
     one, two = before.state_dict(), after.state_dict()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -210,4 +273,6 @@ def test_transformers_loads_what_we_export(name: str, dtype: str, tmp_path: Path
         assert torch.equal(before(tokens).logits, after(tokens).logits)
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     ours = {key: value for file in (tmp_path / "ours").glob("*.safetensors") for key, value in load_file(file).items()}
-    assert {key: value.tobytes() for key, value in ours.items()} == {key: value.tobytes() for key, value in theirs.items()}
+    assert {key: value.tobytes() for key, value in ours.items()} == {
+        key: value.tobytes() for key, value in theirs.items()
+    }

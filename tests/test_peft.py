@@ -13,10 +13,10 @@ from conftest import SHAPE, mesh_of
 from safetensors.numpy import load_file, save_file
 
 from crpo_jax import config
-from crpo_jax.config import InputError
-from crpo_jax.model import hub, lora, peft
+from crpo_jax.errors import InputError
+from crpo_jax.model import huggingface, lora, peft
 from crpo_jax.model.lora import Adapters
-from crpo_jax.model.qwen2 import hidden_states, logits
+from crpo_jax.model.transformer import hidden_states, logits
 from crpo_jax.parallel.layout import SHARDED, TENSOR
 
 LORA = config.Lora(rank=5, alpha=2.0)
@@ -62,7 +62,12 @@ def test_the_keys_are_those_that_peft_writes(folder: Path):
     assert first_layer(tensors) == RECORDED
     assert len(tensors) == SHAPE.l * len(RECORDED)
     settings = json.loads((folder / "adapter_config.json").read_text())
-    assert (settings["peft_type"], settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == ("LORA", 5, 2.0, "some/model")
+    assert (settings["peft_type"], settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (
+        "LORA",
+        5,
+        2.0,
+        "some/model",
+    )
     assert tuple(settings["target_modules"]) == config.LINEAR_LAYERS
 
 
@@ -83,7 +88,11 @@ def test_written_and_read_again_are_the_same_bits(tmp_path: Path, sizes: tuple[i
 def test_bf16_on_request(tmp_path: Path):
     mesh = mesh_of(1, 1)
     peft.save(drawn(mesh), SHAPE, tmp_path / "adapter", base="", dtype="bfloat16")
-    for one, two in zip(jax.tree.leaves(drawn(mesh)), jax.tree.leaves(peft.load(tmp_path / "adapter", SHAPE, mesh, SHARDED)), strict=True):
+    for one, two in zip(
+        jax.tree.leaves(drawn(mesh)),
+        jax.tree.leaves(peft.load(tmp_path / "adapter", SHAPE, mesh, SHARDED)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(one.astype("bfloat16"), two)
 
 
@@ -105,14 +114,24 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (r"r: expected a positive whole number, got 0", {"r": 0}, {}),
     (r"lora_alpha: expected a number, got None", {"lora_alpha": None}, {}),
     (r"layers\.2\.self_attn\.q_proj\.lora_A\.weight: missing; expected shape \[5, 16\]", {}, {Q: None}),
-    (r"q_proj\.lora_A\.weight: expected shape \[5, 16\] of F32, BF16, F16, got \[4, 16\] F32", {}, {Q: np.zeros((4, 16), np.float32)}),
+    (
+        r"q_proj\.lora_A\.weight: expected shape \[5, 16\] of F32, BF16, F16, got \[4, 16\] F32",
+        {},
+        {Q: np.zeros((4, 16), np.float32)},
+    ),
     (r"expected shape .*, got \[5, 16\] I32", {}, {Q: np.zeros((5, 16), np.int32)}),
-    (r"lm_head\.lora_A\.weight: extra; expected none such", {}, {"base_model.model.lm_head.lora_A.weight": np.zeros((5, 16), np.float32)}),
+    (
+        r"lm_head\.lora_A\.weight: extra; expected none such",
+        {},
+        {"base_model.model.lm_head.lora_A.weight": np.zeros((5, 16), np.float32)},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("said", "settings", "tensors"), REFUSED)
-def test_what_this_model_does_not_have_is_refused(folder: Path, said: str, settings: dict[str, Any], tensors: dict[str, Any]):
+def test_what_this_model_does_not_have_is_refused(
+    folder: Path, said: str, settings: dict[str, Any], tensors: dict[str, Any]
+):
     change(folder, **settings)
     path = folder / "adapter_model.safetensors"
     found = load_file(path) | tensors
@@ -123,7 +142,9 @@ def test_what_this_model_does_not_have_is_refused(folder: Path, said: str, setti
 
 def test_a_pickle_is_not_read(folder: Path):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"model.adapter: .*expected adapter_config.json and adapter_model.safetensors"):
+    with pytest.raises(
+        InputError, match=r"model.adapter: .*expected adapter_config.json and adapter_model.safetensors"
+    ):
         peft.load(folder, SHAPE, mesh_of(1, 1), TENSOR)
 
 
@@ -142,20 +163,32 @@ def libraries() -> tuple[Any, Any, Any]:
 
 def adapted_logits(base: Path, adapter: Path, tokens: np.ndarray) -> np.ndarray:
     mesh = mesh_of(1, 1)
-    shape, model = hub.load(str(base), mesh, TENSOR)
+    shape, model = huggingface.load(str(base), mesh, TENSOR)
     adapters = peft.load(adapter, shape, mesh, TENSOR)
-    return np.asarray(jax.jit(lambda model, low: logits(model, hidden_states(model, tokens, shape, adapters=low)))(model, adapters))
+    return np.asarray(
+        jax.jit(lambda model, low: logits(model, hidden_states(model, tokens, shape, adapters=low)))(model, adapters)
+    )
 
 
 @pytest.mark.parametrize("targets", [config.LINEAR_LAYERS, ("q_proj", "o_proj", "down_proj")], ids=["all", "three"])
 def test_logits_equal_peft_both_ways(tmp_path: Path, targets: tuple[str, ...]):
     """PEFT writes and we read; we write what we read and PEFT reads it: the same logits, and the same bits in the file."""
     torch, transformers, theirs = libraries()
-    described = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 8}
-    made = transformers.Qwen2Config(**described, num_key_value_heads=2, head_dim=6, tie_word_embeddings=False, max_position_embeddings=64)
+    described = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+    }
+    made = transformers.Qwen2Config(
+        **described, num_key_value_heads=2, head_dim=6, tie_word_embeddings=False, max_position_embeddings=64
+    )
     base = transformers.Qwen2ForCausalLM(made)
     base.save_pretrained(tmp_path / "base")
-    model = theirs.get_peft_model(base, theirs.LoraConfig(r=5, lora_alpha=3, target_modules=list(targets), task_type="CAUSAL_LM")).eval()
+    model = theirs.get_peft_model(
+        base, theirs.LoraConfig(r=5, lora_alpha=3, target_modules=list(targets), task_type="CAUSAL_LM")
+    ).eval()
     draw = np.random.default_rng(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -171,7 +204,9 @@ def test_logits_equal_peft_both_ways(tmp_path: Path, targets: tuple[str, ...]):
     np.testing.assert_allclose(adapted_logits(tmp_path / "base", tmp_path / "theirs", tokens), expected, atol=1e-4)
 
     mesh = mesh_of(4, 2)
-    peft.save(peft.load(tmp_path / "theirs", SHAPE, mesh, SHARDED), SHAPE, tmp_path / "ours", base=str(tmp_path / "base"))
+    peft.save(
+        peft.load(tmp_path / "theirs", SHAPE, mesh, SHARDED), SHAPE, tmp_path / "ours", base=str(tmp_path / "base")
+    )
     one, two = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
     assert {key: value.tobytes() for key, value in one.items()} == {key: value.tobytes() for key, value in two.items()}
     fresh = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "base")

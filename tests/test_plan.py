@@ -12,8 +12,8 @@ import pytest
 from conftest import SHAPE, mesh_of
 
 from crpo_jax import config, plan
-from crpo_jax.config import InputError
-from crpo_jax.model.qwen2 import abstract, parameter_count
+from crpo_jax.errors import InputError
+from crpo_jax.model.transformer import abstract, parameter_count
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.planner import compiled, hlo, report
 from crpo_jax.planner.cost import works
@@ -21,7 +21,7 @@ from crpo_jax.planner.job import PUBLISHED, Job, job_for, planned_shape
 from crpo_jax.planner.memory import PHASES, estimated, held, resident, set_aside
 from crpo_jax.planner.plan import all_jobs, from_shapes, remedy, search
 from crpo_jax.planner.targets import GIB, parse_target, plug_in_missing
-from crpo_jax.update.step import trainer
+from crpo_jax.update.trainer import trainer
 
 PAPER = config.config_folder() / "clinical_r1_3b.yaml"
 FIGURES = json.loads((Path(__file__).parent / "plan_figures.json").read_text(encoding="utf-8"))
@@ -33,8 +33,19 @@ def paper(target: str, mesh: str = "", *overrides: str) -> Job:
 
 def small(data: int, model: int, *overrides: str) -> Job:
     """The tests' model and a batch to match, for as many GPUs as there are virtual devices."""
-    sizes = ("rollout.max_new_tokens=32", "data.max_prompt_tokens=16", "rollout.slots=8", "rollout.chunk=8", "crpo.group_size=2")
-    batch = ("crpo.prompts_per_step=64", "crpo.mini_batch_prompts=32", "parallel.micro_batch_tokens=96", "parallel.length_multiple=16")
+    sizes = (
+        "rollout.max_new_tokens=32",
+        "data.max_prompt_tokens=16",
+        "rollout.slots=8",
+        "rollout.chunk=8",
+        "crpo.group_size=2",
+    )
+    batch = (
+        "crpo.prompts_per_step=64",
+        "crpo.mini_batch_prompts=32",
+        "parallel.micro_batch_tokens=96",
+        "parallel.length_multiple=16",
+    )
     settings = config.load(PAPER, [*sizes, *batch, "parallel.logprob_chunk=16", *overrides])
     return Job(settings, SHAPE, parse_target(f"{data * model}xh100"), data, model)
 
@@ -42,7 +53,9 @@ def small(data: int, model: int, *overrides: str) -> Job:
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "count"), [("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("3B", 3_085_938_688), ("7B", 7_615_616_512)])
+@pytest.mark.parametrize(
+    ("size", "count"), [("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("3B", 3_085_938_688), ("7B", 7_615_616_512)]
+)
 def test_published_sizes_have_their_published_parameters(size: str, count: int):
     """The safetensors of these models on the hub hold this many."""
     shape = planned_shape(config.load(PAPER, [f"model.path=Qwen/Qwen2.5-{size}-Instruct"]))
@@ -98,7 +111,9 @@ def test_programs_take_the_arrays_that_are_counted(data: int, model: int):
 
 
 def test_one_optimizer_step_needs_no_old_logprobs():
-    assert "old log-probs" not in {phase.name for phase in from_shapes(paper("8xa6000", "8x1", "crpo.mini_batch_prompts=512")).phases}
+    assert "old log-probs" not in {
+        phase.name for phase in from_shapes(paper("8xa6000", "8x1", "crpo.mini_batch_prompts=512")).phases
+    }
 
 
 @pytest.mark.parametrize("recorded", FIGURES, ids=lambda one: f"{one['target']}-{one['mesh']}-{one['layout']}")
@@ -119,7 +134,9 @@ def test_a_chunk_more_of_anything_costs_memory():
         "accumulate": {"parallel.micro_batch_tokens": 4096},
     }.items():
         assert sum(estimated(job.having(changed))[phase].values()) < sum(estimated(job)[phase].values())
-    assert sum(estimated(job.having({"parallel.remat": False}))["accumulate"].values()) > sum(estimated(job)["accumulate"].values())
+    assert sum(estimated(job.having({"parallel.remat": False}))["accumulate"].values()) > sum(
+        estimated(job)["accumulate"].values()
+    )
 
 
 # ---- collectives -----------------------------------------------------------------------------------------------------
@@ -227,7 +244,9 @@ def test_search_ranks_every_possible_mesh_and_layout():
     assert [plan.bound for plan in fitting] == sorted(plan.bound for plan in fitting)
     assert all(plan.fits for plan in fitting)
     assert not any(plan.fits for plan in others)
-    assert len(fitting) + len(others) == len(all_jobs(settings, target)[0]) == 4 * len(LAYOUTS) + 1  # 1x16 has no data axis to split over
+    assert (
+        len(fitting) + len(others) == len(all_jobs(settings, target)[0]) == 4 * len(LAYOUTS) + 1
+    )  # 1x16 has no data axis to split over
     assert not refused
     refused = search(config.load(PAPER, ["model.path=Qwen/Qwen2.5-0.5B"]), parse_target("4xh100"))[2]
     assert "expected a model axis that divides the 14 query heads" in refused["1x4 zero1"]
@@ -283,7 +302,10 @@ def test_search_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ("arguments", "told"),
     [
         (["--target", "8xa600"], "did you mean 8xa6000?"),
-        (["--target", "8xa6000", "--mesh", "4x1"], "--mesh 4x1: expected data x model = the 8 devices of 8xa6000, got 4 x 1 = 4"),
+        (
+            ["--target", "8xa6000", "--mesh", "4x1"],
+            "--mesh 4x1: expected data x model = the 8 devices of 8xa6000, got 4 x 1 = 4",
+        ),
         (["--target", "8xa6000", "--mesh", "1x3"], "got 1 x 3 = 3"),
         (["--target", "8xa6000", "--mesh", "eight"], "--mesh: expected DxM in devices"),
         (["--target", "8xa6000", "--layout", "zero9"], "parallel.layout: expected zero1 | fsdp | replicated"),
@@ -301,8 +323,12 @@ def test_bad_input_is_one_line(arguments: list[str], told: str, monkeypatch: pyt
     assert "\n" not in str(refused.value)
 
 
-def test_without_a_compiler_it_says_which_to_install_and_estimates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(plan, "plug_in_missing", lambda target: f"needs its compiler: pip install 'crpo_jax[{target.extra}]'")
+def test_without_a_compiler_it_says_which_to_install_and_estimates(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(
+        plan, "plug_in_missing", lambda target: f"needs its compiler: pip install 'crpo_jax[{target.extra}]'"
+    )
     assert plan.main(["--target", "v6e-8", "--mesh", "4x2"]) == 0
     told = capsys.readouterr()
     assert "crpo_jax[plan-tpu]" in told.err
@@ -316,7 +342,9 @@ def test_the_estimate_loads_nothing_heavy():
         "print(sorted({'orbax', 'transformers', 'datasets', 'grain', 'matplotlib'} & set(sys.modules)))"
     )
     clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=False, env=clean)
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=False, env=clean
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -327,7 +355,14 @@ def test_a_small_model_compiles_for_a_gpu_that_is_not_here():
     target = parse_target("2xh100")
     if missing := plug_in_missing(target):
         pytest.skip(missing)
-    sizes = ["model.path=", "tokenizer.path=unused", "rollout.max_new_tokens=64", "data.max_prompt_tokens=64", "rollout.slots=8", "rollout.chunk=32"]
+    sizes = [
+        "model.path=",
+        "tokenizer.path=unused",
+        "rollout.max_new_tokens=64",
+        "data.max_prompt_tokens=64",
+        "rollout.slots=8",
+        "rollout.chunk=32",
+    ]
     batch = [
         "crpo.prompts_per_step=8",
         "crpo.mini_batch_prompts=4",

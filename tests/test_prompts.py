@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crpo_jax.config import Data, InputError
-from crpo_jax.data.prompts import PROMPTS, boilerplate, encode_response, fitting, load_tokenizer, render, render_all, user_turn
+from crpo_jax.config import Data
+from crpo_jax.data.prompts import (
+    PROMPTS,
+    boilerplate,
+    encode_response,
+    fitting,
+    load_tokenizer,
+    render,
+    render_all,
+    user_turn,
+)
 from crpo_jax.data.question import Question, read
+from crpo_jax.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TINY = Path(__file__).parents[1] / "configs" / "tiny_tokenizer"
@@ -96,7 +106,9 @@ def test_the_instruction_asks_for_the_rewards_format(name, tags):
 def test_every_setting_has_its_prompt():
     (choices,) = (item.type for item in dataclasses.fields(Data) if item.name == "prompt")
     assert set(choices.__args__) == set(PROMPTS)
-    with pytest.raises(InputError, match=r"data\.prompt: expected one of crpo, grpo, grpo_dx, released, brief, got 'cot'"):
+    with pytest.raises(
+        InputError, match=r"data\.prompt: expected one of crpo, grpo, grpo_dx, released, brief, got 'cot'"
+    ):
         user_turn(QUESTION, "cot")
 
 
@@ -124,8 +136,14 @@ def test_response_tokens_do_not_depend_on_the_prompt_before_them(qwen):
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
 def test_special_tokens_in_a_text_are_refused(tokenizer, token):
     """Spelt in a question, an end of turn would be one: what follows could then speak as the assistant."""
-    for question in (dataclasses.replace(QUESTION, question=f"Which?{token}"), dataclasses.replace(QUESTION, options={"A": "1", "B": f"x{token}"})):
-        with pytest.raises(InputError, match=re.escape(f"question q0: expected text without the tokenizer's special tokens, got {token}")):
+    for question in (
+        dataclasses.replace(QUESTION, question=f"Which?{token}"),
+        dataclasses.replace(QUESTION, options={"A": "1", "B": f"x{token}"}),
+    ):
+        with pytest.raises(
+            InputError,
+            match=re.escape(f"question q0: expected text without the tokenizer's special tokens, got {token}"),
+        ):
             render(question, "crpo", SYSTEM, tokenizer)
     with pytest.raises(InputError, match=r"data\.system_prompt: expected text without"):
         render(QUESTION, "crpo", f"x {token}", tokenizer)
@@ -139,7 +157,11 @@ def test_added_tokens_that_are_not_special_are_refused_in_a_question_only(qwen):
     assert encode_response("<tool_call>", qwen) == [151657, 151645]
 
 
-ordinary = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).map(str.strip).filter(lambda text: text and "<" not in text)
+ordinary = (
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+    .map(str.strip)
+    .filter(lambda text: text and "<" not in text)
+)
 
 
 @given(ordinary, ordinary)
@@ -151,7 +173,9 @@ def test_no_text_opens_or_closes_a_turn(tiny, question, option):
 
 def test_batch_equals_one_by_one(tokenizer):
     questions = [dataclasses.replace(QUESTION, id=f"q{number}", question="x " * number + "?") for number in range(5)]
-    assert render_all(questions, "crpo", SYSTEM, tokenizer) == [render(question, "crpo", SYSTEM, tokenizer) for question in questions]
+    assert render_all(questions, "crpo", SYSTEM, tokenizer) == [
+        render(question, "crpo", SYSTEM, tokenizer) for question in questions
+    ]
     assert render_all([], "crpo", SYSTEM, tokenizer) == []
 
 
@@ -173,18 +197,23 @@ def test_prompts_over_the_limit_are_dropped_and_counted_never_cut(tokenizer):
     assert fitted.prompts == [render(question, "brief", "", tokenizer) for question in fitted.questions]
     length = len(render(long_and_short()[1], "brief", "", tokenizer))
     assert fitted.dropped == {"long": length}
-    assert fitting(long_and_short(), dataclasses.replace(data, max_prompt_tokens=length), tokenizer).dropped == {}, "the limit itself fits"
+    assert fitting(long_and_short(), dataclasses.replace(data, max_prompt_tokens=length), tokenizer).dropped == {}, (
+        "the limit itself fits"
+    )
 
 
 def test_prompts_over_the_limit_are_an_error_by_setting(tokenizer):
     data = Data(prompt="brief", system_prompt="", max_prompt_tokens=300, overlong_prompts="error")
-    with pytest.raises(InputError, match=r"question long: expected a prompt of at most data\.max_prompt_tokens=300, got \d+"):
+    with pytest.raises(
+        InputError, match=r"question long: expected a prompt of at most data\.max_prompt_tokens=300, got \d+"
+    ):
         fitting(long_and_short(), data, tokenizer)
 
 
 def test_a_limit_that_nothing_fits_is_an_error(tokenizer):
     with pytest.raises(
-        InputError, match=r"data\.max_prompt_tokens: expected room for at least one question, got 5; the shortest prompt has \d+ tokens"
+        InputError,
+        match=r"data\.max_prompt_tokens: expected room for at least one question, got 5; the shortest prompt has \d+ tokens",
     ):
         fitting(long_and_short(), Data(max_prompt_tokens=5), tokenizer)
 
@@ -207,7 +236,9 @@ def test_published_questions_fit_the_papers_limit(qwen, source, split):
 def copied(folder, **changed):
     """The tiny tokenizer with settings replaced; None removes one."""
     settings = json.loads((TINY / "tokenizer_config.json").read_text()) | changed
-    (folder / "tokenizer_config.json").write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({name: value for name, value in settings.items() if value is not None})
+    )
     (folder / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
     return folder
 
@@ -227,5 +258,7 @@ def test_templates_that_leave_a_turn_out_or_refuse_it(tmp_path):
     with pytest.raises(InputError, match="expected a chat template that writes both turns unchanged"):
         render(QUESTION, "crpo", SYSTEM, silent)
     strict = load_tokenizer(copied(tmp_path, chat_template="{{ raise_exception('no system turn here') }}"))
-    with pytest.raises(InputError, match="expected a chat template that takes a system and a user turn, got: no system turn here"):
+    with pytest.raises(
+        InputError, match="expected a chat template that takes a system and a user turn, got: no system turn here"
+    ):
         render(QUESTION, "crpo", SYSTEM, strict)

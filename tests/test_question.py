@@ -15,14 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from question_file import write_jsonl
 
-from crpo_jax.config import InputError
 from crpo_jax.data import question as question_module
 from crpo_jax.data.question import LETTERS, Question, halves, held_out, read
+from crpo_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
-MEDQA = {"question": "Which?", "answer": "two", "options": {"A": "one", "B": "two", "C": "3", "D": "4"}, "meta_info": "step1", "answer_idx": "B"}
+MEDQA = {
+    "question": "Which?",
+    "answer": "two",
+    "options": {"A": "one", "B": "two", "C": "3", "D": "4"},
+    "meta_info": "step1",
+    "answer_idx": "B",
+}
 MEDMCQA = {
     "id": "m0",
     "question": "Which?",
@@ -96,8 +102,14 @@ def test_medxpertqa_whole_with_its_choices_shown_once(split, count):
         assert question.answer == record.get("label", record.get("answer_idx"))
         assert "Answer Choices:" not in question.question
         assert record["question"].startswith(question.question)
-    differing = {question.id: question.columns["differing_choices"] for question in questions if "differing_choices" in question.columns}
-    assert set(differing) == ({"Text-2453"} if split == "dev" else {"Text-2230", "Text-2270"}), "the published errata, kept and shown"
+    differing = {
+        question.id: question.columns["differing_choices"]
+        for question in questions
+        if "differing_choices" in question.columns
+    }
+    assert set(differing) == ({"Text-2453"} if split == "dev" else {"Text-2230", "Text-2270"}), (
+        "the published errata, kept and shown"
+    )
 
 
 # ---- the hub's schemas, in every form ---------------------------------------------------------------------------------
@@ -141,7 +153,11 @@ def test_every_source_in_every_form(tmp_path, write, source, records, answers):
 
 
 def test_text_loses_surrounding_white_space_only(tmp_path):
-    record = MEDQA | {"question": " A  man\u2028of 40.\n\nWhich? ", "options": {"A": "one ", "B": "two"}, "answer": "two "}
+    record = MEDQA | {
+        "question": " A  man\u2028of 40.\n\nWhich? ",
+        "options": {"A": "one ", "B": "two"},
+        "answer": "two ",
+    }
     path = tmp_path / "test.jsonl"
     path.write_text("\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n\r\n", encoding="utf-8")
     (question,) = read("medqa", str(path), "test")
@@ -160,7 +176,8 @@ def test_options_beyond_j_and_table_columns_that_a_record_lacks(tmp_path):
 def test_class_label_of_the_schema_settles_where_cop_starts(tmp_path):
     datasets = pytest.importorskip("datasets")
     labels = datasets.Features(
-        {name: datasets.Value("string") for name in MEDMCQA if name != "cop"} | {"cop": datasets.ClassLabel(names=list("abcd"))}
+        {name: datasets.Value("string") for name in MEDMCQA if name != "cop"}
+        | {"cop": datasets.ClassLabel(names=list("abcd"))}
     )
     datasets.Dataset.from_list([MEDMCQA | {"cop": 1}], features=labels).to_parquet(tmp_path / "train.parquet")
     assert read("medmcqa", str(tmp_path), "train")[0].answer == "B"
@@ -198,7 +215,9 @@ def test_shards_are_one_split_in_order_and_none_may_be_missing(tmp_path):
     for shard in range(3):
         lines(tmp_path / f"data/train-{shard:05d}-of-00003.jsonl", MEDQA | {"question": f"shard {shard}"})
     questions = read("medqa", str(tmp_path), "train")
-    assert [(question.id, question.question) for question in questions] == [(f"medqa-train-{shard:06d}", f"shard {shard}") for shard in range(3)]
+    assert [(question.id, question.question) for question in questions] == [
+        (f"medqa-train-{shard:06d}", f"shard {shard}") for shard in range(3)
+    ]
     (tmp_path / "data/train-00001-of-00003.jsonl").unlink()
     with pytest.raises(InputError, match="expected all 3 shards of split train, got 2"):
         read("medqa", str(tmp_path), "train")
@@ -207,7 +226,9 @@ def test_shards_are_one_split_in_order_and_none_may_be_missing(tmp_path):
 def test_a_split_that_two_files_claim_is_refused(tmp_path):
     lines(tmp_path / "test.jsonl", MEDQA)
     lines(tmp_path / "4_options/phrases_no_exclude_test.jsonl", MEDQA)
-    with pytest.raises(InputError, match=r"expected one file of split test.*got 4_options/phrases_no_exclude_test\.jsonl, test\.jsonl"):
+    with pytest.raises(
+        InputError, match=r"expected one file of split test.*got 4_options/phrases_no_exclude_test\.jsonl, test\.jsonl"
+    ):
         read("medqa", str(tmp_path), "test")
 
 
@@ -218,7 +239,10 @@ def test_hub(tmp_path, monkeypatch):
     lines(tmp_path / "hub/Text/test.jsonl", MEDXPERTQA | {"question": repeated()})
     lines(tmp_path / "hub/Text/dev.jsonl", MEDXPERTQA | {"id": "Text-1"})
     lines(tmp_path / "hub/MM/test.jsonl", MEDXPERTQA | {"images": ["MM-0.jpeg"]})
-    config = "".join(f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/test.jsonl\n" for name in ("MM", "Text"))
+    config = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/test.jsonl\n"
+        for name in ("MM", "Text")
+    )
     (tmp_path / "hub/README.md").write_text(f"---\nconfigs:\n{config}  - split: dev\n    path: Text/dev.jsonl\n---\n")
     monkeypatch.setitem(question_module.HUB, "medxpertqa", (str(tmp_path / "hub"), "Text"))
     assert [(question.id, question.question) for question in read("medxpertqa", "", "test")] == [("Text-0", "Which?")]
@@ -227,11 +251,16 @@ def test_hub(tmp_path, monkeypatch):
         read("medxpertqa", "", "train")
 
     labels = datasets.Features(
-        {name: datasets.Value("string") for name in MEDMCQA if name != "cop"} | {"cop": datasets.ClassLabel(names=list("abcd"))}
+        {name: datasets.Value("string") for name in MEDMCQA if name != "cop"}
+        | {"cop": datasets.ClassLabel(names=list("abcd"))}
     )
     (tmp_path / "mcqa/data").mkdir(parents=True)
-    datasets.Dataset.from_list([MEDMCQA | {"cop": 2}], features=labels).to_parquet(tmp_path / "mcqa/data/validation-00000-of-00001.parquet")
-    datasets.Dataset.from_list([MEDMCQA | {"cop": -1}], features=labels).to_parquet(tmp_path / "mcqa/data/test-00000-of-00001.parquet")
+    datasets.Dataset.from_list([MEDMCQA | {"cop": 2}], features=labels).to_parquet(
+        tmp_path / "mcqa/data/validation-00000-of-00001.parquet"
+    )
+    datasets.Dataset.from_list([MEDMCQA | {"cop": -1}], features=labels).to_parquet(
+        tmp_path / "mcqa/data/test-00000-of-00001.parquet"
+    )
     monkeypatch.setitem(question_module.HUB, "medmcqa", (str(tmp_path / "mcqa"), None))
     assert [question.answer for question in read("medmcqa", "", "dev")] == ["C"]
     with pytest.raises(InputError, match=r"row 1: cop: expected a right option \(this split hides its answers"):
@@ -248,10 +277,14 @@ def test_without_network_one_line_says_what_to_do(tmp_path):
 
 
 def test_importing_the_record_brings_nothing_heavy():
-    code = (
-        "import crpo_jax.data.question, crpo_jax.data.prompts, sys\nprint({'jax', 'datasets', 'pyarrow', 'transformers', 'grain'} & set(sys.modules))"
+    code = "import crpo_jax.data.question, crpo_jax.data.prompts, sys\nprint({'jax', 'datasets', 'pyarrow', 'transformers', 'grain'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
@@ -268,17 +301,41 @@ BAD = [
     ("jsonl", [OWN | {"id": True}], ":1: id: expected a text, got True"),
     ("jsonl", [OWN | {"id": ""}], ":1: id: expected a text that is not empty, got ''"),
     ("jsonl", [OWN, OWN], ":2: id: expected an id of its own (the same stands at {path}:1), got 'q0'"),
-    ("jsonl", [OWN | {"id": "7"}, OWN | {"id": 7}], ":2: id: expected an id of its own (the same stands at {path}:1), got '7'"),
+    (
+        "jsonl",
+        [OWN | {"id": "7"}, OWN | {"id": 7}],
+        ":2: id: expected an id of its own (the same stands at {path}:1), got '7'",
+    ),
     ("jsonl", [OWN, OWN | {"id": "q1", "question": "  "}], ":2: question: expected a text that is not empty, got '  '"),
     ("jsonl", [OWN | {"question": 5}], ":1: question: expected a text, got 5"),
     ("jsonl", [OWN | {"question": "a \ud800"}], ":1: question: expected text that UTF-8 can write, got 'a \\\\ud800'"),
     ("jsonl", [OWN | {"question": ["x" * 200]}], f":1: question: expected a text, got ['{'x' * 75}..."),
     ("jsonl", [without(OWN, "options")], ":1: options: expected an object of texts by letter, got None"),
-    ("jsonl", [OWN | {"options": ["one", "two"]}], ":1: options: expected an object of texts by letter, got ['one', 'two']"),
-    ("jsonl", [OWN | {"options": {}}], ":1: options: expected letters A, B, ... without a gap, at least two, got 'none'"),
-    ("jsonl", [OWN | {"options": {"A": "one"}}], ":1: options: expected letters A, B, ... without a gap, at least two, got 'A'"),
-    ("jsonl", [OWN | {"options": {"A": "one", "C": "two"}}], ":1: options: expected letters A, B, ... without a gap, at least two, got 'A, C'"),
-    ("jsonl", [OWN | {"options": {"a": "one", "b": "two"}}], ":1: options: expected letters A, B, ... without a gap, at least two, got 'a, b'"),
+    (
+        "jsonl",
+        [OWN | {"options": ["one", "two"]}],
+        ":1: options: expected an object of texts by letter, got ['one', 'two']",
+    ),
+    (
+        "jsonl",
+        [OWN | {"options": {}}],
+        ":1: options: expected letters A, B, ... without a gap, at least two, got 'none'",
+    ),
+    (
+        "jsonl",
+        [OWN | {"options": {"A": "one"}}],
+        ":1: options: expected letters A, B, ... without a gap, at least two, got 'A'",
+    ),
+    (
+        "jsonl",
+        [OWN | {"options": {"A": "one", "C": "two"}}],
+        ":1: options: expected letters A, B, ... without a gap, at least two, got 'A, C'",
+    ),
+    (
+        "jsonl",
+        [OWN | {"options": {"a": "one", "b": "two"}}],
+        ":1: options: expected letters A, B, ... without a gap, at least two, got 'a, b'",
+    ),
     ("jsonl", [OWN | {"options": {"A": "one", "B": None}}], ":1: options.B: expected a text, got None"),
     ("jsonl", [OWN | {"options": {"A": "one", "B": " "}}], ":1: options.B: expected a text that is not empty, got ' '"),
     ("jsonl", [without(OWN, "answer")], ":1: answer: expected such a field among id, question, options, got None"),
@@ -287,23 +344,43 @@ BAD = [
     ("jsonl", [OWN | {"answer": 0}], ":1: answer: expected a text, got 0"),
     ("medqa", [MEDQA, MEDQA | {"answer": "one"}], ":2: answer: expected the text of option B, 'two', got 'one'"),
     ("medqa", [MEDQA | {"answer_idx": "E"}], ":1: answer_idx: expected a letter among A, B, C, D, got 'E'"),
-    ("medqa", [without(MEDQA, "answer")], ":1: answer: expected such a field among question, options, meta_info, answer_idx, got None"),
+    (
+        "medqa",
+        [without(MEDQA, "answer")],
+        ":1: answer: expected such a field among question, options, meta_info, answer_idx, got None",
+    ),
     ("medmcqa", [MEDMCQA, MEDMCQA | {"cop": 4}], ":2: cop: expected 0 to 3 as {path}:1 says, got 4"),
     ("medmcqa", [MEDMCQA | {"cop": 5}], ":1: cop: expected a whole number from 0 to 4, got 5"),
     ("medmcqa", [MEDMCQA | {"cop": "1"}], ":1: cop: expected a whole number from 0 to 4, got '1'"),
     ("medmcqa", [MEDMCQA | {"cop": True}], ":1: cop: expected a whole number from 0 to 4, got True"),
     ("medmcqa", [without(MEDMCQA, "cop")], ":1: cop: expected a whole number from 0 to 4, got None"),
-    ("medmcqa", [MEDMCQA | {"cop": -1}], ":1: cop: expected a right option (this split hides its answers; use train or validation), got -1"),
+    (
+        "medmcqa",
+        [MEDMCQA | {"cop": -1}],
+        ":1: cop: expected a right option (this split hides its answers; use train or validation), got -1",
+    ),
     ("medmcqa", [MEDMCQA | {"opd": ""}], ":1: opd: expected a text that is not empty, got ''"),
-    ("medmcqa", [without(MEDMCQA, "id")], ":1: id: expected such a field among question, opa, opb, opc, opd, cop, exp, choice_type, got None"),
+    (
+        "medmcqa",
+        [without(MEDMCQA, "id")],
+        ":1: id: expected such a field among question, opa, opb, opc, opd, cop, exp, choice_type, got None",
+    ),
     (
         "medxpertqa",
         [MEDXPERTQA | {"images": ["MM-0.jpeg"]}],
         ":1: images: expected a question of text alone (the MM part needs images), got ['MM-0.jpeg']",
     ),
-    ("medxpertqa", [MEDXPERTQA | {"label": "K"}], ":1: label: expected a letter among A, B, C, D, E, F, G, H, I, J, got 'K'"),
+    (
+        "medxpertqa",
+        [MEDXPERTQA | {"label": "K"}],
+        ":1: label: expected a letter among A, B, C, D, E, F, G, H, I, J, got 'K'",
+    ),
     ("medxpertqa", [MEDXPERTQA | {"answer_idx": "A"}], ":1: answer_idx: expected J, as label says, got 'A'"),
-    ("medxpertqa", [MEDXPERTQA | {"answer": "choice a"}], ":1: answer: expected the text of option J, 'choice j', got 'choice a'"),
+    (
+        "medxpertqa",
+        [MEDXPERTQA | {"answer": "choice a"}],
+        ":1: answer: expected the text of option J, 'choice j', got 'choice a'",
+    ),
     (
         "medxpertqa",
         [MEDXPERTQA | {"question": repeated(J="another")}],
@@ -323,7 +400,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("source", "records", "expected"), BAD, ids=[f"{number:02d}-{source}" for number, (source, _, _) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("source", "records", "expected"), BAD, ids=[f"{number:02d}-{source}" for number, (source, _, _) in enumerate(BAD)]
+)
 def test_bad_records(tmp_path, source, records, expected):
     path = lines(tmp_path / "data.jsonl", *records)
     with pytest.raises(InputError) as caught:
@@ -340,9 +419,17 @@ BAD_FILES = [
     ("empty.jsonl", b"", ": expected at least one record, got an empty file"),
     ("blank.json", b" \n\n", ": expected at least one record, got an empty file"),
     ("array.json", b"[]", ": expected at least one record, got an empty file"),
-    ("cut.jsonl", b'{"id": "a"', ":1: expected one JSON object a line, got Expecting ',' delimiter at column 11 in '{\"id\": \"a\"'"),
+    (
+        "cut.jsonl",
+        b'{"id": "a"',
+        ":1: expected one JSON object a line, got Expecting ',' delimiter at column 11 in '{\"id\": \"a\"'",
+    ),
     ("list.jsonl", b'{"id": "a"}\n\n3\n', ":3: expected a JSON object, got 3"),
-    ("twice.jsonl", b'{"id": "a", "id": "b"}', """:1: expected one JSON object a line, got the key 'id' twice in '{"id": "a", "id": "b"}'"""),
+    (
+        "twice.jsonl",
+        b'{"id": "a", "id": "b"}',
+        """:1: expected one JSON object a line, got the key 'id' twice in '{"id": "a", "id": "b"}'""",
+    ),
     ("latin.jsonl", b'\n{"id": "\xe9"}', ":2: expected UTF-8 text, got byte 0xe9 at offset 8"),
     ("latin.json", b'[{"id": "\xe9"}]', ": expected UTF-8 text, got byte 0xe9 at offset 9"),
     ("open.json", b'[\n{"id": "a"},\n', ":3: expected a JSON object in the array, got Expecting value at column 1"),
@@ -380,7 +467,12 @@ def test_bad_places(tmp_path):
     for source, path, split, expected in [
         ("pubmedqa", "", "train", "data.source: expected one of medqa, medmcqa, medxpertqa, jsonl, got 'pubmedqa'"),
         ("jsonl", "", "train", "data.path: expected a file or folder, since jsonl has no hub id, got ''"),
-        ("medqa", str(tmp_path / "none"), "train", f"{tmp_path}/none: expected a file or folder with medqa questions, got no such path"),
+        (
+            "medqa",
+            str(tmp_path / "none"),
+            "train",
+            f"{tmp_path}/none: expected a file or folder with medqa questions, got no such path",
+        ),
         (
             "medqa",
             str(tmp_path),
@@ -429,9 +521,15 @@ text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lamb
 def questions_of_any_kind(draw):
     options = dict(zip(LETTERS, draw(st.lists(text, min_size=2, max_size=26)), strict=False))
     columns = draw(
-        st.dictionaries(text.filter(lambda name: name not in question_module.OWN), st.none() | st.integers() | text | st.lists(text), max_size=3)
+        st.dictionaries(
+            text.filter(lambda name: name not in question_module.OWN),
+            st.none() | st.integers() | text | st.lists(text),
+            max_size=3,
+        )
     )
-    return Question(draw(text), draw(text), options, draw(st.sampled_from(list(options))), draw(text), draw(text), columns)
+    return Question(
+        draw(text), draw(text), options, draw(st.sampled_from(list(options))), draw(text), draw(text), columns
+    )
 
 
 @given(st.lists(questions_of_any_kind(), min_size=1, max_size=4, unique_by=lambda question: question.id))
@@ -479,7 +577,9 @@ def test_held_out_is_a_share_that_no_order_changes(order, share):
     train, held = held_out(questions, share)
     assert len(held) == (max(1, round(share * 40)) if share > 0 else 0)
     assert sorted([*train, *held], key=lambda question: question.id) == questions
-    assert {question.id for question in held_out([questions[number] for number in order], share)[1]} == {question.id for question in held}
+    assert {question.id for question in held_out([questions[number] for number in order], share)[1]} == {
+        question.id for question in held
+    }
 
 
 def test_held_out_keeps_traces_of_one_question_together_and_never_everything():

@@ -29,5 +29,8 @@ def test_every_setting_named_exists(key):
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)]+)\)", README))
 def test_every_link_leads_somewhere(target):
-    headings = {"#" + re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}
+    headings = {
+        "#" + re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+        for line in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    }
     assert target in headings or (ROOT / target).is_file()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crpo_jax import export, train
-from crpo_jax.run.metrics import read_metrics
+from crpo_jax.store.logs import read_metrics
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -21,8 +21,16 @@ def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, cap
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 128}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True, **sizes))
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+    }
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=151936, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True, **sizes)
+    )
     model.save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHARED / "qwen2.5" / name, tmp_path / "model" / name)
@@ -50,7 +58,17 @@ def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, cap
             "run.eval_every": 0,
         }
         config = Path(__file__).parents[1] / "configs" / "clinical_r1_3b.yaml"
-        train.main(["--config", str(config), "--mesh", "4x2", "--workdir", str(tmp_path / "run"), *(f"{k}={v}" for k, v in settings.items())])
+        train.main(
+            [
+                "--config",
+                str(config),
+                "--mesh",
+                "4x2",
+                "--workdir",
+                str(tmp_path / "run"),
+                *(f"{k}={v}" for k, v in settings.items()),
+            ]
+        )
         return read_metrics(tmp_path / "run")
 
     run(2)
@@ -64,7 +82,9 @@ def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, cap
 
     export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "policy"), "--dtype", "float32"])
     policy = Qwen2ForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32).eval()
-    tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "policy")("A 45-year-old man has chest pain.")["input_ids"]])
+    tokens = torch.tensor(
+        [AutoTokenizer.from_pretrained(tmp_path / "policy")("A 45-year-old man has chest pain.")["input_ids"]]
+    )
     with torch.no_grad():
         theirs = policy(tokens).logits[0].numpy()
     assert abs(theirs - ours(tmp_path / "policy", tokens.numpy())).max() < 1e-4
@@ -76,10 +96,12 @@ def ours(folder: Path, tokens):
     import jax
     import numpy as np
 
-    from crpo_jax.model import hub
-    from crpo_jax.model.qwen2 import hidden_states, logits
+    from crpo_jax.model import huggingface
+    from crpo_jax.model.transformer import hidden_states, logits
     from crpo_jax.parallel.layout import TENSOR
     from crpo_jax.parallel.mesh import make_mesh
 
-    shape, model = hub.load(str(folder), make_mesh("8x1"), TENSOR)
-    return np.asarray(jax.jit(lambda model, tokens: logits(model, hidden_states(model, tokens, shape)))(model, tokens)[0])
+    shape, model = huggingface.load(str(folder), make_mesh("8x1"), TENSOR)
+    return np.asarray(
+        jax.jit(lambda model, tokens: logits(model, hidden_states(model, tokens, shape)))(model, tokens)[0]
+    )

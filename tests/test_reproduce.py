@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from crpo_jax import config
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 LOADER = importlib.machinery.SourceFileLoader("reproduce", str(ROOT / "scripts" / "reproduce"))
@@ -40,17 +40,25 @@ def test_the_baselines_teacher_is_another_one_on_the_same_half(tmp_path):
     plan = reproduce.read_plan(ROOT / "configs" / "reproduce" / "world.yaml")
     reproduce.jobs_of(plan, ROOT / "configs" / "tiny.yaml", ["data.vignettes=400"], tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "baseline_traces.jsonl").read_text(encoding="utf-8").splitlines()]
-    whole = sum("</dx>" in row["response"] and "\\boxed" in row["response"] and "<conclusion>" in row["response"] for row in rows)
+    whole = sum(
+        "</dx>" in row["response"] and "\\boxed" in row["response"] and "<conclusion>" in row["response"]
+        for row in rows
+    )
     assert 150 < len(rows) < 250
     assert 0.5 < whole / len(rows) < 0.9
 
 
 def job(name: str, *commands: list[str], needs: tuple[str, ...] = (), alone: bool = False):
-    return reproduce.Job(name, list(needs), [(f"{name}-{number}", command) for number, command in enumerate(commands)], alone)
+    return reproduce.Job(
+        name, list(needs), [(f"{name}-{number}", command) for number, command in enumerate(commands)], alone
+    )
 
 
 def test_jobs_run_after_what_they_need_once_and_side_by_side(tmp_path, capsys):
-    jobs = [job("last", ["score", "--help"], needs=("first",)), job("first", ["score", "--help"], ["distill", "--help"], alone=True)]
+    jobs = [
+        job("last", ["score", "--help"], needs=("first",)),
+        job("first", ["score", "--help"], ["distill", "--help"], alone=True),
+    ]
     runner = reproduce.Runner(tmp_path, 2)
     assert runner.run([*jobs, job("beside", ["score", "--help"])])
     said = [line.split()[1] for line in capsys.readouterr().out.splitlines()]

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 import crpo_jax.rollout
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 from crpo_jax.model.decode import Shard, Weights
-from crpo_jax.model.hub import save
+from crpo_jax.model.huggingface import save
 from crpo_jax.model.placement import to_sampling
-from crpo_jax.model.qwen2 import Qwen2, hidden_states, logits
+from crpo_jax.model.transformer import Qwen2, hidden_states, logits
 from crpo_jax.rollout import engine
 from crpo_jax.rollout.draw import Sampling, draw, row_keys
 from crpo_jax.rollout.engine import Engine, Response, Tally
@@ -34,11 +34,15 @@ STOPS = (0, 7, 19)
 HOW = Sampling(0.9, stop_ids=STOPS)
 WIDTH, GROUP = 10, 3
 LENGTHS = (3, 1, 35, 5, 2, 1, 8)  # 35 is past the multiple that prompts are padded to
-PROMPTS = [np.random.default_rng(length * 10 + i).integers(SHAPE.v, size=length).tolist() for i, length in enumerate(LENGTHS)]
+PROMPTS = [
+    np.random.default_rng(length * 10 + i).integers(SHAPE.v, size=length).tolist() for i, length in enumerate(LENGTHS)
+]
 KEY = jax.random.key(4)
 
 
-def plain(model: Qwen2, how: Sampling, prompts: Sequence[Sequence[int]] = PROMPTS, width: int = WIDTH) -> list[list[Response]]:
+def plain(
+    model: Qwen2, how: Sampling, prompts: Sequence[Sequence[int]] = PROMPTS, width: int = WIDTH
+) -> list[list[Response]]:
     """`GROUP` responses per prompt; a row that ended goes on unread."""
     rows = [(i, g, list(prompt)) for i, prompt in enumerate(prompts) for g in range(GROUP)]
     keys = row_keys(KEY, *(jnp.array(numbers) for numbers in zip(*((i, g) for i, g, _ in rows), strict=True)))
@@ -88,7 +92,9 @@ def test_the_expected_responses_hold_every_case(expected: list[list[Response]]):
     assert len(lengths) >= 3, "rows of one wave that stop at different times"
     assert sum(not response.stopped for response in responses) >= 3, "rows that are cut"
     assert {int(response.tokens[-1]) for response in responses if response.stopped} == set(STOPS), "every stop token"
-    assert any(len({str(response.tokens) for response in group}) == GROUP for group in expected), "a group of different responses"
+    assert any(len({str(response.tokens) for response in group}) == GROUP for group in expected), (
+        "a group of different responses"
+    )
 
 
 # --- the same answer on every mesh ------------------------------------------------------------------------------------
@@ -96,9 +102,13 @@ def test_the_expected_responses_hold_every_case(expected: list[list[Response]]):
 
 def test_same_tokens_as_the_plain_loop_on_every_mesh(mesh: Mesh, model: Qwen2, expected: list[list[Response]]):
     """Contract 2. On 2x4 and 1x8 there are more model shards than KV heads. The cache grows once on the way."""
-    made = Engine(SHAPE, mesh, HOW, WIDTH, slots=128, chunk=6).generate(to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP)
+    made = Engine(SHAPE, mesh, HOW, WIDTH, slots=128, chunk=6).generate(
+        to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP
+    )
     assert tokens_of(made) == tokens_of(expected)
-    for found, wanted in zip([r for group in made for r in group], [r for group in expected for r in group], strict=True):
+    for found, wanted in zip(
+        [r for group in made for r in group], [r for group in expected for r in group], strict=True
+    ):
         assert (found.prompt, found.sample) == (wanted.prompt, wanted.sample)
         assert found.tokens.shape == found.logprobs.shape
         np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=0, atol=1e-4)
@@ -116,7 +126,9 @@ def test_sampler_log_probs_are_the_trainers(model: Qwen2, weights: Weights, one_
     @jax.jit
     def trainer(model: Qwen2, tokens: jax.Array) -> Any:
         targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-        return token_logprobs(model, hidden_states(model, tokens, SHAPE), targets, HOW.temperature, 48, with_entropy=False)[0]
+        return token_logprobs(
+            model, hidden_states(model, tokens, SHAPE), targets, HOW.temperature, 48, with_entropy=False
+        )[0]
 
     found = np.asarray(trainer(model, tokens))
     for row, response in zip(found, responses, strict=True):
@@ -153,7 +165,9 @@ def test_slots_and_chunks_do_not_change_a_token(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(engine, "RESPONSE_SLOTS", response_slots)
-    made = Engine(SHAPE, one_device, HOW, WIDTH, slots=slots, chunk=chunk).generate(weights, PROMPTS, key=KEY, group=GROUP)
+    made = Engine(SHAPE, one_device, HOW, WIDTH, slots=slots, chunk=chunk).generate(
+        weights, PROMPTS, key=KEY, group=GROUP
+    )
     assert tokens_of(made) == tokens_of(expected)
 
 
@@ -190,7 +204,9 @@ def test_any_schedule_gives_the_tokens_of_the_plain_loop(
 def test_more_prompts_than_slots_on_data_shards(model: Qwen2, expected: list[list[Response]]):
     """4 shards of one prompt each: the second wave has 3 prompts and a row of filling, which must never run."""
     mesh = mesh_of(4, 2)
-    made = Engine(SHAPE, mesh, HOW, WIDTH, slots=GROUP, chunk=2).generate(to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP)
+    made = Engine(SHAPE, mesh, HOW, WIDTH, slots=GROUP, chunk=2).generate(
+        to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP
+    )
     assert tokens_of(made) == tokens_of(expected)
 
 
@@ -224,19 +240,25 @@ def test_rows_left_of_several_waves_are_joined(weights: Weights, one_device: Mes
 
     monkeypatch.setattr(engine.Schedule, "advance", counted)
     limits = [8, 1, 1, 1] * 4
-    made = Engine(SHAPE, one_device, Sampling(0.9), 8, slots=4, chunk=4).generate(weights, [[1 + i] for i in range(16)], key=KEY, limits=limits)
+    made = Engine(SHAPE, one_device, Sampling(0.9), 8, slots=4, chunk=4).generate(
+        weights, [[1 + i] for i in range(16)], key=KEY, limits=limits
+    )
     assert [len(response.tokens) for (response,) in made] == limits
     assert (4, 4) in calls or (4, 3) in calls
     assert sum(running for _, running in calls) == 8
 
 
-def test_the_order_of_prompts_does_not_change_a_token(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
+def test_the_order_of_prompts_does_not_change_a_token(
+    weights: Weights, one_device: Mesh, expected: list[list[Response]]
+):
     """With their numbers beside them, prompts may come in any order and company; responses come back in the order asked."""
     how = Engine(SHAPE, one_device, HOW, WIDTH, slots=6, chunk=6)
     for order in ([6, 5, 4, 3, 2, 1, 0], [2, 0, 5]):
         made = how.generate(weights, [PROMPTS[i] for i in order], key=KEY, group=GROUP, ids=order)
         assert tokens_of(made) == [tokens_of(expected)[i] for i in order]
-        assert [[(r.prompt, r.sample) for r in group] for group in made] == [[(place, g) for g in range(GROUP)] for place in range(len(order))]
+        assert [[(r.prompt, r.sample) for r in group] for group in made] == [
+            [(place, g) for g in range(GROUP)] for place in range(len(order))
+        ]
 
 
 def test_a_larger_group_begins_with_the_smaller(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
@@ -257,10 +279,14 @@ def test_another_key_or_number_draws_other_tokens(weights: Weights, one_device: 
 @pytest.fixture(scope="module")
 def limited(weights: Weights, one_device: Mesh) -> tuple[list[int], list[list[Response]]]:
     limits = [1, 2, 10, 4, 3, 9, 5]
-    return limits, Engine(SHAPE, one_device, HOW, WIDTH, chunk=6).generate(weights, PROMPTS, key=KEY, group=GROUP, limits=limits)
+    return limits, Engine(SHAPE, one_device, HOW, WIDTH, chunk=6).generate(
+        weights, PROMPTS, key=KEY, group=GROUP, limits=limits
+    )
 
 
-def test_limits_cut_and_change_nothing_else(limited: tuple[list[int], list[list[Response]]], expected: list[list[Response]]):
+def test_limits_cut_and_change_nothing_else(
+    limited: tuple[list[int], list[list[Response]]], expected: list[list[Response]]
+):
     limits, made = limited
     for limit, found, whole in zip(limits, made, expected, strict=True):
         for one, other in zip(found, whole, strict=True):
@@ -273,17 +299,28 @@ def test_the_stop_token_belongs_to_the_response_and_nothing_after_it(limited: tu
     for limit, group in zip(limits, made, strict=True):
         for response in group:
             inside = [token in STOPS for token in response.tokens.tolist()]
-            assert inside.index(True) == len(inside) - 1 if response.stopped else (not any(inside) and len(inside) == limit)
+            assert (
+                inside.index(True) == len(inside) - 1
+                if response.stopped
+                else (not any(inside) and len(inside) == limit)
+            )
             assert len(response.logprobs) == len(response.tokens)
             assert np.all(response.logprobs < 0)
 
 
 def test_a_stop_token_drawn_last_is_a_stop(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
     """At the very limit a response that says it is done is done, not truncated."""
-    which = next((i, g) for i, group in enumerate(expected) for g, response in enumerate(group) if response.stopped and len(response.tokens) > 1)
+    which = next(
+        (i, g)
+        for i, group in enumerate(expected)
+        for g, response in enumerate(group)
+        if response.stopped and len(response.tokens) > 1
+    )
     limit = len(expected[which[0]][which[1]].tokens)
     limits = [limit] * len(PROMPTS)
-    made = Engine(SHAPE, one_device, HOW, WIDTH, chunk=6).generate(weights, PROMPTS, key=KEY, group=GROUP, limits=limits)
+    made = Engine(SHAPE, one_device, HOW, WIDTH, chunk=6).generate(
+        weights, PROMPTS, key=KEY, group=GROUP, limits=limits
+    )
     assert made[which[0]][which[1]].stopped
     assert len(made[which[0]][which[1]].tokens) == limit
 
@@ -296,7 +333,9 @@ def test_no_stop_tokens_at_all(weights: Weights, one_device: Mesh):
 def test_one_token_responses(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
     """The first token comes from the prefill alone."""
     made = Engine(SHAPE, one_device, HOW, 1, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=GROUP)
-    assert [[token[:1] for token, _ in group] for group in tokens_of(expected)] == [[token for token, _ in group] for group in tokens_of(made)]
+    assert [[token[:1] for token, _ in group] for group in tokens_of(expected)] == [
+        [token for token, _ in group] for group in tokens_of(made)
+    ]
 
 
 # --- what a caller sees -----------------------------------------------------------------------------------------------
@@ -310,13 +349,18 @@ def test_responses_are_handed_over_as_they_end(weights: Weights, one_device: Mes
     made = how.generate(weights, PROMPTS, key=KEY, group=GROUP, finished=told.append, progress=tallies.append)
     responses = [response for group in made for response in group]
     assert len(told) > 4
-    assert {(r.prompt, r.sample): r.tokens.tolist() for some in told for r in some} == {(r.prompt, r.sample): r.tokens.tolist() for r in responses}
+    assert {(r.prompt, r.sample): r.tokens.tolist() for some in told for r in some} == {
+        (r.prompt, r.sample): r.tokens.tolist() for r in responses
+    }
     assert sum(map(len, told)) == len(responses)
     tokens = sum(len(response.tokens) for response in responses)
     assert tallies[-1][:5] == (len(PROMPTS), len(responses), len(responses), tokens, tokens)
     assert tallies[-1].seconds_left == 0
     assert tallies[-1].mean_length == tokens / len(responses)
-    assert all(one.tokens <= two.tokens and one.responses <= two.responses and one.prompts <= two.prompts for one, two in itertools.pairwise(tallies))
+    assert all(
+        one.tokens <= two.tokens and one.responses <= two.responses and one.prompts <= two.prompts
+        for one, two in itertools.pairwise(tallies)
+    )
 
 
 def test_nothing_stays_on_the_devices(model: Qwen2, one_device: Mesh):
@@ -365,6 +409,8 @@ def test_nothing_is_compiled_twice(weights: Weights, one_device: Mesh, compiled:
 
 def test_the_example_in_the_docstring(model: Qwen2, tmp_path: Path):
     save(model, SHAPE, tmp_path / "model", dtype="float32")
-    found = doctest.DocTestFinder().find(crpo_jax.rollout, "crpo_jax.rollout", globs={"folder": str(tmp_path / "model")})
+    found = doctest.DocTestFinder().find(
+        crpo_jax.rollout, "crpo_jax.rollout", globs={"folder": str(tmp_path / "model")}
+    )
     assert len(found[0].examples) > 5
     assert doctest.DocTestRunner().run(found[0]).failed == 0

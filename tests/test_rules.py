@@ -9,21 +9,32 @@ import pytest
 from hypothesis import given, settings
 from response_table import CITES, CONSISTENCY, GOOD, GOUT, ROWS, concluding
 
-from crpo_jax.config import CrossReference, InputError, Reward
+from crpo_jax.config import CrossReference, Reward
 from crpo_jax.data.question import Question
+from crpo_jax.errors import InputError
 from crpo_jax.reward import terms
 from crpo_jax.reward.citation import copied_share
 from crpo_jax.reward.rules import DESIGNS, score
 
 
-@pytest.mark.parametrize(("reason", "design", "response", "accuracy", "formed", "cited", "why"), ROWS, ids=[f"{row[1]}: {row[0]}" for row in ROWS])
+@pytest.mark.parametrize(
+    ("reason", "design", "response", "accuracy", "formed", "cited", "why"),
+    ROWS,
+    ids=[f"{row[1]}: {row[0]}" for row in ROWS],
+)
 def test_table(reason: str, design: str, response: str, accuracy: float, formed: float, cited: float, why: str) -> None:
     found = score(GOUT, response, Reward(design=design))
     assert (found.accuracy, found.format, found.cross_reference) == (accuracy, formed, cited), f"{reason}: {found.why}"
-    explanation = found.why["answer"] + "".join(found.why["format"]) + "".join((found.why["cross_reference"] or {}).get("failed", ()))
+    explanation = (
+        found.why["answer"]
+        + "".join(found.why["format"])
+        + "".join((found.why["cross_reference"] or {}).get("failed", ()))
+    )
     assert why in explanation, explanation
     assert bool(found.why["format"]) == (not formed), "a lost format is explained, and only a lost one"
-    assert design != "crpo" or bool((found.why["cross_reference"] or {"failed": ["no format"]})["failed"]) == (not cited)
+    assert design != "crpo" or bool((found.why["cross_reference"] or {"failed": ["no format"]})["failed"]) == (
+        not cited
+    )
     json.dumps(found.why)
 
 
@@ -55,14 +66,20 @@ def test_grpo_leaves_consistency_out_of_the_total_and_takes_other_tags() -> None
     found = score(GOUT, GOOD.replace("big toe.", "big toe. 可能"), settings)
     assert (found.accuracy, found.format, found.cross_reference, found.total) == (1, 1, 0, 11)
     assert found.consistency < 1
-    assert score(GOUT, "<dx>Gout.</dx><conclusion>\\boxed{C}</conclusion>", settings).format == 1, "no System 1 and 2 asked for"
+    assert score(GOUT, "<dx>Gout.</dx><conclusion>\\boxed{C}</conclusion>", settings).format == 1, (
+        "no System 1 and 2 asked for"
+    )
 
 
 def test_released_adds_up_as_published() -> None:
     settings = Reward(design="released")
     assert score(GOUT, "<think>a</think><answer>Gout. \\boxed{C}</answer>", settings).total == 10 + 1.5 + 0.5
-    assert score(GOUT, "<think>a</think><answer>\\boxed{C}</answer>", settings).total == 10 + 1 + 0.5, "no text besides the box"
-    assert score(GOUT, "<think>a</think><answer>Gout.</answer>", settings).total == 0 + 1 + 0.5, "no box in the answer, no summary"
+    assert score(GOUT, "<think>a</think><answer>\\boxed{C}</answer>", settings).total == 10 + 1 + 0.5, (
+        "no text besides the box"
+    )
+    assert score(GOUT, "<think>a</think><answer>Gout.</answer>", settings).total == 0 + 1 + 0.5, (
+        "no box in the answer, no summary"
+    )
     assert score(GOUT, "aé", settings).consistency == 0.5
     assert score(GOUT, "a\tb", settings).consistency == 2 / 3, "a tab is not on their list"
     assert score(GOUT, "", settings).total == 0
@@ -84,7 +101,10 @@ def test_why_shows_the_parts_of_the_citation() -> None:
 
 
 def test_a_measurement_is_a_finding_with_its_value_only() -> None:
-    question = replace(GOUT, question="A 55-year-old man has a blood pressure of 170/95 mm Hg, headache and blurred vision. What is the diagnosis?")
+    question = replace(
+        GOUT,
+        question="A 55-year-old man has a blood pressure of 170/95 mm Hg, headache and blurred vision. What is the diagnosis?",
+    )
     dx = "<dx>(System 1: Intuitive) Think of pressure on the eye.\n(System 2: Analytical) Blood pressure is 170/95 mmHg, with headache.</dx>"
     for conclusion, facts in (
         ("His blood pressure and the headache matter most.", []),
@@ -181,10 +201,23 @@ PIECES = st.sampled_from(
             "\n",
             " ",
         ),
-        *("(System 1: Intuitive)", "(System 2: Analytical)", CITES, "tophi on the ear", "9.1 mg/dL", "C", "痛风", "\u200b", "\ud800", "\x00"),
+        *(
+            "(System 1: Intuitive)",
+            "(System 2: Analytical)",
+            CITES,
+            "tophi on the ear",
+            "9.1 mg/dL",
+            "C",
+            "痛风",
+            "\u200b",
+            "\ud800",
+            "\x00",
+        ),
     ]
 )
-RESPONSES = st.one_of(st.text(st.characters()), st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=40).map("".join))
+RESPONSES = st.one_of(
+    st.text(st.characters()), st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=40).map("".join)
+)
 TEXTS = st.one_of(st.just(GOUT.question), st.text(max_size=80))
 LETTERS = "ABCDEFGHIJ"
 
@@ -213,7 +246,11 @@ def test_no_rule_raises_and_the_reward_is_bounded(question: Question, response: 
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.one_of(RESPONSES, st.sampled_from([row[2] for row in ROWS])), st.text(" \t\r\n\u00a0", max_size=5), st.text(" \n", max_size=5))
+@given(
+    st.one_of(RESPONSES, st.sampled_from([row[2] for row in ROWS])),
+    st.text(" \t\r\n\u00a0", max_size=5),
+    st.text(" \n", max_size=5),
+)
 def test_surrounding_white_space_changes_nothing(response: str, before: str, after: str) -> None:
     for design in DESIGNS:
         config = Reward(design=design)
@@ -221,7 +258,13 @@ def test_surrounding_white_space_changes_nothing(response: str, before: str, aft
 
 
 AROUND = st.sampled_from(
-    [GOOD, GOOD + " Done.", GOOD.replace("</dx>", ""), concluding("So it is option C: gout. \\boxed{C}"), concluding("\\boxed{C} \\boxed{C}")]
+    [
+        GOOD,
+        GOOD + " Done.",
+        GOOD.replace("</dx>", ""),
+        concluding("So it is option C: gout. \\boxed{C}"),
+        concluding("\\boxed{C} \\boxed{C}"),
+    ]
 )
 
 
@@ -230,7 +273,9 @@ AROUND = st.sampled_from(
 def test_permuted_letters_change_nothing(letters: list[str], chosen: str, response: str) -> None:
     """The option texts get other letters, the answer moves with its text, and the response boxes the letter of the same text."""
     moved = dict(zip("ABCD", letters, strict=True))
-    permuted = replace(GOUT, options={moved[letter]: text for letter, text in sorted(GOUT.options.items())}, answer=moved["C"])
+    permuted = replace(
+        GOUT, options={moved[letter]: text for letter, text in sorted(GOUT.options.items())}, answer=moved["C"]
+    )
     before = score(GOUT, response.replace("{C}", f"{{{chosen}}}"), Reward())
     after = score(permuted, response.replace("{C}", f"{{{moved[chosen]}}}"), Reward())
     assert replace(after, answer_found=before.answer_found, why={}) == replace(before, why={})

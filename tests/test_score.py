@@ -16,7 +16,17 @@ from crpo_jax.reward.rules import score
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny_tokenizer"
-KEYS = ["id", "accuracy", "format", "cross_reference", "clinical_reasoning", "consistency", "total", "answer_found", "why"]
+KEYS = [
+    "id",
+    "accuracy",
+    "format",
+    "cross_reference",
+    "clinical_reasoning",
+    "consistency",
+    "total",
+    "answer_found",
+    "why",
+]
 
 
 def line(response: str = GOOD, **changed: object) -> dict[str, object]:
@@ -25,13 +35,17 @@ def line(response: str = GOOD, **changed: object) -> dict[str, object]:
 
 
 def written(path: Path, rows: list[object]) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
 def run(tmp_path: Path, rows: list[object], *flags: str) -> tuple[int, list[dict[str, object]]]:
     out = tmp_path / "out.jsonl"
-    code = command.main(["--responses", written(tmp_path / "in.jsonl", rows), "--out", str(out), "reward.workers=0", *flags])
+    code = command.main(
+        ["--responses", written(tmp_path / "in.jsonl", rows), "--out", str(out), "reward.workers=0", *flags]
+    )
     return code, [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
 
 
@@ -46,8 +60,15 @@ def test_a_line_out_for_a_line_in_through_two_workers(tmp_path: Path, capsys: py
     assert "consistency by characters (no --tokenizer)" in capsys.readouterr().err
 
 
-def test_tokens_decide_consistency_where_a_tokenizer_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = run(tmp_path, [line("gout 痛风"), line("x", token_ids=[65, 66, 200, 1279]), line("x", token_ids=[])], "--tokenizer", str(TINY))
+def test_tokens_decide_consistency_where_a_tokenizer_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = run(
+        tmp_path,
+        [line("gout 痛风"), line("x", token_ids=[65, 66, 200, 1279]), line("x", token_ids=[])],
+        "--tokenizer",
+        str(TINY),
+    )
     assert code == 0
     assert "consistency by tokens" in capsys.readouterr().err
     by = [row["why"]["consistency"] for row in found]  # pyright: ignore[reportIndexIssue]
@@ -80,7 +101,9 @@ def test_tokens_decide_consistency_where_a_tokenizer_is_given(tmp_path: Path, ca
         (line(token_ids=[True]), "token_ids: expected a list of token ids, got [true]"),
     ],
 )
-def test_a_bad_line_is_named_and_the_good_ones_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: object, reason: str) -> None:
+def test_a_bad_line_is_named_and_the_good_ones_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: object, reason: str
+) -> None:
     rows = [line(id=1), "", bad, line(id=2)]
     code, found = run(tmp_path, rows)
     assert (code, [row["id"] for row in found]) == (2, [1, 2])
@@ -99,19 +122,30 @@ def test_text_that_is_hard_to_write(tmp_path: Path) -> None:
     """Invalid UTF-8 and lone surrogates are scored, and come out as valid JSON."""
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     surrogate = json.dumps(line("\\boxed{\ud800}", id="a"))
-    path.write_bytes(surrogate.encode() + b"\n" + json.dumps(line("R", id="b")).encode().replace(b'"R"', b'"\xff\xfe ok"') + b"\n")
-    assert command.main(["--responses", str(path), "--out", str(out), "reward.workers=0", "--tokenizer", str(TINY)]) == 0
+    path.write_bytes(
+        surrogate.encode() + b"\n" + json.dumps(line("R", id="b")).encode().replace(b'"R"', b'"\xff\xfe ok"') + b"\n"
+    )
+    assert (
+        command.main(["--responses", str(path), "--out", str(out), "reward.workers=0", "--tokenizer", str(TINY)]) == 0
+    )
     found = [json.loads(text) for text in out.read_bytes().splitlines()]
     assert [row["id"] for row in found] == ["a", "b"]
     assert command.main(["--responses", str(path), "--out", str(out), "reward.workers=0"]) == 0
-    assert json.loads(out.read_bytes().splitlines()[1])["why"]["consistency"] == {"by": "characters", "effective": 2, "of": 4}
+    assert json.loads(out.read_bytes().splitlines()[1])["why"]["consistency"] == {
+        "by": "characters",
+        "effective": 2,
+        "of": 4,
+    }
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--responses", "absent.jsonl"], "--responses absent.jsonl: No such file or directory"),
-        (["--responses", "-", "--design", "cpro"], "reward.design: expected crpo, grpo, released or module:function, got 'cpro' in 'cpro'"),
+        (
+            ["--responses", "-", "--design", "cpro"],
+            "reward.design: expected crpo, grpo, released or module:function, got 'cpro' in 'cpro'",
+        ),
         (["--responses", "-", "--tokenizer", "absent"], "--tokenizer absent: expected a folder with tokenizer.json"),
         (["--responses", "-", "--config", "absent.yaml"], "--config absent.yaml: No such file or directory"),
         (["--responses", "-", "reward.kk=1"], "reward.kk: unknown key"),
@@ -149,7 +183,9 @@ def brevity(prompts, completions, answer, **columns):
 '''
 
 
-def test_a_users_function_and_its_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_function_and_its_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "users_rewards.py").write_text(USERS)
     monkeypatch.chdir(tmp_path)
     design = ("--design", "crpo*1+users_rewards:brevity*0.5", "reward.workers=1")
@@ -164,7 +200,10 @@ def test_a_users_function_and_its_failures(tmp_path: Path, monkeypatch: pytest.M
     assert code == 1, "more than reward.max_failed_share"
     assert list(found[0]) == ["id", "error", "traceback"]
     assert "total" in found[1]
-    assert "responses that could not be scored: 1; the first, bad: users_rewards:brevity: ValueError: no" in capsys.readouterr().err
+    assert (
+        "responses that could not be scored: 1; the first, bad: users_rewards:brevity: ValueError: no"
+        in capsys.readouterr().err
+    )
     code, _ = run(tmp_path, [line("raise", id="bad"), line()], *design, "reward.max_failed_share=0.5")
     assert code == 0
 
@@ -183,7 +222,10 @@ def test_standard_input_and_output() -> None:
 def test_it_imports_no_jax() -> None:
     done = started("-X", "importtime", "-m", "crpo_jax.score", "--responses", "-", text=json.dumps(line()) + "\n")
     assert done.returncode == 0
-    modules = {match[1].partition(".")[0] for match in re.finditer(r"^import time:[^|]*\|[^|]*\|\s*(\S+)", done.stderr, re.MULTILINE)}
+    modules = {
+        match[1].partition(".")[0]
+        for match in re.finditer(r"^import time:[^|]*\|[^|]*\|\s*(\S+)", done.stderr, re.MULTILINE)
+    }
     assert "numpy" in modules, "the list is being read"
     assert not modules & {"jax", "jaxlib", "flax", "transformers", "tokenizers", "torch", "datasets", "grain"}
 
@@ -199,7 +241,17 @@ def test_it_starts_in_under_a_second() -> None:
 
 
 def test_the_tokenizer_needs_no_transformers_either() -> None:
-    done = started("-X", "importtime", "-m", "crpo_jax.score", "--responses", "-", "--tokenizer", str(TINY), text=json.dumps(line()) + "\n")
+    done = started(
+        "-X",
+        "importtime",
+        "-m",
+        "crpo_jax.score",
+        "--responses",
+        "-",
+        "--tokenizer",
+        str(TINY),
+        text=json.dumps(line()) + "\n",
+    )
     assert done.returncode == 0
     assert "tokenizers" in done.stderr
     assert not re.search(r"\|\s*(jax|transformers|torch)$", done.stderr, re.MULTILINE)

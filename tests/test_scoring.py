@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from response_table import GOOD, GOUT, ROWS
 
-from crpo_jax.config import InputError, Reward
+from crpo_jax.config import Reward
+from crpo_jax.errors import InputError
 from crpo_jax.reward.rules import Score, score
-from crpo_jax.reward.scoring import CHUNK, Failure, Scorer, ScoringError, design_parts
+from crpo_jax.reward.scorer import CHUNK, Failure, Scorer, ScoringError, design_parts
 
 RESPONSES = [row[2] for row in ROWS]
 
@@ -137,7 +138,8 @@ def test_submit_returns_before_the_scores_are_there(here: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("word", "error", "trace"), [("raise", "RuntimeError: cannot read raise", "careless"), ("exit", "SystemExit: leaving", "sys.exit")]
+    ("word", "error", "trace"),
+    [("raise", "RuntimeError: cannot read raise", "careless"), ("exit", "SystemExit: leaving", "sys.exit")],
 )
 def test_an_exception_costs_its_response_only(here: Path, workers: int, word: str, error: str, trace: str) -> None:
     found = run(Reward(design=named(here, "careless"), workers=workers), ["a"] * 7 + [word] + ["b"] * 7)
@@ -157,12 +159,19 @@ def test_a_response_that_hangs_is_killed_and_the_rest_scored(here: Path) -> None
     assert isinstance(failed, Failure)
     assert "took longer than reward.time_limit=0.5 seconds; its process was killed" in failed.error
     assert "in careless" in failed.traceback, "where it hung"
-    pids = [int(pid) for line in (here / "calls.txt").read_text().splitlines() if line.startswith("pids") for pid in line.split()[1:]]
+    pids = [
+        int(pid)
+        for line in (here / "calls.txt").read_text().splitlines()
+        if line.startswith("pids")
+        for pid in line.split()[1:]
+    ]
     assert len(pids) == 4, "once in the batch, once alone; each a worker and the process it had started"
     assert all(gone(pid) for pid in pids)
 
 
-def test_a_function_slower_than_the_limit_on_a_batch_is_called_one_by_one(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_function_slower_than_the_limit_on_a_batch_is_called_one_by_one(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     found = run(Reward(design=named(here, "careless"), workers=2, time_limit=0.6), ["sleep"] * 4)
     assert not any(isinstance(one, Failure) for one in found)
     assert "now it is called with one response at a time" in caplog.text
@@ -196,11 +205,14 @@ def test_workers_killed_from_outside_lose_nothing() -> None:
 def test_too_many_failures_stop_with_an_explanation(here: Path) -> None:
     design = named(here, "careless")
     with pytest.raises(
-        ScoringError, match=r"2 of a batch's 10 responses .* reward.max_failed_share=0.1 .* question gout: .*cannot read raise 2"
+        ScoringError,
+        match=r"2 of a batch's 10 responses .* reward.max_failed_share=0.1 .* question gout: .*cannot read raise 2",
     ) as error:
         run(Reward(design=design, workers=1), ["a"] * 8 + ["raise 1", "raise 2"])
     assert "Traceback" in str(error.value)
-    assert sum(isinstance(one, Failure) for one in run(Reward(design=design, workers=1), ["a"] * 9 + ["raise"])) == 1, "one in ten is within"
+    assert sum(isinstance(one, Failure) for one in run(Reward(design=design, workers=1), ["a"] * 9 + ["raise"])) == 1, (
+        "one in ten is within"
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +240,10 @@ def test_functions_get_whole_batches_and_columns(here: Path) -> None:
     from crpo_jax.data.question import Question
 
     n = 3 * CHUNK
-    questions = [Question(str(row), "Q?", {"A": "x"}, "A", columns={"subject": "heart", "prompts": "not this"}) for row in range(n)]
+    questions = [
+        Question(str(row), "Q?", {"A": "x"}, "A", columns={"subject": "heart", "prompts": "not this"})
+        for row in range(n)
+    ]
     with Scorer(Reward(design=named(here, "columns"), workers=2)) as scorer:
         found = scorer.score(questions, ["a"] * n, [np.array([1, 2])] * n)
     assert all(isinstance(one, Score) and one.total == 1.0 for one in found)
@@ -262,7 +277,12 @@ def test_weighted_sums_report_every_part(here: Path, workers: int) -> None:
 def test_a_users_function_alone_is_the_total_and_crpo_describes(here: Path) -> None:
     found = run(Reward(design=named(here, "sometimes"), workers=0), [GOOD])[0]
     assert isinstance(found, Score)
-    assert (found.total, found.accuracy, found.clinical_reasoning, found.components) == (2.0, 1, 1.5, {named(here, "sometimes"): 2.0})
+    assert (found.total, found.accuracy, found.clinical_reasoning, found.components) == (
+        2.0,
+        1,
+        1.5,
+        {named(here, "sometimes"): 2.0},
+    )
 
 
 def test_weights_of_built_in_designs() -> None:
@@ -321,7 +341,7 @@ def test_workers_end_with_a_parent_that_is_killed(here: Path, busy: bool) -> Non
         import sys, time
         from crpo_jax.config import Reward
         from crpo_jax.data.question import Question
-        from crpo_jax.reward.scoring import Scorer
+        from crpo_jax.reward.scorer import Scorer
         with Scorer(Reward(design="{named(here, "careless")}", workers=1, time_limit=600)) as scorer:
             scorer.score([Question("q", "?", {{"A": "a"}}, "A")], ["a"])
             print(scorer._processes[0].process.pid, flush=True)
@@ -330,7 +350,10 @@ def test_workers_end_with_a_parent_that_is_killed(here: Path, busy: bool) -> Non
     """
     root = str(Path(__file__).parents[1])
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": f"{root}:{here}"}
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{root}:{here}"},
     ) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from crpo_jax.config import InputError
-from crpo_jax.model.qwen2 import abstract, dims_of, parameter_count
+from crpo_jax.errors import InputError
 from crpo_jax.model.shape import Shape, forward_flops, read_shape, shape_of
+from crpo_jax.model.transformer import abstract, dims_of, parameter_count
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5"
 
@@ -37,7 +37,10 @@ def test_3b_has_the_published_number_of_parameters():
     assert parameter_count(shape) == 3_085_938_688
 
 
-@pytest.mark.parametrize(("size", "parameters"), [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("3b", 3_085_938_688), ("7b", 7_615_616_512)])
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("3b", 3_085_938_688), ("7b", 7_615_616_512)],
+)
 def test_published_configs(size: str, parameters: int, tmp_path: Path):
     config = PUBLISHED / f"config-{size}.json"
     if not config.is_file():
@@ -48,7 +51,9 @@ def test_published_configs(size: str, parameters: int, tmp_path: Path):
 
 def test_rope_theta_in_both_spellings():
     without = {key: value for key, value in QWEN_3B.items() if key != "rope_theta"}
-    assert shape_of(without | {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}}) == shape_of(QWEN_3B)
+    assert shape_of(without | {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}}) == shape_of(
+        QWEN_3B
+    )
     assert shape_of(without).rope_theta == 10000.0  # transformers' default
 
 
@@ -63,13 +68,28 @@ def test_head_dim_is_free_of_the_width():
         ({"model_type": "llama"}, "config.json: model_type: expected 'qwen2', got 'llama'"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act: expected 'silu', got 'gelu'"),
         ({"use_sliding_window": True}, "config.json: use_sliding_window: expected False, got True"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "config.json: rope_parameters.rope_type: expected 'default', got 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "config.json: rope_parameters.rope_type: expected 'default', got 'linear'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "config.json: rope_parameters.rope_type: expected 'default', got 'yarn'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear"}},
+            "config.json: rope_parameters.rope_type: expected 'default', got 'linear'",
+        ),
         ({"vocab_size": None}, "config.json: vocab_size: expected a positive whole number, got None"),
         ({"num_hidden_layers": 0}, "config.json: num_hidden_layers: expected a positive whole number, got 0"),
-        ({"intermediate_size": "11008"}, "config.json: intermediate_size: expected a positive whole number, got '11008'"),
-        ({"num_key_value_heads": 3}, "config.json: num_attention_heads: expected a multiple of num_key_value_heads=3, got 16"),
-        ({"hidden_size": 2050}, "config.json: hidden_size: expected an even multiple of num_attention_heads=16, got 2050"),
+        (
+            {"intermediate_size": "11008"},
+            "config.json: intermediate_size: expected a positive whole number, got '11008'",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            "config.json: num_attention_heads: expected a multiple of num_key_value_heads=3, got 16",
+        ),
+        (
+            {"hidden_size": 2050},
+            "config.json: hidden_size: expected an even multiple of num_attention_heads=16, got 2050",
+        ),
     ],
 )
 def test_refused(changed: dict[str, object], line: str):

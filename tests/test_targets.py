@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 from crpo_jax.planner.targets import CHIPS, description, parse_target, plug_in_missing, slice_shape
 
 
@@ -66,7 +66,12 @@ def test_a_slice_has_as_many_chips_as_its_sides():
 
 def test_a_gpu_is_described_to_its_compiler():
     text = description(parse_target("8xa6000"))
-    for part in ("core_count: 84", "device_memory_size: 51041271808", "major: 8 minor: 6", "shared_memory_per_core: 102400"):
+    for part in (
+        "core_count: 84",
+        "device_memory_size: 51041271808",
+        "major: 8 minor: 6",
+        "shared_memory_per_core: 102400",
+    ):
         assert part in text
 
 
@@ -89,6 +94,8 @@ def test_a_program_compiles_for_devices_that_are_not_here(name: str):
     if missing := plug_in_missing(target):
         pytest.skip(missing)
     clean = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, name], capture_output=True, text=True, timeout=300, check=False, env=clean)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, name], capture_output=True, text=True, timeout=300, check=False, env=clean
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(target.count), str(64 * 128 * 4 // target.count), "True"]

@@ -31,7 +31,11 @@ def count(tokenizer, text):
 
 def test_building_again_gives_the_committed_bytes(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "build_tokenizer.py"), "--out", str(tmp_path)], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "build_tokenizer.py"), "--out", str(tmp_path)],
+        check=True,
+        env=environment,
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (FOLDER / path.name).read_bytes(), path.name
@@ -55,7 +59,14 @@ def test_every_text_comes_back_as_it_was(tokenizer):
 
 
 def test_marks_of_the_format_take_few_tokens_and_are_not_special(tokenizer):
-    for mark, most in {"<dx>": 1, "</dx>": 1, "<conclusion>": 1, "</conclusion>": 1, " \\boxed{": 1, "(System 1: Intuitive)": 1}.items():
+    for mark, most in {
+        "<dx>": 1,
+        "</dx>": 1,
+        "<conclusion>": 1,
+        "</conclusion>": 1,
+        " \\boxed{": 1,
+        "(System 1: Intuitive)": 1,
+    }.items():
         assert count(tokenizer, mark) <= most, mark
         assert tokenizer.decode(tokenizer(mark)["input_ids"], skip_special_tokens=True) == mark
     assert count(tokenizer, "4821") == 4
@@ -93,4 +104,6 @@ def test_chat_template_renders_as_qwen_does_and_adds_no_system_turn(tokenizer):
     assert render([system, user], tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhich?\nA) gout<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert render([user, assistant], tokenize=False) == ("<|im_start|>user\nWhich?\nA) gout<|im_end|>\n<|im_start|>assistant\n\\boxed{A}<|im_end|>\n")
+    assert render([user, assistant], tokenize=False) == (
+        "<|im_start|>user\nWhich?\nA) gout<|im_end|>\n<|im_start|>assistant\n\\boxed{A}<|im_end|>\n"
+    )

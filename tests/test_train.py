@@ -15,8 +15,8 @@ from pair import Pair
 from safetensors.numpy import load_file
 
 from crpo_jax import export, train
-from crpo_jax.config import InputError
-from crpo_jax.run.metrics import read_metrics
+from crpo_jax.errors import InputError
+from crpo_jax.store.logs import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -70,12 +70,28 @@ def whole(tmp_path_factory, compiled_once):
 
 
 def test_a_run_leaves_everything_a_user_looks_for(whole):
-    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "tb", "report/curve.png", "coldstart/model.safetensors"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "checkpoints",
+        "tb",
+        "report/curve.png",
+        "coldstart/model.safetensors",
+    ):
         assert (whole / name).exists(), name
     metrics = read_metrics(whole)
     assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in metrics if "eval/accuracy" in row] == [0, 2, 4]
-    for name in ("reward/mean", "reward/accuracy", "reward/format", "reward/cross_reference", "reward/consistency", "response/length", "loss/total"):
+    for name in (
+        "reward/mean",
+        "reward/accuracy",
+        "reward/format",
+        "reward/cross_reference",
+        "reward/consistency",
+        "response/length",
+        "loss/total",
+    ):
         assert name in metrics[0]
     assert len(samples(whole)) == 4 * 8 * 2
     assert {"response", "advantage", "why", "total", "answer_found"} <= samples(whole)[0].keys()
@@ -104,7 +120,9 @@ def test_another_mesh_or_layout_is_the_same_run(whole, tmp_path, mesh, layout):
     other = [a["step"] for a, b in zip(ours, theirs, strict=True) if a["response"] != b["response"]]
     assert len(other) <= 2, "a draw on the very edge of two tokens may fall to the other side"
     for found, wanted in zip(metrics[:4], read_metrics(whole)[:4], strict=True):
-        assert found["loss/total"] == pytest.approx(wanted["loss/total"], abs=0.02 if other and found["step"] >= other[0] else 1e-4)
+        assert found["loss/total"] == pytest.approx(
+            wanted["loss/total"], abs=0.02 if other and found["step"] >= other[0] else 1e-4
+        )
     policy(tmp_path / "run", tmp_path / "a")
     policy(whole, tmp_path / "b")
     found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
@@ -113,7 +131,12 @@ def test_another_mesh_or_layout_is_the_same_run(whole, tmp_path, mesh, layout):
 
 
 def test_one_cold_start_serves_two_designs(whole, tmp_path):
-    overrides = [f"model.path={whole / 'coldstart'}", "crpo.steps=1", "reward.design=grpo", "reward.grpo_tags=[dx, conclusion]"]
+    overrides = [
+        f"model.path={whole / 'coldstart'}",
+        "crpo.steps=1",
+        "reward.design=grpo",
+        "reward.grpo_tags=[dx, conclusion]",
+    ]
     metrics = run(tmp_path / "grpo", *overrides)
     assert metrics[0]["eval/accuracy"] == read_metrics(whole)[0]["eval/accuracy"]
     assert not (tmp_path / "grpo" / "coldstart").exists()
@@ -121,7 +144,12 @@ def test_one_cold_start_serves_two_designs(whole, tmp_path):
 
 def test_crpo_trains_adapters_against_their_own_base(whole, tmp_path):
     """LoRA: the reference is the start without adapters, so the first step has no KL; stopped and resumed; merged or alone in a folder."""
-    start = [f"model.path={whole / 'coldstart'}", "lora.rank=4", "lora.targets=[q_proj, up_proj]", "optimizer.learning_rate=0.02"]
+    start = [
+        f"model.path={whole / 'coldstart'}",
+        "lora.rank=4",
+        "lora.targets=[q_proj, up_proj]",
+        "optimizer.learning_rate=0.02",
+    ]
     start += ["crpo.mini_batch_prompts=8", "parallel.layout=fsdp"]
     run(tmp_path / "run", *start, "crpo.steps=1", mesh="4x2")
     metrics = run(tmp_path / "run", *start, "crpo.steps=2", mesh="4x2")
@@ -134,7 +162,9 @@ def test_crpo_trains_adapters_against_their_own_base(whole, tmp_path):
     merged, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", whole / "coldstart"))
     changed = {name for name, weight in before.items() if not np.array_equal(weight, merged[name])}
     assert changed == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"}
-    export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--adapter", "--dtype", "float32"])
+    export.main(
+        ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--adapter", "--dtype", "float32"]
+    )
     low = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     a, b = (low[f"base_model.model.model.layers.0.mlp.up_proj.lora_{half}.weight"] for half in "AB")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -145,10 +175,14 @@ def test_export_in_shards(whole, tmp_path):
     for size, name in (("5GB", "one"), ("40KB", "several")):
         export.main(["--workdir", str(whole), "--out", str(tmp_path / name), "--max-shard-size", size])
     index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())["weight_map"]
-    parts = {key: value for file in set(index.values()) for key, value in load_file(tmp_path / "several" / file).items()}
+    parts = {
+        key: value for file in set(index.values()) for key, value in load_file(tmp_path / "several" / file).items()
+    }
     together = load_file(tmp_path / "one" / "model.safetensors")
     assert len(set(index.values())) > 1
-    assert {key: value.tobytes() for key, value in parts.items()} == {key: value.tobytes() for key, value in together.items()}
+    assert {key: value.tobytes() for key, value in parts.items()} == {
+        key: value.tobytes() for key, value in together.items()
+    }
     with pytest.raises(InputError, match=r"--max-shard-size: expected a size such as 500MB or 5GB, got '5 apples'"):
         export.main(["--workdir", str(whole), "--out", str(tmp_path / "other"), "--max-shard-size", "5 apples"])
 
@@ -161,21 +195,30 @@ def test_a_failing_reward_is_counted_and_carries_no_gradient(tmp_path, monkeypat
         "    return [float(len(completion)) for completion in completions]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    metrics = run(tmp_path / "run", "crpo.steps=1", "reward.design=crpo*0.5+picky:rate*0.01", "reward.max_failed_share=1.0")
+    metrics = run(
+        tmp_path / "run", "crpo.steps=1", "reward.design=crpo*0.5+picky:rate*0.01", "reward.max_failed_share=1.0"
+    )
     rows = samples(tmp_path / "run")
     failed = [row for row in rows if "error" in row]
     assert 0 < len(failed) < len(rows)
     assert metrics[0]["reward/failed"] == pytest.approx(len(failed) / len(rows))
     assert all("a multiple of three" in row["traceback"] and row["advantage"] == 0 for row in failed)
     assert metrics[0]["reward/component/picky:rate"] > 0
-    assert metrics[0]["reward/mean"] == pytest.approx(0.5 * metrics[0]["reward/component/crpo"] + 0.01 * metrics[0]["reward/component/picky:rate"])
+    assert metrics[0]["reward/mean"] == pytest.approx(
+        0.5 * metrics[0]["reward/component/crpo"] + 0.01 * metrics[0]["reward/component/picky:rate"]
+    )
     with pytest.raises(SystemExit, match="the reward is at fault"):
         run(tmp_path / "strict", "crpo.steps=1", "reward.design=picky:rate", "reward.max_failed_share=0.01")
 
 
 def test_the_variants_resume_exactly(whole, tmp_path):
     """Resampled groups come from a stream of their own that is a function of the step; the adaptive coefficient is in the checkpoint."""
-    overrides = [f"model.path={whole / 'coldstart'}", "reward.design=grpo", "crpo.dynamic_sampling=2", "crpo.kl_target=1e-6"]
+    overrides = [
+        f"model.path={whole / 'coldstart'}",
+        "reward.design=grpo",
+        "crpo.dynamic_sampling=2",
+        "crpo.kl_target=1e-6",
+    ]
     overrides += ["crpo.advantage=dr_grpo", "crpo.aggregation=constant", "crpo.ratio=sequence", "run.eval_every=0"]
     metrics = run(tmp_path / "never stopped", *overrides, "crpo.steps=2")
     run(tmp_path / "stopped", *overrides, "crpo.steps=1")
@@ -183,7 +226,9 @@ def test_the_variants_resume_exactly(whole, tmp_path):
     assert samples(tmp_path / "stopped") == samples(tmp_path / "never stopped")
     assert metrics[0]["kl/coef"] != metrics[1]["kl/coef"]
     rows = samples(tmp_path / "stopped", 0)
-    assert len(rows) == 3 * 8 * 2  # a model that never answers: every group is the same, and two further batches are tried
+    assert (
+        len(rows) == 3 * 8 * 2
+    )  # a model that never answers: every group is the same, and two further batches are tried
     assert sum(row["trained"] for row in rows) == 8 * 2
     assert metrics[0]["reward/zero_variance_groups"] > 0.5
 
@@ -202,7 +247,17 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, capfd):
 
 @pytest.mark.slow
 def test_sigterm_ends_after_the_step_and_the_run_goes_on(whole, tmp_path):
-    command = [sys.executable, "-m", "crpo_jax.train", "--workdir", str(tmp_path / "run"), "--mesh", "8x1", *SMALL, "crpo.steps=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "crpo_jax.train",
+        "--workdir",
+        str(tmp_path / "run"),
+        "--mesh",
+        "8x1",
+        *SMALL,
+        "crpo.steps=4",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
     deadline = time.monotonic() + 240
     while not read_metrics(tmp_path / "run") and process.poll() is None and time.monotonic() < deadline:
@@ -220,7 +275,9 @@ def assert_same(metrics, expected):
     for ours, theirs in zip(timeless(metrics), timeless(expected), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-5, err_msg=f"step {theirs['step']}: {name}")
+            np.testing.assert_allclose(
+                ours[name], value, rtol=1e-3, atol=1e-5, err_msg=f"step {theirs['step']}: {name}"
+            )
 
 
 @pytest.mark.slow
@@ -264,7 +321,10 @@ BAD_INPUT = [
     (["tokenizer.path=/nowhere/tokenizer"], "tokenizer.path: expected a folder with tokenizer.json"),
     (["data.source=medqa", "data.path=/nowhere/medqa.jsonl"], "/nowhere/medqa.jsonl"),
     (["rollout.stop=[<|nothing|>]"], "rollout.stop: expected tokens of"),
-    (["reward.design=crpo+elegance"], "reward.design: expected crpo, grpo, released or module:function, got 'elegance'"),
+    (
+        ["reward.design=crpo+elegance"],
+        "reward.design: expected crpo, grpo, released or module:function, got 'elegance'",
+    ),
 ]
 
 

@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 
 from crpo_jax import config
 from crpo_jax.model.placement import weight_shardings
-from crpo_jax.model.qwen2 import Qwen2, dims_of, hidden_states, logits
+from crpo_jax.model.transformer import Qwen2, dims_of, hidden_states, logits
 from crpo_jax.parallel.layout import LAYOUTS, WeightTable
 from crpo_jax.parallel.mesh import DATA
 from crpo_jax.update.batches import MicroBatch, Row, aligned, micro_batch, micro_batches, of_rows
 from crpo_jax.update.losses import row_weights
-from crpo_jax.update.step import Trainer, TrainState, on_devices, optimizer, response_mask, schedule, trainer
+from crpo_jax.update.trainer import Trainer, TrainState, on_devices, optimizer, response_mask, schedule, trainer
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
@@ -178,7 +178,9 @@ def flat(tree: Any) -> np.ndarray:
 def like(values: np.ndarray, tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     parts = np.split(values, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    return jax.tree.unflatten(structure, [jnp.float32(part.reshape(leaf.shape)) for part, leaf in zip(parts, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure, [jnp.float32(part.reshape(leaf.shape)) for part, leaf in zip(parts, leaves, strict=True)]
+    )
 
 
 def steps_written_out(model: Qwen2, minis: Sequence[Mini]) -> tuple[list[np.ndarray], list[float], np.ndarray]:
@@ -217,7 +219,10 @@ def test_three_optimizer_steps_on_every_layout(
     mesh: Mesh, layout: str, model: Qwen2, minis: list[Mini], expected: tuple[list[np.ndarray], list[float], np.ndarray]
 ):
     """Contract 2: loss, gradients and parameters; everything stays where the layout says, float32."""
-    run = program(mesh, changed(parallel__layout=layout, parallel__remat=layout == "fsdp", parallel__unroll=layout == "replicated"))
+    run = program(
+        mesh,
+        changed(parallel__layout=layout, parallel__remat=layout == "fsdp", parallel__unroll=layout == "replicated"),
+    )
     state = begun(run, model, mesh, layout)
     wanted_gradients, wanted_losses, wanted_parameters = expected
     masters = jax.tree.leaves(weight_shardings(SHAPE, LAYOUTS[layout].master, mesh))
@@ -263,8 +268,13 @@ def test_compute_and_reference_weights_are_casts_in_their_tables(layout: str, mo
     mesh = mesh_of(4, 2)
     run = program(mesh, changed(parallel__layout=layout, model__dtype="bfloat16"))
     master = placed(model, weight_shardings(SHAPE, LAYOUTS[layout].master, mesh))
-    for copy, table in ((run.compute_weights(master), LAYOUTS[layout].compute), (run.reference(master), LAYOUTS[layout].reference)):
-        for leaf, original, to in zip(*map(jax.tree.leaves, (copy, model, weight_shardings(SHAPE, table, mesh))), strict=True):
+    for copy, table in (
+        (run.compute_weights(master), LAYOUTS[layout].compute),
+        (run.reference(master), LAYOUTS[layout].reference),
+    ):
+        for leaf, original, to in zip(
+            *map(jax.tree.leaves, (copy, model, weight_shardings(SHAPE, table, mesh))), strict=True
+        ):
             assert leaf.sharding.is_equivalent_to(to, leaf.ndim)
             np.testing.assert_array_equal(leaf, original.astype(jnp.bfloat16))
 
@@ -282,7 +292,11 @@ def accumulated(run: Trainer, model: Qwen2, batches: Sequence[dict[str, jax.Arra
 @pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "split"), [((1, 1), "by length"), ((2, 4), "pairs")])
 def test_any_split_of_the_mini_batch_gives_the_same_gradient(
-    sizes: tuple[int, int], split: str, model: Qwen2, minis: list[Mini], expected: tuple[list[np.ndarray], list[float], np.ndarray]
+    sizes: tuple[int, int],
+    split: str,
+    model: Qwen2,
+    minis: list[Mini],
+    expected: tuple[list[np.ndarray], list[float], np.ndarray],
 ):
     """Contract 5. Rows in any order and company, short ones padded less, filling where they run out: one gradient, one set of metrics."""
     mesh, mini = mesh_of(*sizes), minis[0]
@@ -350,7 +364,13 @@ def test_one_optimizer_step_per_rollout_needs_no_old_log_probs(model: Qwen2, min
     run, weights, micro = program(one_device), placed_whole(model), micro_batch(minis[0].rows, range(7), 8, 16)
     batch = batch_of(minis[0], micro, one_device, old=False)
     gradients, metrics = accumulated(run, weights, [batch])
-    assert metrics["max/log_ratio"] == metrics["min/log_ratio"] == metrics["sum/clipped_low"] == metrics["sum/clipped_high"] == 0
+    assert (
+        metrics["max/log_ratio"]
+        == metrics["min/log_ratio"]
+        == metrics["sum/clipped_low"]
+        == metrics["sum/clipped_high"]
+        == 0
+    )
     with_old = accumulated(run, weights, [batch | {"old": run.logprobs(weights, batch)}])
     same_gradient(gradients, flat(with_old[0]))
     assert metrics["max/sampler_difference"] > 0  # the sampler's log-probs are measured against the policy's own
@@ -395,7 +415,13 @@ def test_the_kl_coefficient_is_part_of_the_state(model: Qwen2, minis: list[Mini]
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_each_ratio_has_a_clip_range_of_its_own(ratio: str, model: Qwen2, minis: list[Mini], one_device: Mesh):
-    settings = changed(crpo__ratio=ratio, crpo__clip_low=0.9, crpo__clip_high=9.0, crpo__sequence_clip_low=1e-4, crpo__sequence_clip_high=1e-4)
+    settings = changed(
+        crpo__ratio=ratio,
+        crpo__clip_low=0.9,
+        crpo__clip_high=9.0,
+        crpo__sequence_clip_low=1e-4,
+        crpo__sequence_clip_high=1e-4,
+    )
     metrics = program(one_device, settings).evaluate(placed_whole(model), whole(minis[0], one_device))
     clipped = float(metrics["sum/clipped_low"] + metrics["sum/clipped_high"])
     assert (clipped > 0) == (ratio == "sequence")
@@ -428,7 +454,9 @@ def test_gradients_that_are_not_finite_are_not_applied(bad: float, model: Qwen2,
 @pytest.mark.slow
 def test_master_weights_move_where_bfloat16_would_not(model: Qwen2, minis: list[Mini], one_device: Mesh):
     """The paper's 1e-6 is below bf16's spacing at 0.3, which is 0.002: added there it is lost every time, kept in float32 it adds up."""
-    settings = changed(model__dtype="bfloat16", optimizer__learning_rate=1e-6, optimizer__weight_decay=0.0, optimizer__eps=1e-8)
+    settings = changed(
+        model__dtype="bfloat16", optimizer__learning_rate=1e-6, optimizer__weight_decay=0.0, optimizer__eps=1e-8
+    )
     run = program(one_device, settings)
     state = begun(run, model, one_device)
     weights = run.compute_weights(state.master)
@@ -437,7 +465,9 @@ def test_master_weights_move_where_bfloat16_would_not(model: Qwen2, minis: list[
     gradients, _ = run.accumulate(*run.zero(), weights, whole(minis[0], one_device))
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
     state, _, _ = run.apply(state, gradients)
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.master, state.optimizer)) if leaf.ndim} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.master, state.optimizer)) if leaf.ndim} == {
+        jnp.dtype(jnp.float32)
+    }
     moved = flat(state.master) - flat(model)
     assert np.median(np.abs(moved)) == pytest.approx(1e-6, rel=0.1)
     in_bfloat16 = jnp.bfloat16(0.3)
@@ -445,7 +475,10 @@ def test_master_weights_move_where_bfloat16_would_not(model: Qwen2, minis: list[
         in_bfloat16 = in_bfloat16 + jnp.bfloat16(1e-6)
         state, _, _ = run.apply(state, gradients)
     assert in_bfloat16 == jnp.bfloat16(0.3)
-    assert any(not np.array_equal(old, new) for old, new in zip(start, jax.tree.leaves(run.compute_weights(state.master)), strict=True))
+    assert any(
+        not np.array_equal(old, new)
+        for old, new in zip(start, jax.tree.leaves(run.compute_weights(state.master)), strict=True)
+    )
 
 
 @pytest.mark.slow
@@ -462,7 +495,9 @@ def test_muon_turns_the_blocks_matrices_and_leaves_the_rest_to_adam(model: Qwen2
         state, _, _ = run.apply(state, gradients)
         moments_lie_beside_their_weights(state)
         after.append(dict(named(state.master)))
-    adam = optax.chain(optax.clip_by_global_norm(o.clip_norm), optax.nadamw(o.learning_rate, o.beta1, o.beta2, o.eps, weight_decay=0.0))
+    adam = optax.chain(
+        optax.clip_by_global_norm(o.clip_norm), optax.nadamw(o.learning_rate, o.beta1, o.beta2, o.eps, weight_decay=0.0)
+    )
     changes, _ = adam.update(written_out(model, minis[0])[1], adam.init(model), model)
     before, as_adam = dict(named(model)), dict(named(changes))
     for name, weight in after[0].items():
@@ -519,7 +554,9 @@ def test_supervised_gradients(model: Qwen2, minis: list[Mini], one_device: Mesh)
 
     value, gradient = loss(model)
     micro = micro_batch(mini.rows, range(7), 8, 16)
-    found, metrics = accumulated(run, placed_whole(model), [on_devices(micro, one_device, weights=of_rows(mini.weights, micro.rows))])
+    found, metrics = accumulated(
+        run, placed_whole(model), [on_devices(micro, one_device, weights=of_rows(mini.weights, micro.rows))]
+    )
     same_gradient(found, flat(gradient))
     assert metrics["sum/loss"] == pytest.approx(float(value), rel=1e-4)
     assert metrics["sum/nll"] / metrics["sum/tokens"] == pytest.approx(float(value), rel=1e-4)

@@ -7,8 +7,19 @@ from collections import Counter
 
 import pytest
 
-from crpo_jax.config import InputError
-from crpo_jax.data.vignettes import CONDITIONS, DISTRACTORS, DRIFT, FINDINGS, MISTAKEN, SPLITS, TeacherNoise, rejections, teacher_response, vignettes
+from crpo_jax.data.vignettes import (
+    CONDITIONS,
+    DISTRACTORS,
+    DRIFT,
+    FINDINGS,
+    MISTAKEN,
+    SPLITS,
+    TeacherNoise,
+    rejections,
+    teacher_response,
+    vignettes,
+)
+from crpo_jax.errors import InputError
 
 TRACES = 4000
 FOUR_PARTS = re.compile(
@@ -16,7 +27,10 @@ FOUR_PARTS = re.compile(
     r"<conclusion>\n(?P<conclusion>.+)\n</conclusion>"
 )
 STOP_WORDS = frozenset(
-    re.findall(r"\w+", "a an and are at because best both by diagnosis for given here i in is it makes mean most no of on or so the this to with")
+    re.findall(
+        r"\w+",
+        "a an and are at because best both by diagnosis for given here i in is it makes mean most no of on or so the this to with",
+    )
 )
 
 
@@ -60,7 +74,9 @@ def cites(question, response):
     return (
         len(cited) >= 3
         and bool(cited & set(system2))
-        and any(whole_facts(conclusion, fact) and whole_facts(parts["system1"] + parts["system2"], fact) for fact in facts)
+        and any(
+            whole_facts(conclusion, fact) and whole_facts(parts["system1"] + parts["system2"], fact) for fact in facts
+        )
         and len(cited) >= len(set(terms)) / 3
         and len(set(terms)) >= 0.7 * len(terms)
         and sum(copied) <= 0.5 * len(copied)
@@ -76,7 +92,9 @@ def test_world_has_six_clusters_of_four_with_findings_of_their_own():
     assert not [(a, b) for a in facts for b in facts if a != b and a.lower() in b.lower()]
     assert set(MISTAKEN) < set(CONDITIONS)
     assert len(MISTAKEN) == 8
-    assert all(CONDITIONS[name].cluster == CONDITIONS[other].cluster and name != other for name, other in MISTAKEN.items())
+    assert all(
+        CONDITIONS[name].cluster == CONDITIONS[other].cluster and name != other for name, other in MISTAKEN.items()
+    )
 
 
 def test_findings_can_be_cited_whole_and_name_no_condition():
@@ -94,7 +112,9 @@ def test_splits_share_no_combination_of_findings_and_no_text(questions):
         assert not seen["train"] & seen["validation"]
         assert not seen["validation"] & seen["test"]
     # Of the 50 combinations of a condition 5 and 5 are held out: these few are all seen, the 40 for training nearly all.
-    combinations = {split: {(q.columns["condition"], *sorted(q.columns["findings"])) for q in questions[split]} for split in SPLITS}
+    combinations = {
+        split: {(q.columns["condition"], *sorted(q.columns["findings"])) for q in questions[split]} for split in SPLITS
+    }
     assert len(combinations["validation"]) == len(combinations["test"]) == 24 * 5
     assert 24 * 38 < len(combinations["train"]) <= 24 * 40
     shown = {finding for question in questions["train"] for finding in question.columns["findings"]}
@@ -134,7 +154,8 @@ def test_letters_and_conditions_are_uniform(questions):
 
 def test_options_are_mostly_of_the_cluster(questions):
     mates = [
-        sum(CONDITIONS[name].cluster == CONDITIONS[q.columns["condition"]].cluster for name in q.options.values()) - 1 for q in questions["train"]
+        sum(CONDITIONS[name].cluster == CONDITIONS[q.columns["condition"]].cluster for name in q.options.values()) - 1
+        for q in questions["train"]
     ]
     assert set(mates) == {2, 3}
     assert 0.55 < share(count == 3 for count in mates) < 0.65
@@ -152,7 +173,9 @@ def test_the_same_everywhere_and_a_larger_count_only_adds(questions):
         "print([(q.id, q.question, sorted(q.options.items()), teacher_response(q, 3)) for q in qs])"
     )
     here = [(q.id, q.question, sorted(q.options.items()), teacher_response(q, 3)) for q in questions["test"][:50]]
-    there = subprocess.run([sys.executable, "-X", "utf8", "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    there = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", code], capture_output=True, text=True, encoding="utf-8", check=True
+    )
     assert there.stdout.strip() == str(here)
 
 
@@ -181,7 +204,10 @@ def test_teacher_errs_as_often_as_its_noise_says(traces):
     cited = share(cites(q, text) for q, text in traces if FOUR_PARTS.fullmatch(text))
     rejected = [(q, *pair) for q, text in traces for pair in rejections(text)]
     invalid = share(finding not in FINDINGS[name] or finding in q.columns["findings"] for q, name, finding in rejected)
-    scored = share((match := re.search(r"<conclusion>.*\\boxed\{(\w)\}", text, re.DOTALL)) is not None and match[1] == q.answer for q, text in traces)
+    scored = share(
+        (match := re.search(r"<conclusion>.*\\boxed\{(\w)\}", text, re.DOTALL)) is not None and match[1] == q.answer
+        for q, text in traces
+    )
     print(
         f"accuracy {accuracy:.3f} (as the reward reads it {scored:.3f}), "
         f"mistaken {mistaken:.3f}, others wrong {others:.3f}, complete {complete:.3f}, "
@@ -199,12 +225,24 @@ def test_teacher_errs_as_often_as_its_noise_says(traces):
 
 
 def test_a_teacher_without_noise_is_right_whole_and_citing(questions):
-    perfect = TeacherNoise(systematic=0, random_wrong=0, missing_part=0, cites=1, cites_a_word=0, cites_twice=0, drift=0, invalid_rejection=0)
+    perfect = TeacherNoise(
+        systematic=0,
+        random_wrong=0,
+        missing_part=0,
+        cites=1,
+        cites_a_word=0,
+        cites_twice=0,
+        drift=0,
+        invalid_rejection=0,
+    )
     for question in questions["validation"][:500]:
         text = teacher_response(question, 7, perfect)
         assert cites(question, text), text
         assert text.endswith(f"\\boxed{{{question.answer}}}\n</conclusion>")
-        assert all(finding in FINDINGS[name] and finding not in question.columns["findings"] for name, finding in rejections(text))
+        assert all(
+            finding in FINDINGS[name] and finding not in question.columns["findings"]
+            for name, finding in rejections(text)
+        )
         assert len(rejections(text)) in (2, 3)
 
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from crpo_jax.config import Data, InputError
+from crpo_jax.config import Data
 from crpo_jax.data.question import Question, shortened
+from crpo_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer  # imported late: the scoring command starts without it
+    from transformers import (
+        PreTrainedTokenizerBase as Tokenizer,  # imported late: the scoring command starts without it
+    )
 
 END_OF_TURN = "<|im_end|>"
 
@@ -89,9 +92,13 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"tokenizer.path: expected a readable tokenizer in {folder}, got: {first_line}") from None
     if not tokenizer.chat_template:
-        raise InputError(f"tokenizer.path: expected a chat_template in {folder}/tokenizer_config.json, got none; take an Instruct model's tokenizer")
+        raise InputError(
+            f"tokenizer.path: expected a chat_template in {folder}/tokenizer_config.json, got none; take an Instruct model's tokenizer"
+        )
     if END_OF_TURN not in tokenizer.get_vocab():
-        raise InputError(f"tokenizer.path: expected the end-of-turn token {END_OF_TURN} in {folder}, got a vocabulary without it")
+        raise InputError(
+            f"tokenizer.path: expected the end-of-turn token {END_OF_TURN} in {folder}, got a vocabulary without it"
+        )
     return tokenizer
 
 
@@ -127,9 +134,13 @@ def conversation(user: str, system_prompt: str, tokenizer: "Tokenizer") -> str:
     try:
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except jinja2.TemplateError as error:
-        raise InputError(f"tokenizer.path: expected a chat template that takes a system and a user turn, got: {error}") from None
+        raise InputError(
+            f"tokenizer.path: expected a chat template that takes a system and a user turn, got: {error}"
+        ) from None
     if system_prompt.strip() not in text or user not in text:
-        raise InputError(f"tokenizer.path: expected a chat template that writes both turns unchanged, got {shortened(text)}")
+        raise InputError(
+            f"tokenizer.path: expected a chat template that writes both turns unchanged, got {shortened(text)}"
+        )
     return text
 
 
@@ -160,7 +171,12 @@ class Fitting:
     dropped: dict[str, int]  # tokens by question id
 
 
-def fitting(questions: Sequence[Question], data: Data, tokenizer: "Tokenizer", render: Callable[..., list[list[int]]] = render_all) -> Fitting:
+def fitting(
+    questions: Sequence[Question],
+    data: Data,
+    tokenizer: "Tokenizer",
+    render: Callable[..., list[list[int]]] = render_all,
+) -> Fitting:
     """Questions whose prompt fits; a longer one is dropped and counted, or an error, by data.overlong_prompts.
 
     It is never cut: a model that sees half a case, or half the options, is asked another question.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,17 @@ HUB: dict[str, tuple[str, str | None]] = {  # published id and configuration
     "medmcqa": ("openlifescienceai/medmcqa", None),
     "medxpertqa": ("TsinghuaC3I/MedXpertQA", "Text"),
 }
-VALIDATION = ("dev", "validation", "val", "valid")  # one split, four spellings: MedXpertQA says dev, MedMCQA's hub validation
+VALIDATION = (
+    "dev",
+    "validation",
+    "val",
+    "valid",
+)  # one split, four spellings: MedXpertQA says dev, MedMCQA's hub validation
 SUFFIXES = (".json", ".jsonl", ".parquet")
 CHOICES = "Answer Choices:"
-MAX_DIFFERING_CHOICES = 2  # MedXpertQA's own errata: 3 of its 2,455 records differ from their repeated choices in 1 or 2 places
+MAX_DIFFERING_CHOICES = (
+    2  # MedXpertQA's own errata: 3 of its 2,455 records differ from their repeated choices in 1 or 2 places
+)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
@@ -181,7 +188,10 @@ def medmcqa(records: list[Record], split: str) -> Iterator[tuple[Record, Questio
         options = {letter: record.text(f"op{letter.lower()}") for letter in "ABCD"}
         answer = LETTERS[record.fields["cop"] - first]
         columns = record.rest("id", "question", "cop", "opa", "opb", "opc", "opd")
-        yield record, Question(record.identity("id"), record.text("question"), options, answer, "medmcqa", split, columns)
+        yield (
+            record,
+            Question(record.identity("id"), record.text("question"), options, answer, "medmcqa", split, columns),
+        )
 
 
 def first_position(records: Sequence[Record]) -> int:
@@ -223,7 +233,10 @@ def medxpertqa(records: list[Record], split: str) -> Iterator[tuple[Record, Ques
         columns = record.rest("id", "realidx", "question", "options", "label", "answer_idx", "answer", "images")
         if differing:
             columns["differing_choices"] = differing
-        yield record, Question(record.identity("id", "realidx"), question, options, answer, "medxpertqa", split, columns)
+        yield (
+            record,
+            Question(record.identity("id", "realidx"), question, options, answer, "medxpertqa", split, columns),
+        )
 
 
 def without_choices(record: Record, options: Mapping[str, str], answer: str) -> tuple[str, dict[str, str]]:
@@ -243,7 +256,9 @@ def without_choices(record: Record, options: Mapping[str, str], answer: str) -> 
         return stem, {}
     found: dict[str, str] = {}
     starts = []
-    for mark in re.finditer(r"(?:^|\s)\(([A-Z])\)(?=\s|$)", tail):  # a choice may itself speak of "(A)": only the next letter in order opens a choice
+    for mark in re.finditer(
+        r"(?:^|\s)\(([A-Z])\)(?=\s|$)", tail
+    ):  # a choice may itself speak of "(A)": only the next letter in order opens a choice
         if len(starts) < len(options) and mark[1] == LETTERS[len(starts)]:
             starts.append(mark)
     for mark, following in zip(starts, [*starts[1:], None], strict=True):
@@ -252,9 +267,15 @@ def without_choices(record: Record, options: Mapping[str, str], answer: str) -> 
     if list(found) != list(options) or tail[: starts[0].start()].strip():
         record.fail("question", f"the choices ({', '.join(options)}) after {CHOICES!r}", tail.strip())
     if answer in differing:
-        record.fail("question", f"choice {answer}, the right one, as in the options, {shortened(options[answer])}", differing[answer])
+        record.fail(
+            "question",
+            f"choice {answer}, the right one, as in the options, {shortened(options[answer])}",
+            differing[answer],
+        )
     if len(differing) > MAX_DIFFERING_CHOICES:
-        record.fail("question", f"choices as in the options, at most {MAX_DIFFERING_CHOICES} in another wording", differing)
+        record.fail(
+            "question", f"choices as in the options, at most {MAX_DIFFERING_CHOICES} in another wording", differing
+        )
     return stem, differing
 
 
@@ -293,7 +314,9 @@ def records_of(path: Path, source: str, split: str) -> list[Record]:
     records: list[Record] = []
     for file in files:
         if file.suffix not in SUFFIXES:
-            raise InputError(f"{file}: expected a file ending in {', '.join(SUFFIXES)}, got {file.suffix or 'no ending'}")
+            raise InputError(
+                f"{file}: expected a file ending in {', '.join(SUFFIXES)}, got {file.suffix or 'no ending'}"
+            )
         try:
             found = table_records(file) if file.suffix == ".parquet" else json_records(file)
         except OSError as error:
@@ -318,10 +341,14 @@ def split_files(folder: Path, source: str, split: str) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix in SUFFIXES and path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     config = HUB[source][1] if source in HUB else None
-    if config and any(config in path.relative_to(folder).parts[:-1] for path in files):  # MedXpertQA's other part has the same file names
+    if config and any(
+        config in path.relative_to(folder).parts[:-1] for path in files
+    ):  # MedXpertQA's other part has the same file names
         files = [path for path in files if config in path.relative_to(folder).parts[:-1]]
     chosen = [path for path in files if set(re.split(r"[^a-z0-9]+", path.stem.lower())) & set(names)]
     chosen = chosen or [path for path in files if set(path.relative_to(folder).parts[:-1]) & set(names)]
@@ -331,7 +358,9 @@ def split_files(folder: Path, source: str, split: str) -> list[Path]:
     families = {(path.parent, re.sub(r"(^|[-_.])\d+(-of-\d+)?$", "", path.stem), path.suffix) for path in chosen}
     if len(families) > 1:
         listed = ", ".join(str(path.relative_to(folder)) for path in chosen[:8])
-        raise InputError(f"{folder}: expected one file of split {split}, or the shards of one, got {listed}; name the file or its folder")
+        raise InputError(
+            f"{folder}: expected one file of split {split}, or the shards of one, got {listed}; name the file or its folder"
+        )
     for path in chosen:
         total = re.search(r"-of-(\d+)$", path.stem)
         if total and int(total[1]) != len(chosen):
@@ -345,14 +374,18 @@ def json_records(path: Path) -> list[Record]:
     if data.lstrip()[:1] == b"[":
         return array_records(path, decoded(data, f"{path}:"))
     records = []
-    for number, line in enumerate(data.split(b"\n"), start=1):  # str.splitlines would also cut at the U+2028 inside a text
+    for number, line in enumerate(
+        data.split(b"\n"), start=1
+    ):  # str.splitlines would also cut at the U+2028 inside a text
         if line.strip():
             where = f"{path}:{number}"
             text = decoded(line, f"{where}:")
             try:
                 value = DECODER.decode(text)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: expected one JSON object a line, got {json_fault(error)} in {shortened(text.strip())}") from None
+                raise InputError(
+                    f"{where}: expected one JSON object a line, got {json_fault(error)} in {shortened(text.strip())}"
+                ) from None
             records.append(record_at(value, where))
     return records
 
@@ -381,7 +414,9 @@ def array_records(path: Path, text: str) -> list[Record]:
         position = skipped(position)
         mark = text[position : position + 1]
         if mark not in (",", "]") or not mark:
-            raise InputError(f"{where}: expected ',' or ']' after the record, got {shortened(text[position : position + 20]) if mark else 'the end'}")
+            raise InputError(
+                f"{where}: expected ',' or ']' after the record, got {shortened(text[position : position + 20]) if mark else 'the end'}"
+            )
         closed = mark == "]"
         position = position if closed else skipped(position + 1)
     if text[position + 1 :].strip():
@@ -393,7 +428,9 @@ def decoded(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{where} expected UTF-8 text, got byte {data[error.start]:#04x} at offset {error.start}") from None
+        raise InputError(
+            f"{where} expected UTF-8 text, got byte {data[error.start]:#04x} at offset {error.start}"
+        ) from None
 
 
 def record_at(value: Any, where: str) -> Record:
@@ -462,7 +499,10 @@ def hub_records(name: str, config: str | None, split: str) -> list[Record]:
         hub_logging.set_verbosity(verbosity)
     cop = dataset.features.get("cop")
     label = isinstance(cop, datasets.ClassLabel)
-    records = [Record(row, f"{name} [{split}]: row {number}", True, label) for number, row in enumerate(dataset.to_list(), start=1)]
+    records = [
+        Record(row, f"{name} [{split}]: row {number}", True, label)
+        for number, row in enumerate(dataset.to_list(), start=1)
+    ]
     if not records:
         raise InputError(f"hub dataset {name}: expected at least one record in split {split}, got none")
     return records

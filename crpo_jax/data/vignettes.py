@@ -13,9 +13,9 @@ from functools import cache
 from itertools import combinations
 from random import Random
 
-from crpo_jax.config import InputError
 from crpo_jax.data.conditions import CONDITIONS, DISTRACTORS, FINDINGS
 from crpo_jax.data.question import Question
+from crpo_jax.errors import InputError
 
 __all__ = [
     "CONDITIONS",
@@ -106,7 +106,11 @@ def _combinations(split: str) -> Mapping[str, tuple[tuple[str, ...], ...]]:
         sets = [shown for size in (2, 3, 4) for shown in combinations(findings, size)]
         sets.sort(key=lambda shown: hashlib.sha256("|".join((name, *sorted(shown))).encode()).digest())
         tenth = len(sets) // 10
-        bounds = {"train": (0, len(sets) - 2 * tenth), "validation": (len(sets) - 2 * tenth, len(sets) - tenth), "test": (len(sets) - tenth, None)}
+        bounds = {
+            "train": (0, len(sets) - 2 * tenth),
+            "validation": (len(sets) - 2 * tenth, len(sets) - tenth),
+            "test": (len(sets) - tenth, None),
+        }
         found[name] = tuple(sets[slice(*bounds[split])])
     return found
 
@@ -158,7 +162,11 @@ def vignettes(split: str, count: int, seed: int = 0) -> list[Question]:
         rng.shuffle(facts)
         cut = rng.randint(1, len(facts) - 1)
         text = rng.choice(_QUESTIONS).format(
-            person=_person(sex, age), facts=_listed(facts), first=_listed(facts[:cut]), rest=_listed(facts[cut:]), ask=_ASK
+            person=_person(sex, age),
+            facts=_listed(facts),
+            first=_listed(facts[:cut]),
+            rest=_listed(facts[cut:]),
+            ask=_ASK,
         )
         options = _options(rng, name)
         if (text, *options) in seen:
@@ -227,7 +235,10 @@ def teacher_response(question: Question, seed: int, noise: TeacherNoise = TEACHE
 
     x, y = rng.sample([argued, others[0]], 2)
     thought = rng.choice(_THOUGHTS).format(finding=rng.choice(findings), x=x, y=y)
-    clauses = [_VERDICT.format(x=name) if name == argued else _rejection(rng, name, question, noise) for name in question.options.values()]
+    clauses = [
+        _VERDICT.format(x=name) if name == argued else _rejection(rng, name, question, noise)
+        for name in question.options.values()
+    ]
     clauses.append(thought)
     if rng.random() < noise.drift:
         clauses[rng.randrange(len(clauses))] = rng.choice(DRIFT)
@@ -253,7 +264,9 @@ def teacher_response(question: Question, seed: int, noise: TeacherNoise = TEACHE
 
 _NAMED = {
     "x": "(?P<x>" + "|".join(map(re.escape, sorted(CONDITIONS, key=len, reverse=True))) + ")",
-    "finding": "(?P<finding>" + "|".join(re.escape(finding) for findings in FINDINGS.values() for finding in findings) + ")",
+    "finding": "(?P<finding>"
+    + "|".join(re.escape(finding) for findings in FINDINGS.values() for finding in findings)
+    + ")",
 }
 _REJECTION_PATTERN = re.compile(r"(?<!\w)" + _REJECTION.format(**_NAMED) + r"(?!\w)")
 
@@ -267,7 +280,9 @@ def rejections(response: str) -> list[tuple[str, str]]:
 
 
 _CLAIM_PATTERN = re.compile(r"(?<!\w)" + _EVIDENCE.format(**_NAMED) + r"(?!\w)")
-_FACTS = sorted((*DISTRACTORS, *(finding for findings in FINDINGS.values() for finding in findings)), key=len, reverse=True)
+_FACTS = sorted(
+    (*DISTRACTORS, *(finding for findings in FINDINGS.values() for finding in findings)), key=len, reverse=True
+)
 _FACT_PATTERN = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, _FACTS)) + r")(?!\w)")
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crpo_jax.answer.records import Answer, count, grouped
+from crpo_jax.answer.truth import COUNTERPARTS, exact, knows
+from crpo_jax.chat.client import Client, GivenUp, Reply, ask_all, parameters
 from crpo_jax.config import Endpoint
 from crpo_jax.data.prompts import user_turn
-from crpo_jax.judge.answers import Answer, count, grouped
-from crpo_jax.judge.client import Client, GivenUp, Reply, ask_all, parameters
-from crpo_jax.judge.journal import Journal, keep, key_of
-from crpo_jax.judge.truth import COUNTERPARTS, exact, knows
+from crpo_jax.store.journal import Journal, keep, key_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,11 @@ def asking(measure: str, answer: Answer) -> list[dict[str, str]]:
     """The one turn that asks for a measure of a response."""
     what, question = MEASURES[measure], answer.question
     text = TASK.format(
-        instance=what.instance, not_counted=what.not_counted, question=user_turn(question, "brief"), answer=question.answer, response=answer.response
+        instance=what.instance,
+        not_counted=what.not_counted,
+        question=user_turn(question, "brief"),
+        answer=question.answer,
+        response=answer.response,
     )
     return [{"role": "user", "content": text}]
 
@@ -118,12 +122,19 @@ def judged(
 ) -> Verdicts:
     """Counts of every measure for every response; replies are kept in `path` by what was asked, and none is asked for twice."""
     shape = parameters(endpoint)
-    items = [(name, measure, index) for name, responses in found.items() for measure in MEASURES for index in range(len(responses))]
+    items = [
+        (name, measure, index)
+        for name, responses in found.items()
+        for measure in MEASURES
+        for index in range(len(responses))
+    ]
     turns = {item: asking(item[1], found[item[0]][item[2]]) for item in items}
     keys = {item: key_of(section, shape, turn) for item, turn in turns.items()}
     with Journal(path) as journal, Client(endpoint, section) as client:
         kept = {row["key"]: str(row["content"]) for row in journal.rows}
-        wanted = {keys[item]: item for item in items if keys[item] not in kept}  # the same response twice is one question
+        wanted = {
+            keys[item]: item for item in items if keys[item] not in kept
+        }  # the same response twice is one question
         failed = 0
 
         def answered(item: tuple[str, str, int], reply: Reply | GivenUp) -> None:
@@ -134,7 +145,13 @@ def judged(
                 failed += 1
                 say(f"{name}, {answer.question.id}, {measure}: no reply: {reply.why}")
             else:
-                row = {"key": keys[item], "data": name, "id": answer.question.id, "sample": answer.sample, "measure": measure}
+                row = {
+                    "key": keys[item],
+                    "data": name,
+                    "id": answer.question.id,
+                    "sample": answer.sample,
+                    "measure": measure,
+                }
                 keep(journal, row | {"content": reply.content, "reasoning": reply.reasoning}, say)
                 kept[keys[item]] = reply.content
             show(len(kept), len(wanted), failed)
@@ -144,7 +161,10 @@ def judged(
     def each(name: str, measure: str) -> list[str | None]:
         return [kept.get(keys[name, measure, index]) for index in range(len(found[name]))]
 
-    counts = {name: {m: [None if text is None else counted(text) for text in each(name, m)] for m in MEASURES} for name in found}
+    counts = {
+        name: {m: [None if text is None else counted(text) for text in each(name, m)] for m in MEASURES}
+        for name in found
+    }
     missing = {name: {m: each(name, m).count(None) for m in MEASURES} for name in found}
     return Verdicts(endpoint.model, counts, missing)
 
@@ -162,11 +182,18 @@ def means(verdicts: Verdicts, name: str, responses: Sequence[Answer]) -> dict[st
     """Mean and interval of every measure over the parsed replies, and how many were unparsed or are missing."""
     table: dict[str, Any] = {}
     for measure, numbers in verdicts.counts[name].items():
-        groups = [[float(numbers[index] or 0) for index in group if numbers[index] is not None] for group in grouped(responses)]
+        groups = [
+            [float(numbers[index] or 0) for index in group if numbers[index] is not None]
+            for group in grouped(responses)
+        ]
         parsed = [group for group in groups if group]
         missing = verdicts.missing[name][measure]
         told = count(parsed) if parsed else {"mean": None, "low": None, "high": None}
-        table[measure] = told | {"judged": sum(map(len, parsed)), "unparsed": numbers.count(None) - missing, "missing": missing}
+        table[measure] = told | {
+            "judged": sum(map(len, parsed)),
+            "unparsed": numbers.count(None) - missing,
+            "missing": missing,
+        }
     return table
 
 
@@ -198,4 +225,7 @@ def against_truth(verdicts: Verdicts, name: str, responses: Sequence[Answer]) ->
     if not responses or not all(knows(answer.question) for answer in responses):
         return {}
     truth = [exact(answer.question, answer.response) for answer in responses]
-    return {measure: agreement(verdicts.counts[name][measure], [one[counterpart] for one in truth]) for measure, counterpart in COUNTERPARTS.items()}
+    return {
+        measure: agreement(verdicts.counts[name][measure], [one[counterpart] for one in truth])
+        for measure, counterpart in COUNTERPARTS.items()
+    }

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from crpo_jax.answer.truth import EXACT
 from crpo_jax.config import Config
 from crpo_jax.judge.measures import MEASURES
-from crpo_jax.judge.truth import EXACT
 
 SHARES = {
     "accuracy": "accuracy",
@@ -23,13 +23,18 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=False))]
+        cells = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
 def interval(value: Mapping[str, float] | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    return (
+        "-" if value is None else f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    )
 
 
 def of_summary(summary: Mapping[str, Any], settings: Config) -> str:
@@ -45,7 +50,10 @@ def of_summary(summary: Mapping[str, Any], settings: Config) -> str:
     truncated = [one["length"]["truncated"] for one in sets.values()]
     rows.append(["truncated", *("-" if share is None else f"{share:.3f}" for share in truncated)])
     if any("exact" in one for one in sets.values()):
-        rows += [[name.replace("_", " "), *(interval(one.get("exact", {}).get(name), 2) for one in sets.values())] for name in EXACT]
+        rows += [
+            [name.replace("_", " "), *(interval(one.get("exact", {}).get(name), 2) for one in sets.values())]
+            for name in EXACT
+        ]
     parts = [aligned(rows), *(judged(name, one) for name, one in sets.items() if one.get("judges"))]
     for name, one in sets.items():
         for column, subjects in one["subjects"].items():
@@ -79,7 +87,10 @@ def judged(name: str, one: Mapping[str, Any]) -> str:
         if told:
             lines = [[title, "both", "equal", "within one", "difference", "Spearman"]]
             keys = ("equal", "within_one", "difference", "spearman")
-            lines += [[MEASURES[m].label, str(v["both"]), *("-" if v[key] is None else f"{v[key]:.2f}" for key in keys)] for m, v in told.items()]
+            lines += [
+                [MEASURES[m].label, str(v["both"]), *("-" if v[key] is None else f"{v[key]:.2f}" for key in keys)]
+                for m, v in told.items()
+            ]
             parts.append(aligned(lines))
     return "\n\n".join(parts)
 

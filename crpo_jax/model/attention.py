@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 
 Implementation = Literal["xla", "cudnn", "splash"]
 
@@ -18,7 +18,11 @@ PIECE = 128  # queries that are taken together are a multiple of this,
 PIECES = 8  # and as many as make no more than so many pieces of a row
 KEPT = 1024  # longer rows make their scores again in the backward pass instead of keeping them
 UNSEEN = -1e30  # added to the score of a key that a query must not see; finite, so that no row of scores is all -inf
-SPLASH_BLOCKS = (512, 256, 128)  # tile sizes of queries and keys, the largest that divides the row; 128 lanes are a TPU's least
+SPLASH_BLOCKS = (
+    512,
+    256,
+    128,
+)  # tile sizes of queries and keys, the largest that divides the row; 128 lanes are a TPU's least
 INTERPRET = False  # Splash without a TPU, slowly: tests set it
 
 
@@ -33,7 +37,11 @@ def implementation(wanted: str, platform: str, dtype: Any, head_width: int) -> I
     for name in ("xla", "cudnn", "splash"):
         if name == wanted and possible[name]:
             return name
-    reason = " with model.dtype=bfloat16 and heads of a multiple of 8 up to 128" if wanted == "cudnn" and platform == "gpu" else ""
+    reason = (
+        " with model.dtype=bfloat16 and heads of a multiple of 8 up to 128"
+        if wanted == "cudnn" and platform == "gpu"
+        else ""
+    )
     here = f"{wanted} on {platform}" + (f" with {jnp.dtype(dtype)} and heads of {head_width}" if reason else "")
     names = {"cudnn": "cudnn on gpu", "splash": "splash on tpu"}
     raise InputError(f"parallel.attention: expected auto, xla, or {names.get(wanted, wanted)}{reason}, got {here}")
@@ -60,7 +68,10 @@ def causal_attention(
 
     def one(first: int, queries: Array, keys: Array, values: Array) -> Array:
         here, there = queries.shape[3], keys.shape[2]
-        scores = jnp.einsum("bkqh,bksh->bkqs", queries.reshape(b, kv, r * here, h), keys, preferred_element_type=jnp.float32) * h**-0.5
+        scores = (
+            jnp.einsum("bkqh,bksh->bkqs", queries.reshape(b, kv, r * here, h), keys, preferred_element_type=jnp.float32)
+            * h**-0.5
+        )
         seen = first + jnp.tile(jnp.arange(here), r)[:, None] >= jnp.arange(there)
         scores += jnp.where(seen, 0.0, UNSEEN)
         mass = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
@@ -68,7 +79,10 @@ def causal_attention(
         return (mixed / jnp.sum(mass, axis=-1, keepdims=True)).astype(v.dtype).reshape(b, kv, r, here, h)
 
     one = jax.checkpoint(one, static_argnums=0) if t > KEPT else one
-    out = [one(first, queries[:, :, :, first : first + size], *(x[:, :, : first + size] for x in (keys, values))) for first in range(0, t, size)]
+    out = [
+        one(first, queries[:, :, :, first : first + size], *(x[:, :, : first + size] for x in (keys, values)))
+        for first in range(0, t, size)
+    ]
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
@@ -77,7 +91,9 @@ def piece(t: int) -> int:
     return PIECE * -(-t // (PIECE * PIECES))
 
 
-def splash(q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> Float[Array, "b t n h"]:
+def splash(
+    q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]
+) -> Float[Array, "b t n h"]:
     """Causal attention by the TPU's own kernel; scores never leave the chip. `t` is a multiple of 128."""
     t, n, h = q.shape[1:]
     b = next(size for size in SPLASH_BLOCKS if t % size == 0)
@@ -105,7 +121,9 @@ def decode_attention(
     b, n, h = q.shape
     p, kv, t, _ = prompt_k.shape
     g, r = b // p, n // kv
-    grouped = q.reshape(p, g, kv, r, h).transpose(0, 2, 1, 3, 4).reshape(p, kv, g * r, h)  # a group reads its prompt once
+    grouped = (
+        q.reshape(p, g, kv, r, h).transpose(0, 2, 1, 3, 4).reshape(p, kv, g * r, h)
+    )  # a group reads its prompt once
     own = q.reshape(b, kv, r, h)
     prompt_scores = jnp.einsum("pkqh,pkth->pkqt", grouped, prompt_k, preferred_element_type=jnp.float32) * h**-0.5
     prompt_scores = jnp.where(prompt_seen[:, None, None], prompt_scores, -jnp.inf)
@@ -114,5 +132,10 @@ def decode_attention(
     own_scores = jnp.where(cache_seen[:, None, None], own_scores, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([prompt_scores, own_scores], axis=-1), axis=-1).astype(prompt_v.dtype)
     over_prompt = weights[..., :t].reshape(p, g, kv, r, t).transpose(0, 2, 1, 3, 4).reshape(p, kv, g * r, t)
-    out = jnp.einsum("pkqt,pkth->pkqh", over_prompt, prompt_v).reshape(p, kv, g, r, h).transpose(0, 2, 1, 3, 4).reshape(b, kv, r, h)
+    out = (
+        jnp.einsum("pkqt,pkth->pkqh", over_prompt, prompt_v)
+        .reshape(p, kv, g, r, h)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(b, kv, r, h)
+    )
     return (out + jnp.einsum("bkrs,bksh->bkrh", weights[..., t:], cache_v)).reshape(b, n, h)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from crpo_jax.model.attention import Implementation, causal_attention, decode_attention
-from crpo_jax.model.qwen2 import dot, rms_norm, rope
 from crpo_jax.model.shape import Shape
+from crpo_jax.model.transformer import dot, rms_norm, rope
 
 
 class Layer(NamedTuple):
@@ -75,7 +75,9 @@ def embed(table_vd: Float[Array, "v d"], tokens: Int[Array, "..."], shard: Shard
     return shard.sum(jnp.where(held[..., None], table_vd[jnp.where(held, local, 0)], 0))
 
 
-def qkv(layer: Layer, x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape) -> tuple[Array, Array, Array]:
+def qkv(
+    layer: Layer, x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape
+) -> tuple[Array, Array, Array]:
     """Rotated queries [..., n, h] and keys [..., k, h], and values [..., k, h], of the block's normed input."""
     both = dot(rms_norm(x, layer.attn_norm_d, shape.norm_eps), layer.qkv) + layer.qkv_bias
     heads = both.reshape(*x.shape[:-1], -1, shape.h)
@@ -97,7 +99,12 @@ def logits(weights: Weights, x: Float[Array, "b d"], shape: Shape) -> Float[Arra
 
 
 def prefill(
-    weights: Weights, tokens: Int[Array, "p t"], lengths: Int[Array, " p"], shape: Shape, shard: Shard, attention: Implementation
+    weights: Weights,
+    tokens: Int[Array, "p t"],
+    lengths: Int[Array, " p"],
+    shape: Shape,
+    shard: Shard,
+    attention: Implementation,
 ) -> tuple[Float[Array, "p v"], list[tuple[Array, Array]]]:
     """Logits after the last token of each right-padded prompt, and every layer's prompt keys and values [p, k, t, h].
 
@@ -107,7 +114,9 @@ def prefill(
     x, kept = embed(weights.embed_vd, tokens, shard), []
 
     def aligned(x_ptkh: Array) -> Array:
-        return jax.vmap(lambda x, shift: jnp.roll(x, shift, axis=1))(x_ptkh.transpose(0, 2, 1, 3), tokens.shape[1] - lengths)
+        return jax.vmap(lambda x, shift: jnp.roll(x, shift, axis=1))(
+            x_ptkh.transpose(0, 2, 1, 3), tokens.shape[1] - lengths
+        )
 
     for layer in weights.layers:
         q, k, v = qkv(layer, x, positions, shape)

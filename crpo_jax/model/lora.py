@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from crpo_jax import config
-from crpo_jax.model.qwen2 import Qwen2, dims_of
 from crpo_jax.model.shape import Shape
+from crpo_jax.model.transformer import Qwen2, dims_of
 from crpo_jax.parallel.layout import WeightTable, spec
 
 TARGETS: Mapping[str, tuple[str, str]] = {
@@ -83,7 +83,9 @@ def policy(trained: Any, frozen: Qwen2 | None) -> Any:
 
 def described(lora: config.Lora, make: Make) -> Adapters:
     """The adapters that the settings ask for, every matrix by `make`."""
-    return Adapters(make, [weight for target, (weight, _) in TARGETS.items() if target in lora.targets], lora.alpha / lora.rank)
+    return Adapters(
+        make, [weight for target, (weight, _) in TARGETS.items() if target in lora.targets], lora.alpha / lora.rank
+    )
 
 
 def sizes(shape: Shape, rank: int, dims: str) -> tuple[int, ...]:
@@ -115,7 +117,9 @@ def adapter_spec(table: WeightTable, weight: str, dims: str, mesh: Mesh, kv_head
 
 def shardings(shape: Shape, lora: config.Lora, table: WeightTable, mesh: Mesh) -> Adapters:
     """A NamedSharding in the place of every stacked matrix."""
-    return described(lora, lambda _, dims, weight: NamedSharding(mesh, adapter_spec(table, weight, dims, mesh, shape.k)))
+    return described(
+        lora, lambda _, dims, weight: NamedSharding(mesh, adapter_spec(table, weight, dims, mesh, shape.k))
+    )
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

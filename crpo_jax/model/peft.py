@@ -18,18 +18,27 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from crpo_jax.config import InputError
-from crpo_jax.model.hub import DTYPES, HF_KEYS, free_folder, headers_of, read_json, written_at_once
+from crpo_jax.errors import InputError
+from crpo_jax.model.huggingface import DTYPES, HF_KEYS, free_folder, headers_of, read_json, written_at_once
 from crpo_jax.model.lora import INPUTS, TARGETS, Adapters, adapter_spec
-from crpo_jax.model.qwen2 import dims_of
 from crpo_jax.model.shape import Shape
+from crpo_jax.model.transformer import dims_of
 from crpo_jax.parallel.layout import WeightTable
 from crpo_jax.parallel.mesh import fetch, put
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 PLAIN: Mapping[str, Any] = {"peft_type": "LORA", "bias": "none"}
-OFF = ("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
+OFF = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+)
 OFF += ("layer_replication", "alora_invocation_tokens", "trainable_token_indices", "target_parameters")
 """What a config must say, and what it must leave empty: each changes what the matrices mean, or adds others."""
 
@@ -53,7 +62,9 @@ def load(path: str | Path, shape: Shape, mesh: Mesh, table: WeightTable) -> Adap
     """
     folder = Path(path).expanduser()
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise InputError(f"model.adapter: {folder}: expected {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them")
+        raise InputError(
+            f"model.adapter: {folder}: expected {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them"
+        )
     settings, headers = read_json(folder / CONFIG), headers_of(folder / WEIGHTS)
     rank, scale = check_config(folder / CONFIG, settings)
     weights = [weight for target, (weight, _) in TARGETS.items() if any(f".{target}." in key for key in headers)]
@@ -64,7 +75,11 @@ def load(path: str | Path, shape: Shape, mesh: Mesh, table: WeightTable) -> Adap
         for half, size in stored_sizes(weight, shape, rank).items()
     }
     for key in [*sorted(wanted.keys() - headers.keys()), *sorted(headers.keys() - wanted.keys())]:
-        kind, expected = ("missing", f"shape {list(wanted[key])}") if key in wanted else ("extra", f"none such on a {shape.l}-layer Qwen2")
+        kind, expected = (
+            ("missing", f"shape {list(wanted[key])}")
+            if key in wanted
+            else ("extra", f"none such on a {shape.l}-layer Qwen2")
+        )
         raise InputError(f"{folder / WEIGHTS}: {key}: {kind}; expected {expected}")
     for key, header in headers.items():
         if header.sizes != wanted[key] or header.dtype not in DTYPES:
@@ -94,7 +109,9 @@ def check_config(file: Path, settings: Any) -> tuple[int, float]:
             raise InputError(f"{file}: {key}: expected {expected!r}, got {settings[key]!r}")
     for key in OFF:
         if settings.get(key):
-            raise InputError(f"{file}: {key}: expected none of it, which this model does not implement, got {settings[key]!r:.60}")
+            raise InputError(
+                f"{file}: {key}: expected none of it, which this model does not implement, got {settings[key]!r:.60}"
+            )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"{file}: r: expected a positive whole number, got {rank!r}")
@@ -116,7 +133,9 @@ def save(adapters: Adapters, shape: Shape, folder: str | Path, *, base: str, dty
             sizes = stored_sizes(weight, shape, rank)
             for half, values in zip(("A", "B"), found.pair(weight), strict=True):
                 for layer, each in enumerate(np.asarray(values)):
-                    tensors[stored(weight, half, layer)] = np.ascontiguousarray(each.reshape(sizes[half][::-1]).T).astype(jnp.dtype(dtype))
+                    tensors[stored(weight, half, layer)] = np.ascontiguousarray(
+                        each.reshape(sizes[half][::-1]).T
+                    ).astype(jnp.dtype(dtype))
         settings = {
             "base_model_name_or_path": base,
             "bias": "none",

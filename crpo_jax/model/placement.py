@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from crpo_jax.model.attention import Implementation, causal_attention
 from crpo_jax.model.decode import Layer, Weights
 from crpo_jax.model.lora import Adapted, Adapters, adapter_spec, merged
-from crpo_jax.model.qwen2 import Block, Placement, Qwen2, abstract, dims_of
 from crpo_jax.model.shape import Shape
+from crpo_jax.model.transformer import Block, Placement, Qwen2, abstract, dims_of
 from crpo_jax.parallel.layout import HIDDEN_BTD, KV_BTKH, LAYOUTS, Q_BTNH, TENSOR, Layout, WeightTable, kv_copies, spec
 from crpo_jax.parallel.mesh import MODEL, model_size
 
@@ -33,7 +33,9 @@ def resident_bytes(shape: Shape, layout: Layout, mesh: Mesh, dtype: str) -> int:
 
     def bytes_of(table: WeightTable, width: int) -> int:
         weights, shardings = jax.tree.leaves(abstract(shape)), jax.tree.leaves(weight_shardings(shape, table, mesh))
-        return sum(math.prod(to.shard_shape(weight.shape)) * width for weight, to in zip(weights, shardings, strict=True))
+        return sum(
+            math.prod(to.shard_shape(weight.shape)) * width for weight, to in zip(weights, shardings, strict=True)
+        )
 
     narrow = jnp.dtype(dtype).itemsize
     return bytes_of(layout.master, 16) + bytes_of(layout.compute, narrow) + bytes_of(layout.reference, narrow)
@@ -57,7 +59,10 @@ def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xl
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, to))
 
     def weights(block: Block) -> Block:
-        return Block(lambda name, _: constrain(getattr(block, name)[...], spec(TENSOR, name, mesh, shape.k, stacked=False)), stacked=False)
+        return Block(
+            lambda name, _: constrain(getattr(block, name)[...], spec(TENSOR, name, mesh, shape.k, stacked=False)),
+            stacked=False,
+        )
 
     def low_rank(adapters: Adapters) -> Adapters:
         def make(name: str, dims: str, weight: str) -> Any:
@@ -66,7 +71,9 @@ def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xl
         return Adapters(make, adapters.weights, adapters.scale, stacked=False)
 
     def ends(model: Qwen2) -> Qwen2:
-        return _with(model, lambda name, value: constrain(value, spec(TENSOR, name, mesh, shape.k, stacked=False)), model.blocks)
+        return _with(
+            model, lambda name, value: constrain(value, spec(TENSOR, name, mesh, shape.k, stacked=False)), model.blocks
+        )
 
     def kv_heads(x_btkh: Any) -> Any:
         return constrain(jnp.repeat(x_btkh, copies, axis=2) if copies > 1 else x_btkh, KV_BTKH)
@@ -75,9 +82,18 @@ def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xl
         if attention == "xla":
             return causal_attention(q, k, v, attention)
         local = functools.partial(causal_attention, implementation=attention)
-        return jax.shard_map(local, mesh=mesh, in_specs=(Q_BTNH, KV_BTKH, KV_BTKH), out_specs=Q_BTNH, check_vma=False)(q, k, v)
+        return jax.shard_map(local, mesh=mesh, in_specs=(Q_BTNH, KV_BTKH, KV_BTKH), out_specs=Q_BTNH, check_vma=False)(
+            q, k, v
+        )
 
-    return Placement(block=weights, adapters=low_rank, ends=ends, activations=lambda x: constrain(x, HIDDEN_BTD), kv_heads=kv_heads, attend=attend)
+    return Placement(
+        block=weights,
+        adapters=low_rank,
+        ends=ends,
+        activations=lambda x: constrain(x, HIDDEN_BTD),
+        kv_heads=kv_heads,
+        attend=attend,
+    )
 
 
 def _with(model: Qwen2, change: Any, blocks: Any) -> Qwen2:
@@ -107,7 +123,11 @@ def sampling_form(policy: Qwen2 | Adapted, shape: Shape, mesh: Mesh, dtype: Any)
                 a, b = adapters.pair(name)
                 value = merged(value, a[index], b[index], adapters.scale)
             value = value.astype(dtype)
-            return jnp.repeat(value, copies, axis=dims_of(name).index("k")) if copies > 1 and "k" in dims_of(name) else value
+            return (
+                jnp.repeat(value, copies, axis=dims_of(name).index("k"))
+                if copies > 1 and "k" in dims_of(name)
+                else value
+            )
 
         return Layer(
             attn_norm_d=weight("attn_norm_d"),
@@ -137,7 +157,9 @@ def sampling_shardings(shape: Shape, mesh: Mesh, *, specs: bool = False) -> Weig
         return here if specs else NamedSharding(mesh, here)
 
     layer = Layer._make(map(place, Layer._fields))
-    return Weights(place("embed_vd"), (layer,) * shape.l, place("final_norm_d"), None if shape.tied else place("unembed_dv"))
+    return Weights(
+        place("embed_vd"), (layer,) * shape.l, place("final_norm_d"), None if shape.tied else place("unembed_dv")
+    )
 
 
 @functools.cache

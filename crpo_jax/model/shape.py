@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,14 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
     wanted("tie_word_embeddings", config.get("tie_word_embeddings", False), (True, False))
     wanted("rope_parameters.rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",))
     sizes = {}
-    for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", "num_hidden_layers"):
+    for key in (
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+        "num_hidden_layers",
+    ):
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{where}: {key}: expected a positive whole number, got {value!r}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 from crpo_jax.parallel.mesh import DATA, MODEL, data_size, model_size
 
 
@@ -120,23 +120,35 @@ def check_layout(layout: Layout, mesh: Mesh, sizes: Mapping[str, int]) -> None:
     if n % m:
         raise InputError(f"{here}: expected a model axis that divides the {n} query heads, got {m}")
     if m % k and k % m:
-        raise InputError(f"{here}: expected a model axis that divides the {k} KV heads or is a multiple of them, got {m}")
+        raise InputError(
+            f"{here}: expected a model axis that divides the {k} KV heads or is a multiple of them, got {m}"
+        )
     for letter, meaning in (("f", "ffn width"), ("v", "vocabulary")):
         if sizes[letter] % m:
             raise InputError(f"{here}: expected a model axis that divides the {meaning} {sizes[letter]}, got {m}")
     if layout.master is SHARDED and sizes["d"] % data_size(mesh):
-        raise InputError(f"{here}: expected a data axis that divides the width {sizes['d']} for this parallel.layout, got {data_size(mesh)}")
+        raise InputError(
+            f"{here}: expected a data axis that divides the width {sizes['d']} for this parallel.layout, got {data_size(mesh)}"
+        )
 
 
 def wasteful(layout: Layout, mesh: Mesh, sizes: Mapping[str, int], prompts: int, rows: int) -> list[str]:
     """What a mesh and layout that can run would waste, with the reason; `prompts` are a rollout's, `rows` a mini-batch's."""
     d, m, k, found = data_size(mesh), model_size(mesh), sizes["k"], []
     if kv_copies(mesh, k) > 1:
-        found.append(f"{m} model shards keep {kv_copies(mesh, k)} copies of each of the {k} KV heads: the cache does not shrink beyond {k} shards")
+        found.append(
+            f"{m} model shards keep {kv_copies(mesh, k)} copies of each of the {k} KV heads: the cache does not shrink beyond {k} shards"
+        )
     if rows < d:
-        found.append(f"a mini-batch of {rows} responses leaves {d - rows} of {d} data shards idle in every update (crpo.mini_batch_prompts)")
+        found.append(
+            f"a mini-batch of {rows} responses leaves {d - rows} of {d} data shards idle in every update (crpo.mini_batch_prompts)"
+        )
     if prompts < d:
-        found.append(f"a rollout of {prompts} questions leaves {d - prompts} of {d} data shards idle (crpo.prompts_per_step)")
+        found.append(
+            f"a rollout of {prompts} questions leaves {d - prompts} of {d} data shards idle (crpo.prompts_per_step)"
+        )
     if layout.master is TENSOR and d > 1:
-        found.append(f"each of {d} data shards keeps masters and moments whole, 12 bytes a parameter; parallel.layout=zero1 splits them")
+        found.append(
+            f"each of {d} data shards keeps masters and moments whole, 12 bytes a parameter; parallel.layout=zero1 splits them"
+        )
     return found

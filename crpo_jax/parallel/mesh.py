@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 
 DATA, MODEL = "data", "model"
 
@@ -30,7 +30,11 @@ def make_mesh(text: str = "") -> Mesh:
     data, model = parse_mesh(text) if text else (len(devices), 1)
     if data * model != len(devices):
         kind = devices[0].platform
-        hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={data * model} gives that many on a CPU" if kind == "cpu" else ""
+        hint = (
+            f"; XLA_FLAGS=--xla_force_host_platform_device_count={data * model} gives that many on a CPU"
+            if kind == "cpu"
+            else ""
+        )
         raise InputError(
             f"--mesh {text}: expected data x model = the {len(devices)} {kind} devices here, got {data} x {model} = {data * model}{hint}"
         )

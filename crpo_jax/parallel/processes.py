@@ -26,7 +26,7 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 
 Item = TypeVar("Item")
 
@@ -51,8 +51,19 @@ LOST = re.compile(r"gloo|nccl|connection|socket|unavailable|heartbeat|peer", re.
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that runs in several processes."""
     coordinator, processes, process = (os.environ.get(variable) for variable in FLAGS.values())
-    parser.add_argument("--coordinator", metavar="HOST:PORT", default=coordinator, help="where process 0 listens, the same in every process")
-    parser.add_argument("--processes", metavar="N", type=int, default=processes, help="how many run this command; TPU slices and Slurm say it")
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        default=coordinator,
+        help="where process 0 listens, the same in every process",
+    )
+    parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=int,
+        default=processes,
+        help="how many run this command; TPU slices and Slurm say it",
+    )
     parser.add_argument("--process", metavar="I", type=int, default=process, help="which of them this one is, from 0")
 
 
@@ -66,7 +77,9 @@ def cluster(args: argparse.Namespace) -> dict[str, Any] | None:
         if not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", args.coordinator):
             raise InputError(f"--coordinator: expected HOST:PORT, got {args.coordinator!r}")
         if not 0 <= args.process < args.processes:
-            raise InputError(f"--process: expected 0 to {args.processes - 1}, since there are {args.processes} processes, got {args.process}")
+            raise InputError(
+                f"--process: expected 0 to {args.processes - 1}, since there are {args.processes} processes, got {args.process}"
+            )
         return {
             "coordinator_address": args.coordinator,
             "num_processes": args.processes,
@@ -74,10 +87,19 @@ def cluster(args: argparse.Namespace) -> dict[str, Any] | None:
             "cluster_detection_method": "deactivate",
         }
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in os.environ:  # started by srun
-        one_a_node = os.environ["SLURM_NTASKS"] == os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES"))
-        devices = range(int(os.environ.get("SLURM_GPUS_ON_NODE", "0")))  # else JAX gives each task the one device of its number
-        return {"cluster_detection_method": "slurm", **({"local_device_ids": list(devices)} if one_a_node and devices else {})}
-    if "TPU_ML_PLATFORM" in os.environ and not os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):  # JAX sets it where it finds TPU chips
+        one_a_node = os.environ["SLURM_NTASKS"] == os.environ.get(
+            "SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES")
+        )
+        devices = range(
+            int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+        )  # else JAX gives each task the one device of its number
+        return {
+            "cluster_detection_method": "slurm",
+            **({"local_device_ids": list(devices)} if one_a_node and devices else {}),
+        }
+    if "TPU_ML_PLATFORM" in os.environ and not os.environ.get("JAX_PLATFORMS", "").startswith(
+        "cpu"
+    ):  # JAX sets it where it finds TPU chips
         return {}
     return None
 
@@ -96,7 +118,9 @@ def joined(command: str, args: argparse.Namespace) -> Iterator[None]:
         return
     last_words, name = LastWords(), f"crpo_jax.{command}"
     try:
-        last_words.be(f"{name}: ended before every process had joined, within {JOIN_SECONDS} seconds: does each of them run, and reach process 0?")
+        last_words.be(
+            f"{name}: ended before every process had joined, within {JOIN_SECONDS} seconds: does each of them run, and reach process 0?"
+        )
         if connected(how):
             me = f"process {jax.process_index()} of {jax.process_count()}"
             last_words.be(
@@ -115,9 +139,13 @@ def joined(command: str, args: argparse.Namespace) -> Iterator[None]:
 
 def connected(how: dict[str, Any]) -> bool:
     """Whether this process is now one of several."""
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself; ours is noted by run/workdir.py
+    jax.config.update(
+        "jax_enable_preemption_service", False
+    )  # it takes SIGTERM for itself; ours is noted by run/workdir.py
     try:
-        jax.distributed.initialize(**how, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            **how, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
     except ValueError as error:
         if how or "coordinator_address" not in str(error):
             raise
@@ -177,7 +205,9 @@ def end(name: str, last_words: LastWords, code: int, line: str) -> NoReturn:
     if not alone():
         try:
             client.key_value_set(ENDED, f"{code} process {jax.process_index()}: {line.partition(chr(10))[0]}")
-        except JaxRuntimeError:  # another one was first, which the listener says before it ends this process; or they are gone
+        except (
+            JaxRuntimeError
+        ):  # another one was first, which the listener says before it ends this process; or they are gone
             time.sleep(5)
         say(f"{name}: process {jax.process_index()} of {jax.process_count()}: {line}")
         time.sleep(1 if jax.process_index() == 0 else 0)  # the store ends with process 0: let the others read it
@@ -213,7 +243,11 @@ def leave(last_words: LastWords, code: int) -> NoReturn:
 # --- the self-test ----------------------------------------------------------------------------------------------------
 
 
-def self_test(sum_over_devices: Callable[[], float] | None = None, seconds: float = SELF_TEST_SECONDS, last_words: LastWords | None = None) -> None:
+def self_test(
+    sum_over_devices: Callable[[], float] | None = None,
+    seconds: float = SELF_TEST_SECONDS,
+    last_words: LastWords | None = None,
+) -> None:
     """One small sum over all devices; ends the process with what to try where it hangs or is wrong.
 
     GPUs whose peer-to-peer copies are broken (some boards behind an IOMMU) hang in their first collective, for ever and
@@ -237,7 +271,9 @@ def self_test(sum_over_devices: Callable[[], float] | None = None, seconds: floa
     got = (sum_over_devices or summed)()
     timer.cancel()
     if got != count * (count + 1) / 2:
-        raise SystemExit(f"crpo_jax: a sum over all {count} devices gave {got:g} instead of {count * (count + 1) / 2:g}; {hint}")
+        raise SystemExit(
+            f"crpo_jax: a sum over all {count} devices gave {got:g} instead of {count * (count + 1) / 2:g}; {hint}"
+        )
 
 
 def summed() -> float:

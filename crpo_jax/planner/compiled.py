@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from crpo_jax.model import lora
 from crpo_jax.model.lora import Adapted
 from crpo_jax.model.placement import sampling_shardings, to_sampling, weight_shardings
-from crpo_jax.model.qwen2 import abstract
+from crpo_jax.model.transformer import abstract
 from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, TOKENS_BT
 from crpo_jax.planner.cost import estimated_collectives
 from crpo_jax.planner.hlo import Collective, collectives
@@ -22,7 +22,7 @@ from crpo_jax.planner.targets import mesh_on, options
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import response_slots
 from crpo_jax.rollout.sample import Rows, programs
-from crpo_jax.update.step import PER_ROW, PER_TOKEN, trainer
+from crpo_jax.update.trainer import PER_ROW, PER_TOKEN, trainer
 
 
 class Compiled(NamedTuple):
@@ -45,14 +45,21 @@ def compiled(job: Job) -> Iterator[tuple[str, Compiled]]:
         began = time.perf_counter()
         try:
             program = one.lower().compile(compiler_options=options(job.target))
-        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what is larger than the device, and says how large it is
+        except (
+            jax.errors.JaxRuntimeError
+        ) as error:  # a TPU's compiler refuses what is larger than the device, and says how large it is
             told = re.search(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]i?B? hbm", str(error))
             if not told:
                 raise
             taken, sent = float(told[1]) * 1024 ** " KMGT".index(told[2]), estimated_collectives(job)[one.phase]
         else:
             measured = program.memory_analysis()
-            taken = measured.argument_size_in_bytes + measured.output_size_in_bytes - measured.alias_size_in_bytes + measured.temp_size_in_bytes
+            taken = (
+                measured.argument_size_in_bytes
+                + measured.output_size_in_bytes
+                - measured.alias_size_in_bytes
+                + measured.temp_size_in_bytes
+            )
             sent = collectives(program.as_text(), job.data, job.model)
         yield one.phase, Compiled(memory_of(job, one.phase, taken), sent, time.perf_counter() - began)
 
@@ -67,7 +74,11 @@ def memory_of(job: Job, phase: str, taken: float) -> Memory:
     taken_parts = TAKES[phase] + (("reference",) if job.settings.lora.rank and phase in ON_THE_BASE else ())
     used = sum(parts[part] for part in taken_parts if part in parts) - (set_aside(job) if phase == "decode" else 0)
     stored = activations(job) if phase == "accumulate" else 0.0
-    return {**parts, "activations": stored, "temporaries": parts.get("temporaries", 0.0) + max(0.0, taken - used - stored)}
+    return {
+        **parts,
+        "activations": stored,
+        "temporaries": parts.get("temporaries", 0.0) + max(0.0, taken - used - stored),
+    }
 
 
 TAKES = {
@@ -101,7 +112,9 @@ class Program(NamedTuple):
 
 def update_programs(job: Job, mesh: Mesh) -> list[Program]:
     settings, shape, layout = job.settings, job.shape, job.layout
-    run: Any = trainer(shape, mesh, settings, settings.optimizer, 1000, loss="crpo", adapters=settings.lora, attention=job.attention)
+    run: Any = trainer(
+        shape, mesh, settings, settings.optimizer, 1000, loss="crpo", adapters=settings.lora, attention=job.attention
+    )
     rows, t = job.micro_batch
     b, kinds = rows * job.data, {"tokens": jnp.int32, "prompt_lengths": jnp.int32, "lengths": jnp.int32}
     whole, of_tokens, of_rows = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), TOKENS_BT, ROWS_B))
@@ -111,14 +124,19 @@ def update_programs(job: Job, mesh: Mesh) -> list[Program]:
     if job.updates == 1:
         del batch["old"]
     gradients, metrics = jax.eval_shape(run.zero)
-    gradients, metrics = placed(gradients, run.states.master), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), metrics)
+    gradients, metrics = (
+        placed(gradients, run.states.master),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), metrics),
+    )
     trained = lora.abstract(shape, settings.lora) if settings.lora.rank else abstract(shape)
     state = placed(jax.eval_shape(run.begin, trained), run.states)
     base = frozen(job, mesh)
     if settings.lora.rank:
         cast = jax.eval_shape(run.compute_weights, lora.policy(state.master, base)).adapters
         weights: Any = lora.policy(placed(cast, lora.shardings(shape, settings.lora, layout.compute, mesh)), base)
-        copy = Program("compute copy", jax.jit(lambda master: run.compute_weights(Adapted(base, master)).adapters), (state.master,))
+        copy = Program(
+            "compute copy", jax.jit(lambda master: run.compute_weights(Adapted(base, master)).adapters), (state.master,)
+        )
     else:
         weights = placed(abstract(shape, settings.model.dtype), weight_shardings(shape, layout.compute, mesh))
         copy = Program("compute copy", run.compute_weights, (state.master,))
@@ -151,7 +169,9 @@ def rollout_programs(job: Job, mesh: Mesh) -> list[Program]:
         policy = placed(abstract(shape), weight_shardings(shape, job.layout.master, mesh))
     weights = placed(jax.eval_shape(gather, policy), sampling_shardings(shape, mesh))
     p, b, longest = job.wave_prompts * job.data, job.wave_rows * job.data, settings.data.max_prompt_tokens
-    whole, of_tokens, of_rows, of_caches = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), TOKENS_BT, ROWS_B, CACHE_BKSH))
+    whole, of_tokens, of_rows, of_caches = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec(), TOKENS_BT, ROWS_B, CACHE_BKSH)
+    )
     prompts = jax.ShapeDtypeStruct((p, longest), jnp.int32, sharding=of_tokens)
     rows = Rows._make([jax.ShapeDtypeStruct((b,), jnp.int32, sharding=of_rows)] * len(Rows._fields))
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), whole)

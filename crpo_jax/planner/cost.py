@@ -71,9 +71,13 @@ def works(job: Job) -> dict[str, Work]:
         "compute copy": Work(job.updates, 0, job.updates * (master + 2 * compute)),
         "reference log-probs": Work(micro, forward, micro * whole + streams / 2),
         "old log-probs": Work(micro, forward, micro * whole + streams / 2),
-        "accumulate": Work(micro, backward + again, micro * (3 * whole + 2 * master) + (3 if settings.parallel.remat else 2) * streams),
+        "accumulate": Work(
+            micro, backward + again, micro * (3 * whole + 2 * master) + (3 if settings.parallel.remat else 2) * streams
+        ),
         "optimizer step": Work(
-            job.updates, 0, job.updates * (3 * master + 4 * held["optimizer step"]["master"] + 2 * held["optimizer step"]["moments"])
+            job.updates,
+            0,
+            job.updates * (3 * master + 4 * held["optimizer step"]["master"] + 2 * held["optimizer step"]["moments"]),
         ),
     }
 
@@ -94,7 +98,9 @@ def estimated_collectives(job: Job) -> dict[str, list[Collective]]:
         one = sent_by_ring("all-reduce", tokens * s.d * dtype.itemsize, job.model)
         return [Collective("all-reduce", "model", times * one, times)] if job.model > 1 else []
 
-    low = bool(job.settings.lora.rank)  # then the base lies as it computes, and only gradients of the adapters are reduced
+    low = bool(
+        job.settings.lora.rank
+    )  # then the base lies as it computes, and only gradients of the adapters are reduced
     base = layout.compute if low else layout.master
     kind = "reduce-scatter" if gathered(layout.master) and job.target.chip.kind == "gpu" else "all-reduce"
     gradients = adapters(job, TENSOR, dtype) if low else whole

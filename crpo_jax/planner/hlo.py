@@ -6,7 +6,21 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
 
 
 class Collective(NamedTuple):
@@ -52,7 +66,10 @@ def collectives(text: str, data: int, model: int) -> list[Collective]:
                 channels.update(channel.groups() if channel else ())
                 found.append(found_here._replace(sent=found_here.sent * times, times=times))
             if " while(" in line:
-                body, condition = re.findall(r"(?:body|condition)=%?([\w.\-]+)", line), re.search(r"condition=%?([\w.\-]+)", line)
+                body, condition = (
+                    re.findall(r"(?:body|condition)=%?([\w.\-]+)", line),
+                    re.search(r"condition=%?([\w.\-]+)", line),
+                )
                 assert condition is not None
                 trips = trip_count(line, lines_of.get(condition[1], []))
                 for called in body:
@@ -104,7 +121,8 @@ def collective(line: str, data: int, model: int) -> Collective | None:
         return None
     result, kind = match[1], match[2]
     arrays = [
-        BYTES.get(name, 4) * math.prod(int(side) for side in sides.split(",") if side) for name, sides in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        BYTES.get(name, 4) * math.prod(int(side) for side in sides.split(",") if side)
+        for name, sides in re.findall(r"(\w+)\[([\d,]*)\]", result)
     ]
     devices, axis = group(line, data, model)
     if kind == "reduce-scatter" and not match[3]:
@@ -123,7 +141,10 @@ def group(line: str, data: int, model: int) -> tuple[int, str]:
     elif named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         first, stride = [0], 1
-        used = {name: int(part) if part else sizes[name] for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])}
+        used = {
+            name: int(part) if part else sizes[name]
+            for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        }
         for name in reversed(sizes):
             if name in used:
                 first = [member + step * stride for step in range(used[name]) for member in first]
@@ -140,6 +161,9 @@ def group(line: str, data: int, model: int) -> tuple[int, str]:
         first = [int(member) for member in listed[1].split(",")]
     else:
         first = list(range(data * model))
-    across_data, across_model = len({member // model for member in first}) > 1, len({member % model for member in first}) > 1
+    across_data, across_model = (
+        len({member // model for member in first}) > 1,
+        len({member % model for member in first}) > 1,
+    )
     axes = [name for name, crosses in (("data", across_data), ("model", across_model)) if crosses]
     return len(first), ", ".join(axes) or "none"

@@ -11,7 +11,8 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from crpo_jax import config
-from crpo_jax.config import Config, InputError
+from crpo_jax.config import Config
+from crpo_jax.errors import InputError
 from crpo_jax.model.attention import Implementation, implementation
 from crpo_jax.model.placement import automatic_layout
 from crpo_jax.model.shape import Shape, read_shape, shape_of
@@ -19,7 +20,15 @@ from crpo_jax.parallel.layout import LAYOUTS, Layout, check_layout
 from crpo_jax.parallel.mesh import DATA, MODEL, parse_mesh
 from crpo_jax.planner.targets import Target
 
-FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", "tie_word_embeddings")
+FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
 PUBLISHED = {  # of the config.json of each size
     "0.5B": (896, 24, 14, 2, 4864, 151936, True),
     "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
@@ -43,15 +52,21 @@ def planned_shape(settings: Config) -> Shape:
     named = re.search(r"Qwen2\.5-(\d+(?:\.\d+)?B)(?:-Instruct)?$", path)
     if not named or named[1] not in PUBLISHED:
         known = ", ".join(f"Qwen/Qwen2.5-{size}" for size in PUBLISHED)
-        raise InputError(f"model.path: expected a folder with config.json or one of {known} (or -Instruct), got {path!r}")
-    return shape_of({**dict(zip(FIELDS, PUBLISHED[named[1]], strict=True)), "rope_theta": 1e6, "rms_norm_eps": 1e-6}, path)
+        raise InputError(
+            f"model.path: expected a folder with config.json or one of {known} (or -Instruct), got {path!r}"
+        )
+    return shape_of(
+        {**dict(zip(FIELDS, PUBLISHED[named[1]], strict=True)), "rope_theta": 1e6, "rms_norm_eps": 1e-6}, path
+    )
 
 
 def replaced(settings: Config, changed: Mapping[str, Any]) -> Config:
     """The settings with others in the place of some, by dotted key."""
     for key, value in changed.items():
         section, name = key.split(".")
-        settings = dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
+        settings = dataclasses.replace(
+            settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})}
+        )
     return settings
 
 
@@ -68,7 +83,9 @@ class Job:
     def __post_init__(self) -> None:
         if self.data * self.model != self.target.count:
             here = f"{self.data} x {self.model} = {self.data * self.model}"
-            raise InputError(f"--mesh {self.mesh_text}: expected data x model = the {self.target.count} devices of {self.target.name}, got {here}")
+            raise InputError(
+                f"--mesh {self.mesh_text}: expected data x model = the {self.target.count} devices of {self.target.name}, got {here}"
+            )
         check_layout(self.layout, self.mesh, {letter: getattr(self.shape, letter) for letter in "dnkfv"})
 
     @property
@@ -91,7 +108,9 @@ class Job:
     @property
     def attention(self) -> Implementation:
         """What the run attends with on the target."""
-        return implementation(self.settings.parallel.attention, self.target.chip.kind, self.settings.model.dtype, self.shape.h)
+        return implementation(
+            self.settings.parallel.attention, self.target.chip.kind, self.settings.model.dtype, self.shape.h
+        )
 
     def having(self, changed: Mapping[str, Any]) -> "Job":
         """The same with other settings, by dotted key."""

@@ -14,14 +14,23 @@ import jax.numpy as jnp
 
 from crpo_jax.model import lora
 from crpo_jax.model.attention import piece
-from crpo_jax.model.qwen2 import Qwen2
 from crpo_jax.model.shape import Shape
+from crpo_jax.model.transformer import Qwen2
 from crpo_jax.parallel.layout import CACHE_BKSH, TENSOR, WeightTable, kv_copies, sharding, spec
 from crpo_jax.planner.job import Job
 from crpo_jax.rollout.engine import response_slots
 
 PARTS = ("weights", "master", "moments", "gradients", "reference", "KV cache", "activations", "temporaries")
-PHASES = ("sampling copy", "prefill", "decode", "compute copy", "reference log-probs", "old log-probs", "accumulate", "optimizer step")
+PHASES = (
+    "sampling copy",
+    "prefill",
+    "decode",
+    "compute copy",
+    "reference log-probs",
+    "old log-probs",
+    "accumulate",
+    "optimizer step",
+)
 """The programs of a step in the order in which they run; with one optimizer step per rollout there are no old log-probs.
 `weights` are the copy that a phase computes with: the sampler's, made at the start of a rollout and given back after it, or the
 trainer's, made for every optimizer step."""
@@ -166,7 +175,9 @@ def temporaries(job: Job) -> Memory:
 
     forward = chunk + block(rows * t, 2, 4)
     copied = (whole if tpu else whole / 4) if split("master") else 0.0
-    blocks = of_table(job, layout.master, dtype) - embedding / (job.data if split("master") else 1)  # the gradients of all blocks
+    blocks = of_table(job, layout.master, dtype) - embedding / (
+        job.data if split("master") else 1
+    )  # the gradients of all blocks
     if job.settings.lora.rank:  # nor are there gradients of the base, and it is stored as it computes
         blocks, embedding = adapters(job, layout.master, dtype), 0.0
         copied = (whole if tpu else whole / 4) if split("compute") else 0.0
@@ -187,6 +198,10 @@ def estimated(job: Job) -> dict[str, Memory]:
     """The memory of every phase, by phase and part, without compiling anything."""
     beside, stored = temporaries(job), activations(job)
     return {
-        phase: {**parts, "activations": stored if phase == "accumulate" else 0.0, "temporaries": parts.get("temporaries", 0.0) + beside[phase]}
+        phase: {
+            **parts,
+            "activations": stored if phase == "accumulate" else 0.0,
+            "temporaries": parts.get("temporaries", 0.0) + beside[phase],
+        }
         for phase, parts in resident(job).items()
     }

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from crpo_jax.config import Config, InputError
+from crpo_jax.config import Config
+from crpo_jax.errors import InputError
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.planner.cost import estimated_collectives, link_of, seconds, works
 from crpo_jax.planner.hlo import Collective
@@ -62,7 +63,10 @@ class Plan:
 def from_shapes(job: Job, changed: dict[str, Any] | None = None) -> Plan:
     """The plan without compiling anything."""
     memory, sent, work = estimated(job), estimated_collectives(job), works(job)
-    phases = [Phase(name, memory[name], sent[name], work[name].runs, seconds(job, work[name], sent[name])) for name in phases_of(job)]
+    phases = [
+        Phase(name, memory[name], sent[name], work[name].runs, seconds(job, work[name], sent[name]))
+        for name in phases_of(job)
+    ]
     return Plan(job, phases, "shapes", changed or {})
 
 
@@ -73,7 +77,14 @@ def by_compiling(job: Job, tell: Any = lambda line: None) -> Plan:
     work, found = works(job), {}
     for name, result in compiled(job):
         tell(f"{name}: compiled in {result.seconds:.0f} s")
-        found[name] = Phase(name, result.memory, result.collectives, work[name].runs, seconds(job, work[name], result.collectives), result.seconds)
+        found[name] = Phase(
+            name,
+            result.memory,
+            result.collectives,
+            work[name].runs,
+            seconds(job, work[name], result.collectives),
+            result.seconds,
+        )
     return Plan(job, [found[name] for name in phases_of(job)], "compiled")
 
 
@@ -81,10 +92,14 @@ def remedies(job: Job) -> Iterator[dict[str, Any]]:
     """Settings that lower memory, those that cost the least time first; later ones are tried on top of all earlier kinds."""
     parallel, rollout, group = job.settings.parallel, job.settings.rollout, job.settings.crpo.group_size
     longest = job.settings.data.max_prompt_tokens + job.settings.rollout.max_new_tokens
-    slots = [size for size in range(rollout.slots - rollout.slots % 8 or rollout.slots, group - 1, -8) if size < rollout.slots] or [rollout.slots]
-    budgets = [size for size in (parallel.micro_batch_tokens // 2**power for power in range(1, 8)) if 2 * size > longest] or [
-        parallel.micro_batch_tokens
-    ]
+    slots = [
+        size
+        for size in range(rollout.slots - rollout.slots % 8 or rollout.slots, group - 1, -8)
+        if size < rollout.slots
+    ] or [rollout.slots]
+    budgets = [
+        size for size in (parallel.micro_batch_tokens // 2**power for power in range(1, 8)) if 2 * size > longest
+    ] or [parallel.micro_batch_tokens]
     remat = {} if parallel.remat else {"parallel.remat": True}
     if remat:
         yield remat
@@ -109,14 +124,22 @@ def all_jobs(settings: Config, target: Target) -> tuple[list[Job], dict[str, str
     they split over the data axis: without one, the config's own stands for all."""
     shape, possible, refused = planned_shape(settings), [], {}
     for model in (size for size in range(1, target.count + 1) if target.count % size == 0):
-        for name in LAYOUTS if model < target.count else [settings.parallel.layout] if settings.parallel.layout in LAYOUTS else ["zero1"]:
+        for name in (
+            LAYOUTS
+            if model < target.count
+            else [settings.parallel.layout]
+            if settings.parallel.layout in LAYOUTS
+            else ["zero1"]
+        ):
             chosen = replaced(settings, {"parallel.layout": name})
             try:
                 possible.append(Job(chosen, shape, target, target.count // model, model))
             except InputError as error:
                 refused[f"{target.count // model}x{model} {name}"] = str(error)
     if not possible:
-        raise InputError(f"--target {target.name}: expected a model that some mesh can split, got {next(iter(refused.values()))}")
+        raise InputError(
+            f"--target {target.name}: expected a model that some mesh can split, got {next(iter(refused.values()))}"
+        )
     return possible, refused
 
 
@@ -155,7 +178,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bound_seconds": plan.bound,
         "micro_batch": {"rows": rows, "tokens": t},
         "decoded_together": job.wave_rows,
-        "device": {"flops": chip.flops, "bandwidth": chip.bandwidth, "link": chip.link, "link_bandwidth": chip.link_bandwidth, "source": chip.source},
+        "device": {
+            "flops": chip.flops,
+            "bandwidth": chip.bandwidth,
+            "link": chip.link,
+            "link_bandwidth": chip.link_bandwidth,
+            "source": chip.source,
+        },
         "phases": [
             {
                 "name": phase.name,

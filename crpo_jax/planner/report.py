@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 from crpo_jax.model.shape import Shape
 from crpo_jax.planner.cost import link_of
 from crpo_jax.planner.memory import PARTS
@@ -15,7 +15,12 @@ from crpo_jax.planner.targets import GIB
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Columns aligned by their widest entry; the first `left` to the left, figures to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -75,14 +80,24 @@ def times(plan: Plan) -> str:
     rows = [["phase", "runs", "compute", "memory", "links", "bound", *(["compile"] if compiled else [])]]
     for phase in plan.phases:
         taken = [seconds(phase.seconds[name]) for name in ("compute", "memory", "links")]
-        rows.append([phase.name, f"{phase.runs:,.0f}", *taken, seconds(phase.bound), *([seconds(phase.compile_seconds or 0)] if compiled else [])])
+        rows.append(
+            [
+                phase.name,
+                f"{phase.runs:,.0f}",
+                *taken,
+                seconds(phase.bound),
+                *([seconds(phase.compile_seconds or 0)] if compiled else []),
+            ]
+        )
     job = plan.job
     head = f"seconds of a step at the device's peaks, at {job.prompt_tokens:,.0f} tokens a prompt and {job.response_tokens:,.0f} a response"
     return f"{head}\n{table(rows)}"
 
 
 def settings_of(changed: dict[str, Any]) -> str:
-    return " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in changed.items())
+    return " ".join(
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in changed.items()
+    )
 
 
 def verdict(plan: Plan) -> str:
@@ -97,12 +112,12 @@ def verdict(plan: Plan) -> str:
         return f"does not fit: {need}, {gib(-plan.margin)} too much; it would fit with {settings_of(changed)}"
     fitting = search(plan.job.settings, plan.job.target)[0]
     if not fitting:
-        return (
-            f"does not fit: {need}, {gib(-plan.margin)} too much; no mesh, layout, slots or micro-batch of {plan.job.target.name} does: more devices"
-        )
+        return f"does not fit: {need}, {gib(-plan.margin)} too much; no mesh, layout, slots or micro-batch of {plan.job.target.name} does: more devices"
     best = fitting[0]
     settings = settings_of({"parallel.layout": best.job.layout_name, **best.changed})
-    return f"does not fit: {need}, {gib(-plan.margin)} too much; it would fit with --mesh {best.job.mesh_text} {settings}"
+    return (
+        f"does not fit: {need}, {gib(-plan.margin)} too much; it would fit with --mesh {best.job.mesh_text} {settings}"
+    )
 
 
 def text(plan: Plan) -> str:
@@ -115,9 +130,22 @@ def ranking(fitting: Sequence[Plan], others: Sequence[Plan], refused: dict[str, 
     for plan in [*fitting, *others]:
         bound = seconds(plan.bound) if plan.fits else "no fit"
         job = plan.job
-        rows.append([job.mesh_text, job.layout_name, settings_of(plan.changed), bound, gib(plan.peak.total), gib(plan.margin), plan.peak.name])
+        rows.append(
+            [
+                job.mesh_text,
+                job.layout_name,
+                settings_of(plan.changed),
+                bound,
+                gib(plan.peak.total),
+                gib(plan.margin),
+                plan.peak.name,
+            ]
+        )
     usable = gib(fitting[0].job.target.usable) if fitting else gib(others[0].job.target.usable) if others else "0"
-    lines = [f"meshes and layouts by the least time of a step, estimated from shapes; usable {usable} GiB a device", table(rows, left=3)]
+    lines = [
+        f"meshes and layouts by the least time of a step, estimated from shapes; usable {usable} GiB a device",
+        table(rows, left=3),
+    ]
     return "\n".join(lines + [f"{mesh}: {reason}" for mesh, reason in refused.items()])
 
 
@@ -137,7 +165,10 @@ def picture(plans: Sequence[Plan], path: Path) -> None:
             panel.bar(names, sizes, bottom=base, color=color, label=part, width=0.7)
             base = [low + size for low, size in zip(base, sizes, strict=True)]
         panel.axhline(target.usable / GIB, color="black", linestyle="--", linewidth=1)
-        panel.set_title(f"{plan.job.layout_name}, {plan.job.mesh_text} ({'compiled' if plan.source == 'compiled' else 'from shapes'})", fontsize=10)
+        panel.set_title(
+            f"{plan.job.layout_name}, {plan.job.mesh_text} ({'compiled' if plan.source == 'compiled' else 'from shapes'})",
+            fontsize=10,
+        )
         panel.tick_params(axis="x", rotation=60)
         for label in panel.get_xticklabels():
             label.set_horizontalalignment("right")
@@ -147,7 +178,8 @@ def picture(plans: Sequence[Plan], path: Path) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="center right", frameon=False)
     figure.suptitle(
-        f"{plans[0].job.settings.model.path or 'model.shape'} on {target.name}; dashed: {target.usable / GIB:.2f} GiB usable", fontsize=11
+        f"{plans[0].job.settings.model.path or 'model.shape'} on {target.name}; dashed: {target.usable / GIB:.2f} GiB usable",
+        fontsize=11,
     )
     figure.tight_layout(rect=(0, 0, 1 - 1.5 / figure.get_figwidth(), 1))
     try:

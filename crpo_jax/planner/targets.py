@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -37,11 +37,23 @@ class Chip:
     network_bandwidth: float
     source: str
     spare: int  # bytes that programs cannot have: the runtime, collectives' buffers, cuDNN's workspace
-    gpu: tuple[int, int, int] = (0, 0, 0)  # compute capability * 10, cores, bytes of L2 cache; a GPU's compiler wants to know
+    gpu: tuple[int, int, int] = (
+        0,
+        0,
+        0,
+    )  # compute capability * 10, cores, bytes of L2 cache; a GPU's compiler wants to know
     topology: str = ""  # a TPU's name for its compiler
 
 
-def gpu(flops: float, memory: int, bandwidth: float, link: tuple[str, float], network: float, compiler: tuple[int, int, int], source: str) -> Chip:
+def gpu(
+    flops: float,
+    memory: int,
+    bandwidth: float,
+    link: tuple[str, float],
+    network: float,
+    compiler: tuple[int, int, int],
+    source: str,
+) -> Chip:
     return Chip("gpu", flops, memory, bandwidth, *link, network, source, spare=3 * GIB, gpu=compiler)
 
 
@@ -55,18 +67,38 @@ MIB = 2**20
 CHIPS: dict[str, Chip] = {
     # Memory is what the driver reports where XLA's own device descriptions have it, else the nominal size.
     "rtx3090": gpu(71e12, 24 * GIB, 936e9, PCIE4, 0, (86, 82, 6 * MIB), "NVIDIA Ampere GA102 whitepaper, table 9"),
-    "rtx4090": gpu(165.2e12, 24564 * MIB, 1008e9, PCIE4, 0, (89, 128, 72 * MIB), "NVIDIA Ada GPU architecture whitepaper, table 2"),
-    "a6000": gpu(154.8e12, 51_041_271_808, 768e9, PCIE4, 0, (86, 84, 6 * MIB), "NVIDIA RTX A6000 datasheet (half of its figure with sparsity)"),
+    "rtx4090": gpu(
+        165.2e12, 24564 * MIB, 1008e9, PCIE4, 0, (89, 128, 72 * MIB), "NVIDIA Ada GPU architecture whitepaper, table 2"
+    ),
+    "a6000": gpu(
+        154.8e12,
+        51_041_271_808,
+        768e9,
+        PCIE4,
+        0,
+        (86, 84, 6 * MIB),
+        "NVIDIA RTX A6000 datasheet (half of its figure with sparsity)",
+    ),
     "l40s": gpu(362e12, 48 * GIB, 864e9, PCIE4, 0, (89, 142, 96 * MIB), "NVIDIA L40S datasheet"),
-    "a100-40gb": gpu(312e12, 42_331_013_120, 1555e9, ("NVLink 3", 300e9), 25e9, (80, 108, 40 * MIB), "NVIDIA A100 datasheet (SXM)"),
-    "a100": gpu(312e12, 85_100_068_864, 2039e9, ("NVLink 3", 300e9), 25e9, (80, 108, 40 * MIB), "NVIDIA A100 datasheet (SXM)"),
-    "h100": gpu(989e12, 84_942_979_072, 3350e9, ("NVLink 4", 450e9), 50e9, (90, 132, 50 * MIB), "NVIDIA H100 datasheet (SXM)"),
-    "h200": gpu(989e12, 151_397_597_184, 4800e9, ("NVLink 4", 450e9), 50e9, (90, 132, 50 * MIB), "NVIDIA H200 datasheet (SXM)"),
+    "a100-40gb": gpu(
+        312e12, 42_331_013_120, 1555e9, ("NVLink 3", 300e9), 25e9, (80, 108, 40 * MIB), "NVIDIA A100 datasheet (SXM)"
+    ),
+    "a100": gpu(
+        312e12, 85_100_068_864, 2039e9, ("NVLink 3", 300e9), 25e9, (80, 108, 40 * MIB), "NVIDIA A100 datasheet (SXM)"
+    ),
+    "h100": gpu(
+        989e12, 84_942_979_072, 3350e9, ("NVLink 4", 450e9), 50e9, (90, 132, 50 * MIB), "NVIDIA H100 datasheet (SXM)"
+    ),
+    "h200": gpu(
+        989e12, 151_397_597_184, 4800e9, ("NVLink 4", 450e9), 50e9, (90, 132, 50 * MIB), "NVIDIA H200 datasheet (SXM)"
+    ),
     # ICI: both directions of the links along one axis of the slice, which one ring of a collective uses.
     "v4": tpu(275e12, 32, 1228e9, 90e9, "v4", "Google Cloud TPU v4 page; links: How to Scale Your Model, chapter 2"),
     "v5e": tpu(197e12, 16, 819e9, 90e9, "v5e", "Google Cloud TPU v5e page; links: How to Scale Your Model, chapter 2"),
     "v5p": tpu(459e12, 95, 2765e9, 180e9, "v5", "Google Cloud TPU v5p page; links: How to Scale Your Model, chapter 2"),
-    "v6e": tpu(918e12, 32, 1640e9, 180e9, "v6e", "Google Cloud TPU v6e page; links: How to Scale Your Model, chapter 2"),
+    "v6e": tpu(
+        918e12, 32, 1640e9, 180e9, "v6e", "Google Cloud TPU v6e page; links: How to Scale Your Model, chapter 2"
+    ),
 }
 
 SAME = {"a100-80gb": "a100", "rtx-a6000": "a6000", "h100-80gb": "h100"}
@@ -123,12 +155,19 @@ def parse_target(name: str) -> Target:
         chip = CHIPS[slice_of[1]]
         if rest or not slice_shape(chip, chips):
             sizes = [size * CORES_PER_CHIP[slice_of[1]] for size in range(1, 257) if slice_shape(chip, size)]
-            raise InputError(f"--target {name}: expected a {slice_of[1]} slice of {', '.join(map(str, sizes))}, got {slice_of[2]}")
+            raise InputError(
+                f"--target {name}: expected a {slice_of[1]} slice of {', '.join(map(str, sizes))}, got {slice_of[2]}"
+            )
         return Target(name, chip, chips)
     cards = [*(card for card, chip in CHIPS.items() if chip.kind == "gpu"), *SAME]
     match = re.fullmatch(rf"(?:(?P<before>\d{{1,4}})x)?(?P<card>{'|'.join(cards)})(?:x(?P<after>\d{{1,4}}))?", text)
     if not match or (match["before"] and match["after"]):
-        examples = [*(card for card in cards if card not in SAME), "8xa6000", "h100x8", *(f"{known}-16" for known in CORES_PER_CHIP)]
+        examples = [
+            *(card for card in cards if card not in SAME),
+            "8xa6000",
+            "h100x8",
+            *(f"{known}-16" for known in CORES_PER_CHIP),
+        ]
         close = difflib.get_close_matches(text, examples, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
         raise InputError(f"--target: expected one such as {', '.join(examples)}, got {name!r}{meant}")
@@ -136,7 +175,9 @@ def parse_target(name: str) -> Target:
     count = int(match["before"] or match["after"] or 1)
     most = 1024 if CHIPS[card].network_bandwidth else GPUS_PER_HOST
     if not 1 <= count <= most or (count > GPUS_PER_HOST and count % GPUS_PER_HOST):
-        known = f"1 to {GPUS_PER_HOST}" + (f" or a multiple of {GPUS_PER_HOST} up to {most}" if most > GPUS_PER_HOST else "")
+        known = f"1 to {GPUS_PER_HOST}" + (
+            f" or a multiple of {GPUS_PER_HOST} up to {most}" if most > GPUS_PER_HOST else ""
+        )
         raise InputError(f"--target {name}: expected {known} {card}, got {count}")
     return Target(name, CHIPS[card], count)
 
@@ -149,7 +190,13 @@ def slice_shape(chip: Chip, chips: int) -> tuple[int, ...] | None:
     power = chips.bit_length() - 1
     if chip.topology in ("v5e", "v6e"):
         return (2 ** (power // 2), 2 ** (power - power // 2))
-    return (2, 2, 1) if chips == 4 else (2 ** (power // 3), 2 ** ((power + 1) // 3), 2 ** ((power + 2) // 3)) if chips > 4 else None
+    return (
+        (2, 2, 1)
+        if chips == 4
+        else (2 ** (power // 3), 2 ** ((power + 1) // 3), 2 ** ((power + 2) // 3))
+        if chips > 4
+        else None
+    )
 
 
 def plug_in_missing(target: Target) -> str:
@@ -164,7 +211,11 @@ def prepare(target: Target) -> None:
     """Sets what the target's compiler reads from the environment; call before jax makes its first device."""
     wanted = {"JAX_PLATFORMS": "cpu"}
     if target.chip.kind == "tpu":
-        wanted |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
+        wanted |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        }
         wanted |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3"}
     else:
         wanted |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -190,14 +241,21 @@ def devices(target: Target) -> tuple[Any, ...]:
         # With no GPU present jax cannot tell which maker's "gpu" stands for, which rules for one platform ask for (jax 0.10, 0.11).
         xla_bridge._alias_to_platforms["gpu"] = ["cuda"]
         xla_bridge.backends()  # registers the plug-ins
-        found = topologies.get_topology_desc(platform="cuda", topology=f"1x{hosts}x{target.count // hosts}", target_config=description(target))
+        found = topologies.get_topology_desc(
+            platform="cuda", topology=f"1x{hosts}x{target.count // hosts}", target_config=description(target)
+        )
         return tuple(found.devices)
     sides = slice_shape(chip, target.count)
     assert sides is not None  # parse_target refuses what has none
     if target.count == 1:
         more = {"chips_per_host_bounds": (1, 1, 1)}
     elif len(sides) == 3:  # else every chip counts as two devices
-        more = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1, "wrap": (False,) * 3}
+        more = {
+            "chip_config_name": "megacore",
+            "chips_per_host_bounds": (2, 2, 1),
+            "num_slices": 1,
+            "wrap": (False,) * 3,
+        }
     name = f"{chip.topology}:{'x'.join(map(str, sides))}"
     return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
 
@@ -209,7 +267,9 @@ def mesh_on(target: Target, data: int, model: int) -> "Mesh":
 
     from crpo_jax.parallel.mesh import DATA, MODEL
 
-    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices(target))
+    return jax.make_mesh(
+        (data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices(target)
+    )
 
 
 def options(target: Target) -> dict[str, Any]:
@@ -221,7 +281,9 @@ def description(target: Target) -> str:
     """The GPU in the form that XLA's compiler takes (stream_executor.GpuTargetConfigProto as text)."""
     chip = target.chip
     capability, cores, l2 = chip.gpu
-    shared, threads, units = {80: (164, 2048, 64), 86: (100, 1536, 128), 89: (100, 1536, 128), 90: (228, 2048, 128)}[capability]
+    shared, threads, units = {80: (164, 2048, 64), 86: (100, 1536, 128), 89: (100, 1536, 128), 90: (228, 2048, 128)}[
+        capability
+    ]
     accelerated = "feature_extension: ACCELERATED_FEATURES" if capability == 90 else ""
     fields = {
         "threads_per_block_limit": 1024,

@@ -26,10 +26,44 @@ MAX_CHARS = 100_000  # of dx and conclusion together; beyond any response length
 MEASUREMENTS = frozenset(
     tuple(terms.read(name).all())
     for name in (
-        *("blood pressure", "respiratory rate", "heart rate", "oxygen saturation", "pulse oximetry", "body mass", "mass index", "chest x-ray"),
-        *("leukocyte count", "platelet count", "blood count", "complete blood", "blood cell", "red blood", "white blood", "cell count"),
-        *("corpuscular volume", "mean corpuscular", "hemoglobin concentration", "urea nitrogen", "blood urea", "ct scan", "family history"),
-        *("serum creatinine", "alkaline phosphatase", "lung auscultation", "room air", "mental status", "bowel sounds", "breath sounds"),
+        *(
+            "blood pressure",
+            "respiratory rate",
+            "heart rate",
+            "oxygen saturation",
+            "pulse oximetry",
+            "body mass",
+            "mass index",
+            "chest x-ray",
+        ),
+        *(
+            "leukocyte count",
+            "platelet count",
+            "blood count",
+            "complete blood",
+            "blood cell",
+            "red blood",
+            "white blood",
+            "cell count",
+        ),
+        *(
+            "corpuscular volume",
+            "mean corpuscular",
+            "hemoglobin concentration",
+            "urea nitrogen",
+            "blood urea",
+            "ct scan",
+            "family history",
+        ),
+        *(
+            "serum creatinine",
+            "alkaline phosphatase",
+            "lung auscultation",
+            "room air",
+            "mental status",
+            "bowel sounds",
+            "breath sounds",
+        ),
     )
 )
 
@@ -51,7 +85,9 @@ def case(question: Question) -> Case:
 def read_case(text: str, options: tuple[str, ...]) -> Case:
     found, excluded = terms.read(text), frozenset(term for option in options for term in terms.read(option).all())
     neighbours = frozenset(
-        item for item in found.neighbours() if item[0] != item[1] and not excluded.intersection(item[:2]) and item[:2] not in MEASUREMENTS
+        item
+        for item in found.neighbours()
+        if item[0] != item[1] and not excluded.intersection(item[:2]) and item[:2] not in MEASUREMENTS
     )
     quantities = frozenset(term for term in found.all() if terms.has_unit(term) and term not in excluded)
     return Case(neighbours, quantities, excluded)
@@ -78,7 +114,11 @@ def case_facts(case: Case, system1: Terms, system2: Terms, conclusion: Terms) ->
         open_ended = True
     whole = {term for fact in facts for term in fact}
     dx_terms = {*system1.by_token, *system2.by_token}
-    numbers = [term for term in dict.fromkeys(conclusion.by_token) if term in case.quantities and term in dx_terms and term not in whole]
+    numbers = [
+        term
+        for term in dict.fromkeys(conclusion.by_token)
+        if term in case.quantities and term in dx_terms and term not in whole
+    ]
     return list(dict.fromkeys([*(" ".join(fact) for fact in facts), *numbers]))
 
 
@@ -92,7 +132,9 @@ def copied_share(conclusion: list[str], dx: list[str], n: int) -> float:
     return sum(gram in known for gram in grams) / len(grams)
 
 
-def cross_reference(question: Question, system1: str, system2: str, conclusion: str, settings: CrossReference) -> tuple[bool, Mapping[str, Any]]:
+def cross_reference(
+    question: Question, system1: str, system2: str, conclusion: str, settings: CrossReference
+) -> tuple[bool, Mapping[str, Any]]:
     """Whether `conclusion` (its box cut out) cites dx = `system1` + `system2`, and every part of that decision."""
     if len(system1) + len(system2) + len(conclusion) > MAX_CHARS:
         return False, {"failed": [f"dx and conclusion are longer than {MAX_CHARS} characters together: not read"]}
@@ -112,11 +154,23 @@ def cross_reference(question: Question, system1: str, system2: str, conclusion: 
         reason
         for wrong, reason in (
             (len(cited) < s.min_terms, f"{len(cited)} cited terms, {s.min_terms} needed"),
-            (len(cited_in_system2) < s.min_system2_terms, f"{len(cited_in_system2)} cited terms from System 2, {s.min_system2_terms} needed"),
+            (
+                len(cited_in_system2) < s.min_system2_terms,
+                f"{len(cited_in_system2)} cited terms from System 2, {s.min_system2_terms} needed",
+            ),
             (len(facts) < s.min_case_facts, f"{len(facts)} whole case facts, {s.min_case_facts} needed"),
-            (cited_share < s.min_cited_share, f"cited terms are {cited_share:.2f} of the conclusion's, {s.min_cited_share:.2f} needed"),
-            (distinct_share < s.min_distinct_share, f"distinct terms are {distinct_share:.2f} of all, {s.min_distinct_share:.2f} needed"),
-            (copied > s.max_copied_share, f"{copied:.2f} of the word {s.copy_ngram}-grams are copied from dx, {s.max_copied_share:.2f} allowed"),
+            (
+                cited_share < s.min_cited_share,
+                f"cited terms are {cited_share:.2f} of the conclusion's, {s.min_cited_share:.2f} needed",
+            ),
+            (
+                distinct_share < s.min_distinct_share,
+                f"distinct terms are {distinct_share:.2f} of all, {s.min_distinct_share:.2f} needed",
+            ),
+            (
+                copied > s.max_copied_share,
+                f"{copied:.2f} of the word {s.copy_ngram}-grams are copied from dx, {s.max_copied_share:.2f} allowed",
+            ),
         )
         if wrong
     ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 
 EFFECTIVE_RANGES = (
     (0x0021, 0x007E),  # ASCII
@@ -49,7 +49,9 @@ def effective_characters(text: str) -> tuple[int, int]:
     """How many characters of `text` are effective, and of how many, white space aside in both."""
     if not text:
         return 0, 0
-    codes = np.array([text]).view(np.uint32)  # numpy keeps strings as code points; encoding them would trip over lone surrogates
+    codes = np.array([text]).view(
+        np.uint32
+    )  # numpy keeps strings as code points; encoding them would trip over lone surrogates
     counts = np.bincount(character_classes()[codes], minlength=3)
     return int(counts[EFFECTIVE]), int(counts[EFFECTIVE] + counts[NOT_EFFECTIVE])
 
@@ -125,13 +127,19 @@ def effective_table(tokenizer_json: str | Path, vocab_size: int) -> np.ndarray:
         raise InputError(f"{tokenizer_json}: expected token ids below the vocabulary size {vocab_size}, got {largest}")
     alphabet, table = byte_alphabet(), np.zeros(vocab_size, bool)
     for token, index in vocabulary.items():
-        if token.lstrip(SHOWN_WHITE_SPACE).isascii():  # most of a vocabulary: ASCII is shown as itself, and all of it is effective
+        if token.lstrip(
+            SHOWN_WHITE_SPACE
+        ).isascii():  # most of a vocabulary: ASCII is shown as itself, and all of it is effective
             table[index] = True
         else:
-            table[index] = all(character in alphabet for character in token) and effective_bytes(bytes(map(alphabet.__getitem__, token)))
+            table[index] = all(character in alphabet for character in token) and effective_bytes(
+                bytes(map(alphabet.__getitem__, token))
+            )
     for index, token in added.items():
         text = token["content"]
-        table[index] = not token.get("special") and not (text.startswith("<|") and text.endswith("|>")) and all_effective(text)
+        table[index] = (
+            not token.get("special") and not (text.startswith("<|") and text.endswith("|>")) and all_effective(text)
+        )
     return table
 
 
@@ -146,5 +154,7 @@ def read_tokenizer(tokenizer_json: str | Path) -> tuple[Mapping[str, int], Mappi
     model = tokenizer.get("model") if isinstance(tokenizer, Mapping) else None
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     if not isinstance(vocabulary, Mapping) or "ByteLevel" not in json.dumps(tokenizer.get("decoder")):
-        raise InputError(f"{tokenizer_json}: expected a byte-level BPE tokenizer, with model.vocab and a ByteLevel decoder")
+        raise InputError(
+            f"{tokenizer_json}: expected a byte-level BPE tokenizer, with model.vocab and a ByteLevel decoder"
+        )
     return vocabulary, {token["id"]: token for token in tokenizer.get("added_tokens") or ()}

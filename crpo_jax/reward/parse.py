@@ -58,7 +58,11 @@ class Parsed:
         return self.boxes[0] if self.box_count == 1 else None
 
     def in_conclusion(self, box: Box) -> bool:
-        return self.conclusion is not None and self.conclusion_start <= box.start and box.end <= self.conclusion_start + len(self.conclusion)
+        return (
+            self.conclusion is not None
+            and self.conclusion_start <= box.start
+            and box.end <= self.conclusion_start + len(self.conclusion)
+        )
 
     def conclusion_without_box(self) -> str:
         """The prose of the conclusion: its only box, where it stands there, is cut out."""
@@ -80,7 +84,11 @@ def parse(response: str, tags: tuple[str, ...] = ("dx", "conclusion"), systems: 
     first, second = tags
     names = (f"<{first}>", f"</{first}>", f"<{second}>", f"</{second}>")
     counts = [response.count(name) for name in names]
-    problems = [f"{name} stands {count} times" if count else f"no {name}" for name, count in zip(names, counts, strict=True) if count != 1]
+    problems = [
+        f"{name} stands {count} times" if count else f"no {name}"
+        for name, count in zip(names, counts, strict=True)
+        if count != 1
+    ]
     opened, closed, opened2, closed2 = (response.find(name) for name in names)
 
     dx = conclusion = system1 = system2 = None
@@ -89,7 +97,9 @@ def parse(response: str, tags: tuple[str, ...] = ("dx", "conclusion"), systems: 
         if opened < closed < opened2 < closed2:
             dx, conclusion = response[opened + len(names[0]) : closed], response[start:closed2]
             outside = response[:opened], response[closed + len(names[1]) : opened2], response[closed2 + len(names[3]) :]
-            for text, where in zip(outside, (f"before {names[0]}", f"between {names[1]} and {names[2]}", f"after {names[3]}"), strict=True):
+            for text, where in zip(
+                outside, (f"before {names[0]}", f"between {names[1]} and {names[2]}", f"after {names[3]}"), strict=True
+            ):
                 if text and not text.isspace():
                     problems.append(f"text {where}")
         else:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from crpo_jax.config import InputError, Reward
+from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
+from crpo_jax.errors import InputError
 from crpo_jax.reward import terms
 from crpo_jax.reward.citation import cross_reference
 from crpo_jax.reward.effective import effective_characters
@@ -63,7 +64,9 @@ def score(
     return DESIGNS[settings.design](question, response, settings, token_ids, effective)
 
 
-def crpo(question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None) -> Score:
+def crpo(
+    question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None
+) -> Score:
     """The paper's reward, equation (4); a cross-reference counts only within the format."""
     parsed = parse(response)
     answer, answer_why = found_answer(parsed, question, "conclusion")
@@ -71,7 +74,9 @@ def crpo(question: Question, response: str, settings: Reward, token_ids: TokenId
     problems = [*parsed.problems, *empty_sections(parsed, conclusion, settings.min_section_words)]
     cited, citation_why = False, None
     if not problems and parsed.system1 is not None and parsed.system2 is not None:
-        cited, citation_why = cross_reference(question, parsed.system1, parsed.system2, conclusion, settings.cross_reference)
+        cited, citation_why = cross_reference(
+            question, parsed.system1, parsed.system2, conclusion, settings.cross_reference
+        )
     share, consistency_why = consistency(response, token_ids, effective)
 
     accuracy, formed = float(answer == question.answer), float(not problems)
@@ -81,7 +86,9 @@ def crpo(question: Question, response: str, settings: Reward, token_ids: TokenId
     return Score(accuracy, formed, float(cited), clinical_reasoning, share, total, answer, why, {"crpo": total})
 
 
-def grpo(question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None) -> Score:
+def grpo(
+    question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None
+) -> Score:
     """The paper's baseline: accuracy and a general format of two tagged parts, neither of them blank.
 
     Consistency is reported, so that runs can be compared, and not summed.
@@ -90,7 +97,11 @@ def grpo(question: Question, response: str, settings: Reward, token_ids: TokenId
     parsed = parse(response, settings.grpo_tags, systems=False)
     answer, answer_why = found_answer(parsed, question, second)
     problems = list(parsed.problems)
-    problems += [f"{name} is empty" for name, text in ((first, parsed.dx), (second, parsed.conclusion)) if text is not None and not text.strip()]
+    problems += [
+        f"{name} is empty"
+        for name, text in ((first, parsed.dx), (second, parsed.conclusion))
+        if text is not None and not text.strip()
+    ]
     share, consistency_why = consistency(response, token_ids, effective)
 
     accuracy, formed = float(answer == question.answer), float(not problems)
@@ -122,7 +133,11 @@ def found_answer(parsed: Parsed, question: Question, part: str) -> tuple[str | N
 
 def empty_sections(parsed: Parsed, conclusion: str, min_words: int) -> list[str]:
     """The parts with fewer than `min_words` distinct words, those of the prompt's own frame and the box not counted."""
-    parts = (("System 1", parsed.system1), ("System 2", parsed.system2), ("the conclusion", None if parsed.conclusion is None else conclusion))
+    parts = (
+        ("System 1", parsed.system1),
+        ("System 2", parsed.system2),
+        ("the conclusion", None if parsed.conclusion is None else conclusion),
+    )
     problems = []
     for name, text in parts:
         if text is not None:
@@ -144,12 +159,16 @@ def section_words(text: str, enough: int) -> int:
     return len(words)
 
 
-def consistency(response: str, token_ids: TokenIds | None, effective: np.ndarray | None) -> tuple[float, dict[str, Any]]:
+def consistency(
+    response: str, token_ids: TokenIds | None, effective: np.ndarray | None
+) -> tuple[float, dict[str, Any]]:
     """The share of effective tokens, or of effective characters where the tokens are not known; 0 for an empty response."""
     if token_ids is not None and effective is not None:
         ids = np.asarray(token_ids, np.int64)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(effective):
-            raise ValueError(f"token_ids: expected ids from 0 to {len(effective) - 1}, got {int(ids.min())} to {int(ids.max())}")
+            raise ValueError(
+                f"token_ids: expected ids from 0 to {len(effective) - 1}, got {int(ids.min())} to {int(ids.max())}"
+            )
         by, count, of = "tokens", int(np.count_nonzero(effective[ids])), int(ids.size)
     else:
         by, (count, of) = "characters", effective_characters(response)
@@ -157,12 +176,16 @@ def consistency(response: str, token_ids: TokenIds | None, effective: np.ndarray
 
 
 RELEASED_CHARACTERS = frozenset(
-    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?;:'\"()[]{}<>-_/\\|`~@#$%^&*+=~0123456789 \n".encode("ascii")
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?;:'\"()[]{}<>-_/\\|`~@#$%^&*+=~0123456789 \n".encode(
+        "ascii"
+    )
 )
 RELEASED_TURN = re.compile(r"</think>\s*<answer>")
 
 
-def released(question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None) -> Score:
+def released(
+    question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None
+) -> Score:
     """What the authors' published code scores (verl/utils/reward_score/medical_rule_based.py), in linear time.
 
     Kept as it is there: a response without a box scores 0 and so more than one with an unreadable box; with n > 1 boxes
@@ -175,7 +198,11 @@ def released(question: Question, response: str, settings: Reward, token_ids: Tok
         answer = text[text.find(BOX) + len(BOX) + 1 :].split("}", 1)[0]
 
     problems, summary = ["expected <think>...</think> <answer>...</answer> and nothing else"], False
-    turn = RELEASED_TURN.search(text, len("<think>")) if text.startswith("<think>") and text.endswith("</answer>") else None
+    turn = (
+        RELEASED_TURN.search(text, len("<think>"))
+        if text.startswith("<think>") and text.endswith("</answer>")
+        else None
+    )
     if turn is not None and turn.end() <= len(text) - len("</answer>"):
         problems, summary = [], released_summary(text[turn.end() : -len("</answer>")].strip())
     plain = text.encode("ascii", "ignore")
@@ -216,7 +243,9 @@ def released_summary(answer: str) -> bool:
         return False  # the published code would look through them all
     found, at = [], 0
     while len(found) < 2 and (start := answer.find(BOX + "{", at)) >= 0 and (end := answer.find("}", start)) >= 0:
-        start = answer.find(BOX + "{", max(start, answer.rfind("\n", start, end) + 1), end)  # a box does not run over lines
+        start = answer.find(
+            BOX + "{", max(start, answer.rfind("\n", start, end) + 1), end
+        )  # a box does not run over lines
         if start >= 0:
             found.append(answer[start : end + 1])
         at = end + 1

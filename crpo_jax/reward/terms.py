@@ -88,7 +88,10 @@ def term(token: str) -> str:
 
 def quantity(token: str) -> str:
     """A number, thousands commas removed, and its unit in one spelling: "12,000 / mm³" and the like read alike."""
-    end = next((index for index, character in enumerate(token) if not (character.isdecimal() or character in ".,/")), len(token))
+    end = next(
+        (index for index, character in enumerate(token) if not (character.isdecimal() or character in ".,/")),
+        len(token),
+    )
     if token[:end].endswith("/"):  # the slash of "90/min" belongs to the unit
         end -= 1
     number, unit = token[:end].replace(",", ""), token[end:].strip(" -\u00a0\u2009")
@@ -152,5 +155,7 @@ class Terms:
 
 def read(text: str) -> Terms:
     """The words and terms of a text."""
-    tokens = TOKEN.findall(text.lower().replace("\u03bc", "\u00b5"))  # the Greek mu, the micro sign: one spelling of micro
+    tokens = TOKEN.findall(
+        text.lower().replace("\u03bc", "\u00b5")
+    )  # the Greek mu, the micro sign: one spelling of micro
     return Terms([token for token in tokens if token not in PUNCTUATION], [*map(term, tokens)])

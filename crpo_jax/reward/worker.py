@@ -129,7 +129,9 @@ def call(function: Callable[..., Any], job: Job) -> list[float | Failure | None]
         columns.pop(key, None)
     if job.token_ids is not None:
         columns["completion_ids"] = [list(map(int, ids)) for ids in job.token_ids]
-    rewards = function(prompts=[question.question for question in job.questions], completions=list(job.responses), **columns)
+    rewards = function(
+        prompts=[question.question for question in job.questions], completions=list(job.responses), **columns
+    )
     try:
         rewards = list(rewards)
     except TypeError:

@@ -33,7 +33,12 @@ def row_keys(key: Key[Array, ""], prompts: Int[Array, " b"], samples: Int[Array,
 
 
 def draw(
-    logits: Float[Array, "b v"], keys: Key[Array, " b"], positions: Int[Array, " b"], how: Sampling, shard: Shard, vocabulary: int
+    logits: Float[Array, "b v"],
+    keys: Key[Array, " b"],
+    positions: Int[Array, " b"],
+    how: Sampling,
+    shard: Shard,
+    vocabulary: int,
 ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
     """Token number `positions` of every row's response and its log-prob under softmax(logits / temperature), before top-p and top-k.
 
@@ -62,7 +67,9 @@ def draw(
     return tokens, shard.sum(jnp.where(held, picked, 0)) - top - jnp.log(total)
 
 
-def threshold(mass: Float[Array, "b v"], wanted: Float[Array, " b"] | float, shard: Shard, *, by_count: bool) -> Float[Array, " b"]:
+def threshold(
+    mass: Float[Array, "b v"], wanted: Float[Array, " b"] | float, shard: Shard, *, by_count: bool
+) -> Float[Array, " b"]:
     """The largest mass t such that the entries of at least t number (by_count) or add up to at least `wanted`.
 
     Bisection over [0, 1], the range of exp(logit - max): ties are kept together, so slightly more may stay.
@@ -72,7 +79,9 @@ def threshold(mass: Float[Array, "b v"], wanted: Float[Array, " b"] | float, sha
         low, high = bounds
         middle = (low + high) / 2
         above = mass >= middle[:, None]
-        reached = shard.sum(jnp.sum(above if by_count else jnp.where(above, mass, 0), axis=-1, dtype=jnp.float32)) >= wanted
+        reached = (
+            shard.sum(jnp.sum(above if by_count else jnp.where(above, mass, 0), axis=-1, dtype=jnp.float32)) >= wanted
+        )
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
     start = jnp.zeros(mass.shape[0])

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from crpo_jax.config import InputError
-from crpo_jax.model import hub
+from crpo_jax.errors import InputError
+from crpo_jax.model import huggingface
 from crpo_jax.model.attention import Implementation
 from crpo_jax.model.decode import Cache, Weights
 from crpo_jax.model.placement import to_sampling
@@ -199,11 +199,26 @@ class Schedule:
         key: jax.Array,
         group: int,
     ) -> None:
-        self.weights, self.prompts, self.ids, self.limits, self.key, self.group = weights, prompts, ids, limits, key, group
-        self.mesh, self.chunk, self.shards = engine.mesh, min(engine.chunk, engine.max_new_tokens), data_size(engine.mesh)
+        self.weights, self.prompts, self.ids, self.limits, self.key, self.group = (
+            weights,
+            prompts,
+            ids,
+            limits,
+            key,
+            group,
+        )
+        self.mesh, self.chunk, self.shards = (
+            engine.mesh,
+            min(engine.chunk, engine.max_new_tokens),
+            data_size(engine.mesh),
+        )
         self.run = programs(engine.shape, engine.mesh, engine.how, self.chunk, engine.attention)
-        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # a wave is padded to its longest prompt
-        self.entries = max(1, min(engine.slots // group, -(-len(prompts) // self.shards)))  # prompts of a wave on each data shard
+        self.waiting = sorted(
+            range(len(prompts)), key=lambda i: len(prompts[i])
+        )  # a wave is padded to its longest prompt
+        self.entries = max(
+            1, min(engine.slots // group, -(-len(prompts) // self.shards))
+        )  # prompts of a wave on each data shard
         self.width = self.entries * group
         self.prompt_slots, self.most = prompt_slots(max(map(len, prompts))), engine.max_new_tokens
         self.decks: list[Deck] = []
@@ -255,7 +270,9 @@ class Schedule:
             for sample in range(self.group):
                 rows[place * self.group + sample] = Row(index, sample, self.ids[index], len(prompt), self.limits[index])
         slots = (self.prompt_slots, response_slots(self.chunk, self.most))
-        cache, drawn = self.run.start(self.weights, put(tokens, self.mesh, TOKENS_BT), self.told(rows), self.key, slots=slots)
+        cache, drawn = self.run.start(
+            self.weights, put(tokens, self.mesh, TOKENS_BT), self.told(rows), self.key, slots=slots
+        )
         self.decks.append(Deck(rows, list(cache), 0))
         self.drawn = self.decks[-1], drawn
 
@@ -264,7 +281,9 @@ class Schedule:
         steps = self.steps_of(deck.running)
         cache, deck.cache = tuple(deck.cache), []
         self.cache_bytes = sum(part.nbytes for layer in cache for part in layer) // self.mesh.devices.size
-        cache, drawn = self.run.advance(self.weights, cache, self.told(deck.rows), self.key, np.int32(deck.cursor), np.int32(steps))
+        cache, drawn = self.run.advance(
+            self.weights, cache, self.told(deck.rows), self.key, np.int32(deck.cursor), np.int32(steps)
+        )
         deck.cache, deck.cursor, self.steps = list(cache), deck.cursor + steps, self.steps + steps
         self.drawn = deck, drawn
 
@@ -274,7 +293,14 @@ class Schedule:
     def told(self, rows: Sequence[Row]) -> Rows:
         columns = zip(
             *(
-                (row.tokens[-1] if row.tokens else 0, len(row.tokens), 0 if row.ended else row.limit, row.prompt_length, row.number, row.sample)
+                (
+                    row.tokens[-1] if row.tokens else 0,
+                    len(row.tokens),
+                    0 if row.ended else row.limit,
+                    row.prompt_length,
+                    row.number,
+                    row.sample,
+                )
                 for row in rows
             ),
             strict=True,
@@ -310,7 +336,11 @@ class Schedule:
             self.decks.remove(deck)
             return
         slots, few = self.collected_slots([deck]), self.rows_for(self.busiest(deck.rows))
-        aside = [other for other in self.decks if other is not deck and not self.full(other) and self.collected_slots([other]) == slots]
+        aside = [
+            other
+            for other in self.decks
+            if other is not deck and not self.full(other) and self.collected_slots([other]) == slots
+        ]
         if aside and not self.full(deck):
             self.collect([deck, *aside[:1]])
         elif few * self.shards < len(deck.rows):
@@ -328,7 +358,9 @@ class Schedule:
 
     def rows_for(self, busiest: int) -> int:
         """Rows on each data shard that hold so many: a wave's, or a few halvings of that."""
-        return min(size for size in (-(-self.width // 2**halving) for halving in range(HALVINGS + 1)) if size >= busiest)
+        return min(
+            size for size in (-(-self.width // 2**halving) for halving in range(HALVINGS + 1)) if size >= busiest
+        )
 
     def widen(self, deck: Deck) -> None:
         slots = response_slots(deck.cursor + self.steps_of(deck.running), self.most)
@@ -346,7 +378,10 @@ class Schedule:
                 if not row.ended:
                     shards[place // each].append((number, place % each, row))
         size = self.rows_for(max(map(len, shards)))
-        rows, sources = [filler() for _ in range(size * self.shards)], np.full((len(decks), size * self.shards), -1, np.int32)
+        rows, sources = (
+            [filler() for _ in range(size * self.shards)],
+            np.full((len(decks), size * self.shards), -1, np.int32),
+        )
         for shard, found in enumerate(shards):
             for place, (number, source, row) in enumerate(found, shard * size):
                 rows[place], sources[number, place] = row, source
@@ -360,17 +395,36 @@ class Schedule:
         self.decks = [deck for deck in self.decks if deck not in decks] + [Deck(rows, cache, cursor)]
 
     def tally(self, out: Sequence[Sequence[Response]]) -> Tally:
-        prompts, done = sum(len(responses) == self.group for responses in out), [response for responses in out for response in responses]
+        prompts, done = (
+            sum(len(responses) == self.group for responses in out),
+            [response for responses in out for response in responses],
+        )
         lengths, total = sum(len(response.tokens) for response in done), len(out) * self.group
-        return Tally(prompts, len(done), total, self.tokens, lengths, self.steps, self.cache_bytes, time.perf_counter() - self.began)
+        return Tally(
+            prompts,
+            len(done),
+            total,
+            self.tokens,
+            lengths,
+            self.steps,
+            self.cache_bytes,
+            time.perf_counter() - self.began,
+        )
 
 
 def load(
-    path: str, how: Sampling, max_new_tokens: int, *, mesh: str = "", dtype: str = "bfloat16", slots: int = 128, chunk: int = 16
+    path: str,
+    how: Sampling,
+    max_new_tokens: int,
+    *,
+    mesh: str = "",
+    dtype: str = "bfloat16",
+    slots: int = 128,
+    chunk: int = 16,
 ) -> tuple[Engine, Weights]:
     """An engine and the weights of a Hugging Face folder or hub id in their sampling form; `mesh` is DxM, by default all devices on
     the data axis."""
-    devices, shape = make_mesh(mesh), read_shape(hub.model_folder(path))
+    devices, shape = make_mesh(mesh), read_shape(huggingface.model_folder(path))
     check_layout(LAYOUTS["replicated"], devices, {letter: getattr(shape, letter) for letter in "dnkfv"})
-    weights = to_sampling(shape, devices, dtype)(hub.load(path, devices, TENSOR, jnp.dtype(dtype))[1])
+    weights = to_sampling(shape, devices, dtype)(huggingface.load(path, devices, TENSOR, jnp.dtype(dtype))[1])
     return Engine(shape, devices, how, max_new_tokens, slots, chunk), weights

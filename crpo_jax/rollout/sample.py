@@ -54,7 +54,12 @@ def nothing_drawn(rows: Rows, width: int) -> Drawn:
 
 
 def recorded(
-    drawn: Drawn, rows: Rows, at: Int[Array, ""], tokens: Int[Array, " b"], logprobs: Float[Array, " b"], stop_ids: Int[Array, " x"]
+    drawn: Drawn,
+    rows: Rows,
+    at: Int[Array, ""],
+    tokens: Int[Array, " b"],
+    logprobs: Float[Array, " b"],
+    stop_ids: Int[Array, " x"],
 ) -> Drawn:
     """With these tokens as the call's number `at`; rows that had ended keep what they have."""
     running = drawn.reasons == RUNNING
@@ -194,14 +199,18 @@ def programs(shape: Shape, mesh: Mesh, how: Sampling, chunk: int, attention: Imp
 
     def mapped(function: Any, inputs: tuple[Any, ...], outputs: Any) -> Any:
         # Outputs are equal on all model shards because every draw ends in a sum over them; JAX cannot see that.
-        return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names={DATA, MODEL}, check_vma=False)
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names={DATA, MODEL}, check_vma=False
+        )
 
     def start_all(*inputs: Any, slots: tuple[int, int]) -> Any:
         begin = functools.partial(start, **fixed, slots=slots, attention=attention)
         return mapped(begin, (weights, TOKENS_BT, rows, one), (cache, drawn))(*inputs)
 
     def advance_all(*inputs: Any) -> Any:
-        return mapped(functools.partial(advance, **fixed, chunk=chunk), (weights, cache, rows, one, one, one), (cache, drawn))(*inputs)
+        return mapped(
+            functools.partial(advance, **fixed, chunk=chunk), (weights, cache, rows, one, one, one), (cache, drawn)
+        )(*inputs)
 
     def widen_all(old: Cache, slots: int) -> Any:
         return mapped(functools.partial(widen, slots=slots), (layer,), layer)(old)

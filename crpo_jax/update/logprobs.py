@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from crpo_jax.model.qwen2 import Qwen2, logits
+from crpo_jax.model.transformer import Qwen2, logits
 
 
 def chunk_length(t: int, rows: int, chunk: int) -> int:

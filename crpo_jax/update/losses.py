@@ -24,7 +24,9 @@ LOG_RATIO_BOUND = 20.0  # beyond it exp would overflow float32 into inf - inf
 KL_BOUND = 10.0  # ours: k3 has a tail: one token of log-ratio 10 would outweigh the whole mini-batch's policy gradient
 
 
-def group_advantages(rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], advantage: Advantage = "grpo") -> Float[np.ndarray, "p g"]:
+def group_advantages(
+    rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], advantage: Advantage = "grpo"
+) -> Float[np.ndarray, "p g"]:
     """(r - mean) / (std + 1e-6) within each group (equation 3), std with ddof = 1, over the responses that count; dr_grpo: r - mean.
 
     A response that does not count has advantage 0; so has every response of a group whose rewards are all equal.
@@ -39,12 +41,16 @@ def group_advantages(rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray
     return out.astype(np.float32)
 
 
-def chosen_groups(rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], wanted: int) -> tuple[Int[np.ndarray, " chosen"], int]:
+def chosen_groups(
+    rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], wanted: int
+) -> tuple[Int[np.ndarray, " chosen"], int]:
     """DAPO's dynamic sampling: the first `wanted` groups whose rewards differ, in order, and how many there were of them.
 
     Where they are fewer, the first of the others fill the mini-batches up: they carry the KL alone.
     """
-    varied = np.array([len(group[here]) > 1 and np.ptp(group[here]) > 0 for group, here in zip(rewards, counted, strict=True)])
+    varied = np.array(
+        [len(group[here]) > 1 and np.ptp(group[here]) > 0 for group, here in zip(rewards, counted, strict=True)]
+    )
     first = np.argsort(~varied, kind="stable")[:wanted]
     return np.sort(first), int(varied[first].sum())
 
@@ -61,7 +67,10 @@ def row_weights(
     if aggregation == "token_mean":
         weights = np.full(len(lengths), 1 / max(lengths.sum(), 1))
     else:
-        weights = 1 / (max(counted.sum(), 1) * (np.maximum(lengths, 1) if aggregation == "sequence_mean" else np.full(len(lengths), longest)))
+        weights = 1 / (
+            max(counted.sum(), 1)
+            * (np.maximum(lengths, 1) if aggregation == "sequence_mean" else np.full(len(lengths), longest))
+        )
     return np.where(counted, weights, 0).astype(np.float32)
 
 
@@ -141,7 +150,9 @@ def crpo_loss(
     }
 
 
-def adapted(kl_coef: Float[Array, ""], kl: Float[Array, ""], tokens: Float[Array, ""], target: float, gain: float) -> Float[Array, ""]:
+def adapted(
+    kl_coef: Float[Array, ""], kl: Float[Array, ""], tokens: Float[Array, ""], target: float, gain: float
+) -> Float[Array, ""]:
     """The KL coefficient after a mini-batch whose KL sums to `kl` over its tokens: beta (1 + gain * clip(mean / target - 1, -0.2, 0.2)).
 
     The proportional controller of arXiv 1909.08593, section 2.2.
@@ -157,7 +168,11 @@ def supervised_loss(
     nll = jnp.where(mask, -logprobs, 0)
     loss = jnp.sum(nll * weights[:, None])
     fixed = jax.lax.stop_gradient
-    return loss, {"sum/loss": fixed(loss), "sum/nll": jnp.sum(fixed(nll)), "sum/tokens": jnp.sum(mask, dtype=jnp.float32)}
+    return loss, {
+        "sum/loss": fixed(loss),
+        "sum/nll": jnp.sum(fixed(nll)),
+        "sum/tokens": jnp.sum(mask, dtype=jnp.float32),
+    }
 
 
 def combined(old: dict[str, Array], new: dict[str, Array]) -> dict[str, Array]:

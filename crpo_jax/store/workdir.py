@@ -7,16 +7,15 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import BinaryIO
 
 from crpo_jax import config
-from crpo_jax.config import Config, InputError
+from crpo_jax.config import Config
+from crpo_jax.errors import InputError
 
 ENDPOINT = ("base_url", "key_variable", "concurrency", "timeout", "retries", "max_reply_bytes")
 MAY_CHANGE = (
@@ -47,14 +46,9 @@ How long it runs does decide that where a learning rate schedule ends at the las
 ANYWAY = "Take another --workdir, or say --allow-changes to go on with it"
 
 
-class Fault(Exception):
-    """What ends a run through no fault of its input, such as a full disk: one line with what happened, what is safe and what to do.
-
-    Commands print it on standard error and exit with code 1.
-    """
-
-
-def open_workdir(workdir: Path, settings: Config, *, writes: bool = True, changes: bool = False) -> contextlib.ExitStack:
+def open_workdir(
+    workdir: Path, settings: Config, *, writes: bool = True, changes: bool = False
+) -> contextlib.ExitStack:
     """Makes the folder, or checks that the run in it has the same config; keeps the resolved config in config.yaml.
 
     No other run can take the folder until the result is closed or the process dies, however it dies. With `changes`,
@@ -68,17 +62,23 @@ def open_workdir(workdir: Path, settings: Config, *, writes: bool = True, change
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir {workdir}: expected a folder, got a file")
     if not path.exists() and workdir.exists() and any(path.name != ".lock" for path in workdir.iterdir()):
-        raise InputError(f"--workdir {workdir}: expected a new folder or one with a run's config.yaml, got a folder with other files")
+        raise InputError(
+            f"--workdir {workdir}: expected a new folder or one with a run's config.yaml, got a folder with other files"
+        )
     with contextlib.ExitStack() as held:
         held.enter_context(lock(workdir))
         changed = differences(path, settings) if path.exists() else []
         if changed and not changes:
-            raise InputError(f"--workdir {workdir}: expected the config of the run it holds, got {'; '.join(changed)}. {ANYWAY}")
+            raise InputError(
+                f"--workdir {workdir}: expected the config of the run it holds, got {'; '.join(changed)}. {ANYWAY}"
+            )
         if changed:
             number = next(number for number in itertools.count(1) if not (workdir / f"config.{number}.yaml").exists())
             with writing(workdir):
                 shutil.copyfile(path, workdir / f"config.{number}.yaml")
-            print(f"--allow-changes: {'; '.join(changed)}; the config until now is config.{number}.yaml", file=sys.stderr)
+            print(
+                f"--allow-changes: {'; '.join(changed)}; the config until now is config.{number}.yaml", file=sys.stderr
+            )
         replace(path, config.dump(settings))
         return held.pop_all()
     raise AssertionError("an ExitStack lets every exception through")
@@ -87,7 +87,11 @@ def open_workdir(workdir: Path, settings: Config, *, writes: bool = True, change
 def differences(path: Path, settings: Config) -> list[str]:
     """The settings that differ from those in the file and are not free to."""
     before = config.load(path, model=False)  # it was checked when it was written
-    free = MAY_CHANGE if before.optimizer.schedule == "constant" else tuple(key for key in MAY_CHANGE if not key.startswith("crpo."))
+    free = (
+        MAY_CHANGE
+        if before.optimizer.schedule == "constant"
+        else tuple(key for key in MAY_CHANGE if not key.startswith("crpo."))
+    )
     return [line for line in config.differences(before, settings) if not line.startswith(free)]
 
 
@@ -97,7 +101,9 @@ def check_inputs(workdir: Path, digests: Mapping[str, str], *, writes: bool = Tr
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else digests
     changed = [name for name, digest in digests.items() if before.get(name) != digest]
     if changed and not changes:
-        raise InputError(f"--workdir {workdir}: expected the inputs the run in it began with, got other {' and other '.join(changed)}. {ANYWAY}")
+        raise InputError(
+            f"--workdir {workdir}: expected the inputs the run in it began with, got other {' and other '.join(changed)}. {ANYWAY}"
+        )
     if changed and writes:
         print(f"--allow-changes: other {' and other '.join(changed)} than the run began with", file=sys.stderr)
     if writes:
@@ -132,51 +138,16 @@ def lock(workdir: Path) -> BinaryIO:
             file.seek(0)
             other = file.read(200).decode(errors="replace").strip() or "another process"
             file.close()
-            raise InputError(f"--workdir {workdir}: expected a folder that no other run is using, got one that {other} has open") from None
-        print(f"--workdir {workdir}: no locks on this file system ({error.strerror}): nothing keeps a second run out of it", file=sys.stderr)
+            raise InputError(
+                f"--workdir {workdir}: expected a folder that no other run is using, got one that {other} has open"
+            ) from None
+        print(
+            f"--workdir {workdir}: no locks on this file system ({error.strerror}): nothing keeps a second run out of it",
+            file=sys.stderr,
+        )
         return file
     with writing(workdir):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
     return file
-
-
-class Stopped(Exception):
-    """A part of the work was left, since the run was asked to stop; it comes again, the same."""
-
-
-class Stop:
-    """Turns the first SIGINT or SIGTERM (a TPU's preemption notice, Slurm's time limit) into a request; a second one ends the process at once.
-
-    A run that is ended at once loses no more than one that is killed: what it did since its last checkpoint.
-    """
-
-    def __init__(self, doing: str = "finishing this part of the step, saving, then stopping") -> None:
-        self.noted = False  # by this process, which is all that a command without jax needs to know
-        self._doing = doing
-        self._before: dict[int, object] = {}
-
-    @property
-    def requested(self) -> bool:
-        """Whether any process of the run was asked to stop; every process must ask at the same place."""
-        from crpo_jax.parallel import processes  # here, because commands without a model stop in good order too, and need no jax
-
-        return processes.anywhere(self.noted)
-
-    def __enter__(self) -> "Stop":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.noted:
-            os.write(2, f"\n{name} again: stopped at once; the same command goes on from what is saved\n".encode())
-            os._exit(128 + number)
-        self.noted = True
-        os.write(2, f"\n{name}: {self._doing}; once more stops at once\n".encode())
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]

@@ -7,12 +7,12 @@ import jax
 from jax.sharding import Mesh
 
 from crpo_jax import config
-from crpo_jax.config import InputError
-from crpo_jax.model import hub, lora, peft
+from crpo_jax.errors import InputError
+from crpo_jax.model import huggingface, lora, peft
 from crpo_jax.model.lora import Adapted, Adapters
 from crpo_jax.model.placement import weight_shardings
-from crpo_jax.model.qwen2 import Qwen2, initial
 from crpo_jax.model.shape import Shape
+from crpo_jax.model.transformer import Qwen2, initial
 from crpo_jax.parallel import processes
 from crpo_jax.parallel.layout import LAYOUTS, WeightTable
 
@@ -21,28 +21,42 @@ def wait_for_workdir(workdir: Path) -> None:
     """Returns when the process that writes has opened the workdir; InputError in one that does not see it."""
     processes.wait_for_all("the workdir is open")
     if not (workdir / "config.yaml").exists():
-        raise InputError(f"--workdir {workdir}: expected a folder on a disk that all processes share, got one that only the first of them sees")
+        raise InputError(
+            f"--workdir {workdir}: expected a folder on a disk that all processes share, got one that only the first of them sees"
+        )
 
 
-def start_model(folder: Path | None, settings: config.Config, shape: Shape, mesh: Mesh, table: WeightTable, dtype: str) -> Qwen2:
+def start_model(
+    folder: Path | None, settings: config.Config, shape: Shape, mesh: Mesh, table: WeightTable, dtype: str
+) -> Qwen2:
     """The model of a folder with model.adapter merged into it, or without a folder one drawn from run.seed, the same on every mesh."""
     if folder is None:
-        made = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), initial(shape, key)), out_shardings=weight_shardings(shape, table, mesh))
+        made = jax.jit(
+            lambda key: jax.tree.map(lambda x: x.astype(dtype), initial(shape, key)),
+            out_shardings=weight_shardings(shape, table, mesh),
+        )
         return made(jax.random.key(settings.run.seed))
-    model = hub.load(str(folder), mesh, table, dtype)[1]
+    model = huggingface.load(str(folder), mesh, table, dtype)[1]
     if not settings.model.adapter:
         return model
     return lora.merge(Adapted(model, peft.load(settings.model.adapter, shape, mesh, table)))
 
 
-def trainee(folder: Path | None, settings: config.Config, shape: Shape, mesh: Mesh, adapters: config.Lora) -> tuple[Any, Qwen2 | None]:
+def trainee(
+    folder: Path | None, settings: config.Config, shape: Shape, mesh: Mesh, adapters: config.Lora
+) -> tuple[Any, Qwen2 | None]:
     """What is trained, float32 in the layout's master table, and what stays frozen: the whole start model and nothing, or
     fresh adapters and the start model as it computes."""
     layout = LAYOUTS[settings.parallel.layout]
     if not adapters.rank:
         return start_model(folder, settings, shape, mesh, layout.master, "float32"), None
-    fresh = jax.jit(lambda key: lora.initial(shape, adapters, key), out_shardings=lora.shardings(shape, adapters, layout.master, mesh))
-    return fresh(jax.random.key(settings.run.seed)), start_model(folder, settings, shape, mesh, layout.compute, settings.model.dtype)
+    fresh = jax.jit(
+        lambda key: lora.initial(shape, adapters, key),
+        out_shardings=lora.shardings(shape, adapters, layout.master, mesh),
+    )
+    return fresh(jax.random.key(settings.run.seed)), start_model(
+        folder, settings, shape, mesh, layout.compute, settings.model.dtype
+    )
 
 
 def adapter_fits_a_folder(settings: config.Config, adapters: config.Lora) -> bool:
@@ -60,7 +74,7 @@ def write(
     tokenizer_folder: Path,
     *,
     dtype: Any = "float32",
-    max_shard_bytes: int = hub.MAX_SHARD_BYTES,
+    max_shard_bytes: int = huggingface.MAX_SHARD_BYTES,
 ) -> None:
     """What was trained from `folder` as a Hugging Face folder: adapters are merged into the start model, read anew in float32.
 
@@ -69,5 +83,13 @@ def write(
     if isinstance(trained, Adapters):
         base = start_model(folder, settings, shape, mesh, LAYOUTS[settings.parallel.layout].master, "float32")
         trained = lora.merge(Adapted(base, trained))
-    passed_on = hub.inherited(folder) if folder else {}
-    hub.save(trained, shape, out, dtype=dtype, max_shard_bytes=max_shard_bytes, tokenizer_folder=tokenizer_folder, **passed_on)
+    passed_on = huggingface.inherited(folder) if folder else {}
+    huggingface.save(
+        trained,
+        shape,
+        out,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer_folder=tokenizer_folder,
+        **passed_on,
+    )

@@ -15,10 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from crpo_jax.config import InputError
-from crpo_jax.run.metrics import LOGS, evaluated
-from crpo_jax.run.workdir import Fault
-from crpo_jax.update.step import TrainState
+from crpo_jax.errors import Fault, InputError
+from crpo_jax.store.logs import LOGS, evaluated
+from crpo_jax.update.trainer import TrainState
 
 SEAL = "seal.json"
 
@@ -46,7 +45,9 @@ class Checkpoints:
     `scores` of the workdir say how good the evaluated ones are, by step, higher being better.
     """
 
-    def __init__(self, folder: Path, keep: int, best: int = 0, scores: Callable[[Path], Mapping[int, float]] = evaluated) -> None:
+    def __init__(
+        self, folder: Path, keep: int, best: int = 0, scores: Callable[[Path], Mapping[int, float]] = evaluated
+    ) -> None:
         self._folder, self._keep, self._best, self._scores = folder.resolve(), keep, best, scores
         self._saver = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._writes = jax.process_index() == 0
@@ -67,7 +68,10 @@ class Checkpoints:
         """
         found, why = None, ""
         if self._writes:
-            for left in (*self._folder.glob("*.unfinished*"), *self._folder.glob("*.old")):  # of a process that was killed
+            for left in (
+                *self._folder.glob("*.unfinished*"),
+                *self._folder.glob("*.old"),
+            ):  # of a process that was killed
                 shutil.rmtree(left)
             for step in reversed(self.steps()):
                 try:
@@ -82,24 +86,32 @@ class Checkpoints:
         found = START if found is None and not why else found
         step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found.step)))
         if step < 0:
-            raise InputError(f"{self._folder}: expected a whole checkpoint, got only damaged ones: {why}; without the folder the run begins again")
+            raise InputError(
+                f"{self._folder}: expected a whole checkpoint, got only damaged ones: {why}; without the folder the run begins again"
+            )
         return found if self._writes and found else Saved(step, {})
 
     def chosen(self, steps_done: int | None) -> int:
         """The checkpoint asked for, or the newest one; whole."""
         kept = self.steps()
         if not kept or (steps_done is not None and steps_done not in kept):
-            raise InputError(f"{self._folder}: expected a checkpoint{'' if steps_done is None else f' of step {steps_done}'}, got {kept or 'none'}")
+            raise InputError(
+                f"{self._folder}: expected a checkpoint{'' if steps_done is None else f' of step {steps_done}'}, got {kept or 'none'}"
+            )
         step = max(kept) if steps_done is None else steps_done
         try:
             return self._checked(step, with_logs=False).step
         except Damaged as damage:
-            raise InputError(f"{self._folder / str(step)}: expected a whole checkpoint, got a damaged one: {damage}") from None
+            raise InputError(
+                f"{self._folder / str(step)}: expected a whole checkpoint, got a damaged one: {damage}"
+            ) from None
 
     def save(self, steps_done: int, state: TrainState) -> None:
         """Copies the state off the devices and writes it while the run goes on; Fault where the one before could not be written."""
         self.wait()
-        if steps_done == self._there:  # not a look at the folder: every process must decide the same, and only one names what it wrote
+        if (
+            steps_done == self._there
+        ):  # not a look at the folder: every process must decide the same, and only one names what it wrote
             return
         logs = {name: length(self._folder.parent / name) for name in LOGS} if self._writes else {}
         written = self._folder / f"{steps_done}.unfinished"
@@ -128,7 +140,11 @@ class Checkpoints:
     def _remove_old(self) -> None:
         steps = self.steps()
         values = self._scores(self._folder.parent) if self._best else {}
-        best = sorted((step for step in steps if step in values), key=lambda step: (values[step], step))[-self._best :] if self._best else []
+        best = (
+            sorted((step for step in steps if step in values), key=lambda step: (values[step], step))[-self._best :]
+            if self._best
+            else []
+        )
         for step in set(steps[: -self._keep]) - set(best):
             gone = self._folder / f"{step}.old"  # a checkpoint that is half removed must not look like a damaged one
             os.replace(self._folder / str(step), gone)
@@ -149,10 +165,18 @@ class Checkpoints:
 
     def _fault(self, step: int, error: BaseException) -> Fault:
         said = " ".join(str(error).split())
-        reason = "No space left on device" if "No space left" in said else "File too large" if "File too large" in said else said[:300]
+        reason = (
+            "No space left on device"
+            if "No space left" in said
+            else "File too large"
+            if "File too large" in said
+            else said[:300]
+        )
         there = self.steps()
         safe = f"the checkpoint of step {there[-1]} is whole" if there else "there is no checkpoint yet"
-        return Fault(f"{self._folder}: could not write the checkpoint of step {step}: {reason}; {safe}, and the same command goes on from it")
+        return Fault(
+            f"{self._folder}: could not write the checkpoint of step {step}: {reason}; {safe}, and the same command goes on from it"
+        )
 
     def _checked(self, step: int, *, with_logs: bool) -> Saved:
         """The checkpoint's seal, once every file is what it says; Damaged where one is not."""
@@ -169,7 +193,9 @@ class Checkpoints:
         for name, size in saved.logs.items() if with_logs else ():
             there = length(self._folder.parent / name)
             if there < size:
-                raise Damaged(f"{name} beside it has {there:,} bytes instead of at least {size:,}: lines of its steps are missing")
+                raise Damaged(
+                    f"{name} beside it has {there:,} bytes instead of at least {size:,}: lines of its steps are missing"
+                )
         return saved
 
     def restore(self, steps_done: int, like: TrainState) -> TrainState:
@@ -182,7 +208,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:  # what is still being written is waited for
+    def __exit__(
+        self, kind: type[BaseException] | None, *_: object
+    ) -> None:  # what is still being written is waited for
         try:
             self.wait()
         except Fault:

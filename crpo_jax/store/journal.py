@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from crpo_jax.config import InputError
+from crpo_jax.errors import InputError
 
 PATIENCE = 600.0  # seconds to wait for room on a full disk, with a reply in hand
 
@@ -32,7 +32,9 @@ def whole_rows(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}; take the line out, or take another --workdir")
+                raise InputError(
+                    f"{path}:{number}: expected a JSON object, got {line[:60]!r}; take the line out, or take another --workdir"
+                )
             yield row
 
 
@@ -55,7 +57,9 @@ class Journal:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._fd)
-            raise InputError(f"{path}: another process is writing to it; wait for its end, or take another --workdir") from None
+            raise InputError(
+                f"{path}: another process is writing to it; wait for its end, or take another --workdir"
+            ) from None
         try:
             self.rows = list(whole_rows(path))
         except InputError:
@@ -75,7 +79,9 @@ class Journal:
                     written += os.write(self._fd, line[written:])
                 os.fsync(self._fd)
             except OSError as error:
-                with contextlib.suppress(OSError):  # a cut is no new data: it works on a full disk; if not, the next opening does it
+                with contextlib.suppress(
+                    OSError
+                ):  # a cut is no new data: it works on a full disk; if not, the next opening does it
                     os.ftruncate(self._fd, self._end)
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                     raise Full(f"{self.path}: {error.strerror}; what was written before is kept") from None

@@ -50,7 +50,9 @@ class Qwen2(nnx.Module):
 
     def __init__(self, make: Make, *, tied: bool, stacked: bool = True, layers: int = 0) -> None:
         self.embed_vd = nnx.Param(make("embed_vd", "vd"))
-        self.blocks: Any = Block(make, stacked=True) if stacked else nnx.List([Block(make, stacked=False) for _ in range(layers)])
+        self.blocks: Any = (
+            Block(make, stacked=True) if stacked else nnx.List([Block(make, stacked=False) for _ in range(layers)])
+        )
         self.final_norm_d = nnx.Param(make("final_norm_d", "d"))
         if not tied:
             self.unembed_dv = nnx.Param(make("unembed_dv", "dv"))
@@ -74,7 +76,11 @@ def initial(shape: Shape, key: Array) -> Qwen2:
     """A model from scratch in float32: matrices normal with deviation d^-1/2, those that write the residual stream smaller by
     depth, norms 1, biases 0. An embedding of its own (untied) has deviation 1, so that the first blocks do not drown it."""
     count, scale = iter(range(10**6)), shape.d**-0.5
-    deviations = {"o_nhd": scale / (2 * shape.l) ** 0.5, "down_fd": scale / (2 * shape.l) ** 0.5, "embed_vd": scale if shape.tied else 1.0}
+    deviations = {
+        "o_nhd": scale / (2 * shape.l) ** 0.5,
+        "down_fd": scale / (2 * shape.l) ** 0.5,
+        "embed_vd": scale if shape.tied else 1.0,
+    }
 
     def make(name: str, dims: str) -> Array:
         sizes, here = shape.dims(dims), jax.random.fold_in(key, next(count))
@@ -135,7 +141,11 @@ def linear(x: Array, block: Block, weight: str, adapters: "Adapters | None" = No
 
 
 def qkv(
-    block: Block, x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape, adapters: "Adapters | None" = None
+    block: Block,
+    x: Float[Array, "... d"],
+    positions: Int[Array, "..."],
+    shape: Shape,
+    adapters: "Adapters | None" = None,
 ) -> tuple[Array, Array, Array]:
     """Rotated queries [..., n, h] and keys [..., k, h], and values [..., k, h], of the block's normed input."""
     x = rms_norm(x, block.attn_norm_d[...], shape.norm_eps)
@@ -145,9 +155,16 @@ def qkv(
     return rope(q, positions, shape.rope_theta), rope(k, positions, shape.rope_theta), v
 
 
-def mlp(block: Block, x: Float[Array, "... d"], shape: Shape, adapters: "Adapters | None" = None) -> Float[Array, "... d"]:
+def mlp(
+    block: Block, x: Float[Array, "... d"], shape: Shape, adapters: "Adapters | None" = None
+) -> Float[Array, "... d"]:
     x = rms_norm(x, block.mlp_norm_d[...], shape.norm_eps)
-    return linear(jax.nn.silu(linear(x, block, "gate_df", adapters)) * linear(x, block, "up_df", adapters), block, "down_fd", adapters)
+    return linear(
+        jax.nn.silu(linear(x, block, "gate_df", adapters)) * linear(x, block, "up_df", adapters),
+        block,
+        "down_fd",
+        adapters,
+    )
 
 
 def logits(model: Qwen2, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:

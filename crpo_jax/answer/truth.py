@@ -44,7 +44,9 @@ def exact(question: Question, response: str) -> dict[str, int]:
     return {
         "true_claims": len(needed),
         "case_findings": len(asserted & shown),
-        "valid_rejections": len({condition for condition, finding in rejected & needed if condition in wrong and finding not in shown}),
+        "valid_rejections": len(
+            {condition for condition, finding in rejected & needed if condition in wrong and finding not in shown}
+        ),
         "findings_invented": len(asserted - facts),
         "false_claims": len((said | rejected) - needed),
         "conclusion_findings": len(set(facts_asserted(parse(response).conclusion or "")) & shown),

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from crpo_jax.config import Config, InputError
+from crpo_jax.answer.truth import EXACT, exact, knows
+from crpo_jax.config import Config
 from crpo_jax.data.question import Question, Record, from_record, json_records
-from crpo_jax.judge.truth import EXACT, exact, knows
+from crpo_jax.errors import InputError
 from crpo_jax.reward.parse import parse
 from crpo_jax.reward.rules import Score, found_answer
-from crpo_jax.reward.scoring import Scored, Scorer
+from crpo_jax.reward.scorer import Scored, Scorer
 
 OWN = ("sample", "response", "token_ids", "tokens", "stopped")
 Z = 1.959964  # of a 95% interval
@@ -42,8 +43,15 @@ class Answer:
 def row_of(answer: Answer) -> dict[str, Any]:
     """A line of a responses file: the question with all its columns and the response; `crpo_jax.score` reads it too."""
     question = answer.question
-    row = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer}
-    row |= {name: value for name, value in (("source", question.source), ("split", question.split)) if value} | dict(question.columns)
+    row = {
+        "id": question.id,
+        "question": question.question,
+        "options": dict(question.options),
+        "answer": question.answer,
+    }
+    row |= {name: value for name, value in (("source", question.source), ("split", question.split)) if value} | dict(
+        question.columns
+    )
     return row | {name: getattr(answer, name) for name in OWN}
 
 
@@ -73,7 +81,14 @@ def answer_of(record: Record, seen: Mapping[str, int]) -> Answer:
     if tokens is not None and not isinstance(tokens, int):
         record.fail("tokens", "a whole number", tokens)
     sample = record.fields.get("sample")
-    return Answer(question, sample if isinstance(sample, int) else seen.get(whole.id, 0), response, ids, tokens, record.fields.get("stopped"))
+    return Answer(
+        question,
+        sample if isinstance(sample, int) else seen.get(whole.id, 0),
+        response,
+        ids,
+        tokens,
+        record.fields.get("stopped"),
+    )
 
 
 def letter_of(answer: Answer, settings: Config) -> str | None:
@@ -93,7 +108,9 @@ def letter_of(answer: Answer, settings: Config) -> str | None:
 def majority(letters: Sequence[str | None]) -> str | None:
     """The letter given most often; of several equally often, the one given first. No vote without a readable answer."""
     votes = Counter(letter for letter in letters if letter is not None)
-    return max(votes, key=lambda letter: votes[letter]) if votes else None  # a Counter keeps the order of arrival, and max takes the first
+    return (
+        max(votes, key=lambda letter: votes[letter]) if votes else None
+    )  # a Counter keeps the order of arrival, and max takes the first
 
 
 def share(by_question: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -130,7 +147,9 @@ def scored(answers: Sequence[Answer], settings: Config, effective: np.ndarray | 
     """Scores under the `crpo` reward, which all designs are compared by, and whether consistency is by tokens or characters."""
     by_tokens = effective is not None and all(answer.token_ids is not None for answer in answers)
     ids = [answer.token_ids or [] for answer in answers] if by_tokens else None
-    with Scorer(replace(settings.reward, design="crpo", max_failed_share=1.0), effective if by_tokens else None) as scorer:
+    with Scorer(
+        replace(settings.reward, design="crpo", max_failed_share=1.0), effective if by_tokens else None
+    ) as scorer:
         return scorer.score([answer.question for answer in answers], [answer.response for answer in answers], ids), (
             "tokens" if by_tokens else "characters"
         )
@@ -188,7 +207,9 @@ def lengths(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def subjects(answers: Sequence[Answer], groups: Sequence[Sequence[int]], right: Sequence[bool], settings: Config) -> dict[str, Any]:
+def subjects(
+    answers: Sequence[Answer], groups: Sequence[Sequence[int]], right: Sequence[bool], settings: Config
+) -> dict[str, Any]:
     """Accuracy by each column of evaluate.subjects that the questions have, the largest subjects first."""
     tables: dict[str, Any] = {}
     for column in settings.evaluate.subjects:

@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from crpo_jax.run.workdir import Fault
+from crpo_jax.errors import Fault
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -25,7 +25,9 @@ class Log:
     those steps again, the same. So no step is there twice, and a line cut off by a crash is gone.
     """
 
-    def __init__(self, workdir: Path, done: int = 0, sizes: Mapping[str, int] | None = None, *, writes: bool = True) -> None:
+    def __init__(
+        self, workdir: Path, done: int = 0, sizes: Mapping[str, int] | None = None, *, writes: bool = True
+    ) -> None:
         self._writes = writes
         if not writes:
             return
@@ -33,8 +35,12 @@ class Log:
             workdir.mkdir(parents=True, exist_ok=True)
             self._metrics, self._samples = (self._reopened(workdir / name, (sizes or {}).get(name, 0)) for name in LOGS)
             (workdir / "tb").mkdir(exist_ok=True)
-            self._board = EventsWriter(str(workdir / "tb" / "events"), f".{os.getpid()}")  # in this thread: the library's own hangs on a full disk
-            self._board.write_event(Event(step=done, session_log=SessionLog(status=SessionLog.START)))  # TensorBoard drops what came after
+            self._board = EventsWriter(
+                str(workdir / "tb" / "events"), f".{os.getpid()}"
+            )  # in this thread: the library's own hangs on a full disk
+            self._board.write_event(
+                Event(step=done, session_log=SessionLog(status=SessionLog.START))
+            )  # TensorBoard drops what came after
 
     @staticmethod
     def _reopened(path: Path, size: int) -> BinaryIO:
@@ -44,9 +50,13 @@ class Log:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         if self._writes:
-            measured = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            measured = {
+                name: value if math.isfinite(value) else None for name, value in values.items()
+            }  # JSON has no NaN
             append(self._metrics, json.dumps({"step": step, **measured}) + "\n")
-            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in measured.items() if value is not None]
+            scalars = [
+                Summary.Value(tag=name, simple_value=value) for name, value in measured.items() if value is not None
+            ]
             with told(Path(self._metrics.name).parent / "tb"):
                 self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
                 self._board.flush()
@@ -62,7 +72,9 @@ class Log:
         if self._writes:
             self._metrics.close()
             self._samples.close()
-            with told(Path(self._metrics.name).parent / "tb") if kind is None else contextlib.suppress(OSError):  # else one line is said already
+            with (
+                told(Path(self._metrics.name).parent / "tb") if kind is None else contextlib.suppress(OSError)
+            ):  # else one line is said already
                 self._board.close()
 
 
@@ -72,7 +84,9 @@ def told(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Fault(f"{path}: {error.strerror or error}; once that is mended, the same command goes on from the last checkpoint") from None
+        raise Fault(
+            f"{path}: {error.strerror or error}; once that is mended, the same command goes on from the last checkpoint"
+        ) from None
 
 
 def append(file: BinaryIO, text: str) -> None:
@@ -97,7 +111,9 @@ def evaluated(workdir: Path) -> dict[int, float]:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file that end in a line break; a last one cut off by a crash is left out."""
-    return [line + "\n" for line in path.read_text(encoding="utf-8").split("\n")[:-1]]  # splitlines would also cut at a response's U+2028
+    return [
+        line + "\n" for line in path.read_text(encoding="utf-8").split("\n")[:-1]
+    ]  # splitlines would also cut at a response's U+2028
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

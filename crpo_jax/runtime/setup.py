@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from crpo_jax import config
-from crpo_jax.config import InputError
-from crpo_jax.data.loader import questions_for
+from crpo_jax.data.batches import questions_for
 from crpo_jax.data.prompts import Fitting, encode_response, fitting, load_tokenizer, render_all
 from crpo_jax.data.question import OTHER_HALF, Question, halves, held_out, read
-from crpo_jax.model import hub
+from crpo_jax.errors import InputError
+from crpo_jax.model import huggingface
 from crpo_jax.model.attention import implementation
 from crpo_jax.model.placement import automatic_layout
 from crpo_jax.model.shape import Shape, read_shape, shape_of
@@ -50,7 +50,9 @@ class Text:
 
 def text_for(settings: config.Config, shape: Shape) -> Text:
     """The tokenizer of tokenizer.path, or of the model's folder; one that does not match the vocabulary is refused."""
-    folder = shipped(settings.tokenizer.path) if settings.tokenizer.path else hub.model_folder(settings.model.path)
+    folder = (
+        shipped(settings.tokenizer.path) if settings.tokenizer.path else huggingface.model_folder(settings.model.path)
+    )
     tokenizer = load_tokenizer(folder)
     known = tokenizer.get_vocab()
     tokens = max(len(tokenizer), max(known.values()) + 1)  # ids may have gaps
@@ -59,7 +61,12 @@ def text_for(settings: config.Config, shape: Shape) -> Text:
     for stop in settings.rollout.stop:
         if stop not in known:
             raise InputError(f"rollout.stop: expected tokens of {folder}, got {stop!r}")
-    return Text(folder, tokenizer, tuple(known[stop] for stop in settings.rollout.stop), effective_table(folder / "tokenizer.json", shape.v))
+    return Text(
+        folder,
+        tokenizer,
+        tuple(known[stop] for stop in settings.rollout.stop),
+        effective_table(folder / "tokenizer.json", shape.v),
+    )
 
 
 def shipped(path: str) -> Path:
@@ -72,9 +79,9 @@ def shape_for(settings: config.Config, mesh: Mesh) -> tuple[config.Config, Shape
     """The shape of model.path, whose files must hold all its tensors, or of model.shape, once this mesh and layout can hold it; and
     the settings with the layout that `auto` stands for."""
     if settings.model.path:
-        folder = hub.model_folder(settings.model.path)
+        folder = huggingface.model_folder(settings.model.path)
         shape = read_shape(folder)
-        hub.check_keys(shape, *hub.read_headers(folder))
+        huggingface.check_keys(shape, *huggingface.read_headers(folder))
     else:
         shape = shape_of(config.as_dict(settings.model.shape), "model.shape")
     if settings.parallel.layout == "auto":
@@ -105,8 +112,13 @@ def digests(training: Fitting, asked: Fitting) -> dict[str, str]:
     """SHA-256 of the questions a run reads from outside its config: the same numbers come only from the same inputs."""
 
     def of_questions(found: Fitting) -> str:
-        rows = ([dataclasses.asdict(question), prompt] for question, prompt in zip(found.questions, found.prompts, strict=True))
-        return hashlib.sha256(b"".join(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n" for row in rows)).hexdigest()
+        rows = (
+            [dataclasses.asdict(question), prompt]
+            for question, prompt in zip(found.questions, found.prompts, strict=True)
+        )
+        return hashlib.sha256(
+            b"".join(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n" for row in rows)
+        ).hexdigest()
 
     return {"training questions": of_questions(training), "held-out questions": of_questions(asked)}
 
@@ -145,7 +157,9 @@ def teacher_traces(settings: config.Config, text: Text) -> Traces:
         questions = read("jsonl", sft.path, "train")
         for question in questions:
             if not isinstance(question.columns.get("response"), str):
-                raise InputError(f"{sft.path}: {question.id}: response: expected the teacher's text, got {question.columns.get('response')!r}")
+                raise InputError(
+                    f"{sft.path}: {question.id}: response: expected the teacher's text, got {question.columns.get('response')!r}"
+                )
         responses = [str(question.columns["response"]) for question in questions]
     elif data.source == "vignettes":
         from crpo_jax.data.vignettes import teacher_response, vignettes
@@ -153,7 +167,9 @@ def teacher_traces(settings: config.Config, text: Text) -> Traces:
         questions = halves(vignettes(data.split, data.vignettes), OTHER_HALF[data.part])
         responses = [teacher_response(question, settings.run.seed) for question in questions]
     else:
-        raise InputError(f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher")
+        raise InputError(
+            f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher"
+        )
     prompts = render_all(questions, data.prompt, data.system_prompt, text.tokenizer)
     rows = {}
     for question, prompt, response in zip(questions, prompts, responses, strict=True):
@@ -174,5 +190,7 @@ def sampler(settings: config.Config, shape: Shape, mesh: Mesh, text: Text) -> En
     """The engine with the settings of `rollout`."""
     rollout = settings.rollout
     how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, text.stop_ids)
-    attention = implementation(settings.parallel.attention, mesh.devices.flat[0].platform, settings.model.dtype, shape.h)
+    attention = implementation(
+        settings.parallel.attention, mesh.devices.flat[0].platform, settings.model.dtype, shape.h
+    )
     return Engine(shape, mesh, how, rollout.max_new_tokens, rollout.slots, rollout.chunk, attention)

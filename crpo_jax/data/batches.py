@@ -7,8 +7,9 @@ from typing import Any, Generic, TypeVar
 
 import grain
 
-from crpo_jax.config import Data, InputError
+from crpo_jax.config import Data
 from crpo_jax.data.question import Question, halves, read
+from crpo_jax.errors import InputError
 
 Item = TypeVar("Item")
 
@@ -65,7 +66,15 @@ def questions_for(data: Data, split: str) -> list[Question]:
 
 def evaluation_path(data: Data) -> str:
     """data.eval_path, or data.path where that is a folder or the hub: a single file is one split, and no run reports on what it trained on."""
-    if data.path and Path(data.path).is_file() and (not data.eval_path or Path(data.eval_path).resolve() == Path(data.path).resolve()):
-        got = f"data.path={data.path} for both" if data.eval_path else f"none beside the single file data.path={data.path}"
+    if (
+        data.path
+        and Path(data.path).is_file()
+        and (not data.eval_path or Path(data.eval_path).resolve() == Path(data.path).resolve())
+    ):
+        got = (
+            f"data.path={data.path} for both"
+            if data.eval_path
+            else f"none beside the single file data.path={data.path}"
+        )
         raise InputError(f"data.eval_path: expected a file or folder of its own for split {data.eval_split}, got {got}")
     return data.eval_path or data.path

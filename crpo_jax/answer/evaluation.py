@@ -7,14 +7,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from crpo_jax.answer.rollout import respond
 from crpo_jax.data.prompts import Fitting
 from crpo_jax.data.question import Question
 from crpo_jax.model.decode import Weights
 from crpo_jax.reward.rules import Score
-from crpo_jax.reward.scoring import Scored, Scorer
+from crpo_jax.reward.scorer import Scored, Scorer
 from crpo_jax.rollout.engine import Engine, Response, Tally
-from crpo_jax.run.responses import respond
-from crpo_jax.run.setup import Text
+from crpo_jax.runtime.setup import Text
 
 
 class Answered(NamedTuple):
@@ -49,10 +49,20 @@ def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
     good = [one for one in scored if isinstance(one, Score)]
     names = ("accuracy", "format", "cross_reference", "consistency")
     means = {f"reward/{name}": mean([getattr(one, name) for one in good]) for name in names}
-    summed = sorted({name for one in good for name in one.components}) if any(len(one.components) > 1 for one in good) else []
+    summed = (
+        sorted({name for one in good for name in one.components})
+        if any(len(one.components) > 1 for one in good)
+        else []
+    )
     for name in summed:  # a design that sums several rewards: each on its own, before its weight
-        means[f"reward/component/{name}"] = mean([value for one in good if (value := one.components.get(name)) is not None])
-    return {"reward/mean": mean([one.total for one in good]), **means, "reward/failed": 1 - len(good) / max(len(scored), 1)}
+        means[f"reward/component/{name}"] = mean(
+            [value for one in good if (value := one.components.get(name)) is not None]
+        )
+    return {
+        "reward/mean": mean([one.total for one in good]),
+        **means,
+        "reward/failed": 1 - len(good) / max(len(scored), 1),
+    }
 
 
 def response_means(responses: Sequence[Response]) -> dict[str, float]:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crpo_jax.config import Config, InputError
+from crpo_jax.config import Config
+from crpo_jax.errors import Fault, InputError
 from crpo_jax.model import lora
 from crpo_jax.parallel.mesh import fetch
-from crpo_jax.run.metrics import told
-from crpo_jax.run.workdir import Fault
-from crpo_jax.update.step import Batch, Trainer, TrainState
+from crpo_jax.store.logs import told
+from crpo_jax.update.trainer import Batch, Trainer, TrainState
 
 Update = tuple[dict[str, Any], Any, Any]
 """Accumulated metrics, gradient norm and applied flag of one optimizer step, on the host."""
@@ -32,7 +32,15 @@ class Guard:
         self._beyond: Counter[str] = Counter()
         self._skipped = 0
 
-    def updates(self, step: int, updates: Sequence[Update], minis: Sequence[Sequence[Batch]], run: Trainer, state: TrainState, frozen: Any) -> None:
+    def updates(
+        self,
+        step: int,
+        updates: Sequence[Update],
+        minis: Sequence[Sequence[Batch]],
+        run: Trainer,
+        state: TrainState,
+        frozen: Any,
+    ) -> None:
         """Keeps the mini-batches of a step whose loss or gradient was not finite (the update was not applied) and says which tensors.
 
         Fault after run.limits.skipped of them in a row.
@@ -44,9 +52,7 @@ class Guard:
                 continue
             kept = keep(self._workdir, step, number, minis[number])
             tensors = not_finite(*repeated(run, state, frozen, minis[number]))
-            what = (
-                f"step {step}, mini-batch {number}: loss or gradient not finite, update not applied ({', '.join(tensors) or 'finite when repeated'})"
-            )
+            what = f"step {step}, mini-batch {number}: loss or gradient not finite, update not applied ({', '.join(tensors) or 'finite when repeated'})"
             self._tell(f"{what}; kept in {kept}, to be looked at with --replay {step}")
             if self._skipped == limit:
                 raise Fault(
@@ -115,7 +121,11 @@ def repeated(run: Trainer, state: TrainState, frozen: Any, mini: Sequence[Batch]
 def not_finite(gradients: Any, totals: Mapping[str, Any]) -> list[str]:
     """The tensors whose gradients are not finite, and `loss` where it is not."""
     finite = jax.device_get(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), gradients))
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, one in jax.tree_util.tree_leaves_with_path(finite) if not one]
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, one in jax.tree_util.tree_leaves_with_path(finite)
+        if not one
+    ]
     return ([] if np.isfinite(totals["sum/loss"]) else ["loss"]) + [name.removesuffix(".value") for name in names]
 
 
@@ -130,7 +140,9 @@ def kept_at(workdir: Path, step: int) -> list[Path]:
 def keep(workdir: Path, step: int, number: int, mini: Sequence[Batch]) -> Path:
     """A mini-batch on the disk: every array of its micro-batches, named `micro/array`."""
     path = workdir / "skipped" / f"step_{step:06d}_mini_{number:03d}.npz"
-    arrays = {f"{micro}/{name}": value for micro, batch in enumerate(fetch(list(mini))) for name, value in batch.items()}
+    arrays = {
+        f"{micro}/{name}": value for micro, batch in enumerate(fetch(list(mini))) for name, value in batch.items()
+    }
     if jax.process_index() == 0:
         with told(path):
             path.parent.mkdir(exist_ok=True)
@@ -150,7 +162,9 @@ def load(path: Path) -> list[dict[str, np.ndarray]]:
                 micro, array = name.split("/")
                 micros.setdefault(int(micro), {})[array] = arrays[name]
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: expected a mini-batch kept by a run, got: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(
+            f"{path}: expected a mini-batch kept by a run, got: {' '.join(str(error).split())[:200]}"
+        ) from None
     return [micros[number] for number in sorted(micros)]
 
 
@@ -158,7 +172,7 @@ def load(path: Path) -> list[dict[str, np.ndarray]]:
 
 KNOBS = {
     "rollout": ("sampling", "rollout.slots smaller, or a mesh with more model shards"),
-    "hub": ("loading the model", "parallel.layout=fsdp, or a mesh with more devices"),
+    "huggingface": ("loading the model", "parallel.layout=fsdp, or a mesh with more devices"),
     "checkpoint": ("restoring a checkpoint", "parallel.layout=fsdp, or a mesh with more devices"),
     "": (
         "the update",

@@ -25,8 +25,8 @@ from crpo_jax.model import lora
 from crpo_jax.model.attention import Implementation, implementation
 from crpo_jax.model.lora import Adapted, Adapters
 from crpo_jax.model.placement import training_placement, weight_shardings
-from crpo_jax.model.qwen2 import Qwen2, abstract, hidden_states
 from crpo_jax.model.shape import Shape
+from crpo_jax.model.transformer import Qwen2, abstract, hidden_states
 from crpo_jax.parallel.layout import LAYOUTS, LOGITS_BTV, ROWS_B, TOKENS_BT, WeightTable
 from crpo_jax.parallel.mesh import data_size, put
 from crpo_jax.update.batches import MicroBatch
@@ -111,7 +111,12 @@ def optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTra
 def like_masters(moments: Any, shardings: Any) -> Any:
     """The masters' shardings for the moments that there are: an optimizer made of two keeps each for its own weights."""
     absent = optax.MaskedNode
-    return jax.tree.map(lambda part, to: part if isinstance(part, absent) else to, moments, shardings, is_leaf=lambda part: isinstance(part, absent))
+    return jax.tree.map(
+        lambda part, to: part if isinstance(part, absent) else to,
+        moments,
+        shardings,
+        is_leaf=lambda part: isinstance(part, absent),
+    )
 
 
 def matrices(trained: Any) -> Any:
@@ -183,7 +188,9 @@ def trainer(
     states: Any = TrainState(master, moments, cast(Any, whole), cast(Any, whole))
     crpo = settings.crpo
     by_token = crpo.ratio == "token"
-    clip_low, clip_high = (crpo.clip_low, crpo.clip_high) if by_token else (crpo.sequence_clip_low, crpo.sequence_clip_high)
+    clip_low, clip_high = (
+        (crpo.clip_low, crpo.clip_high) if by_token else (crpo.sequence_clip_low, crpo.sequence_clip_high)
+    )
 
     def converted(weights: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(dtype), weights)
@@ -198,9 +205,20 @@ def trainer(
         chunk = chunk_length(t, b // data_size(mesh), parallel.logprob_chunk)
         constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, LOGITS_BTV))
         bonus = crpo.entropy_coef > 0
-        return token_logprobs(weights, hidden, targets, temperature, chunk, with_entropy=with_entropy, entropy_gradient=bonus, constrain=constrain)
+        return token_logprobs(
+            weights,
+            hidden,
+            targets,
+            temperature,
+            chunk,
+            with_entropy=with_entropy,
+            entropy_gradient=bonus,
+            constrain=constrain,
+        )
 
-    def loss_of(logprobs: Array, entropy: Array, batch: Batch, kl_coef: Array | float) -> tuple[Float[Array, ""], dict[str, Array]]:
+    def loss_of(
+        logprobs: Array, entropy: Array, batch: Batch, kl_coef: Array | float
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
         mask = response_mask(batch) & (batch["weights"] > 0)[:, None]
         if loss == "supervised":
             return supervised_loss(logprobs, mask, batch["weights"])
@@ -220,7 +238,9 @@ def trainer(
             entropy_coef=crpo.entropy_coef,
         )
 
-    def losses(policy: Qwen2 | Adapted, batch: Batch, kl_coef: Array | float) -> tuple[Float[Array, ""], dict[str, Array]]:
+    def losses(
+        policy: Qwen2 | Adapted, batch: Batch, kl_coef: Array | float
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
         return loss_of(*outputs(policy, batch, with_entropy=loss == "crpo"), batch, kl_coef)
 
     def zero() -> tuple[Any, dict[str, Array]]:
@@ -230,13 +250,21 @@ def trainer(
         return gradients, loss_of(tokens, tokens, nothing, crpo.kl_coef)[1]
 
     def accumulate(
-        gradients: Any, metrics: dict[str, Array], policy: Qwen2 | Adapted, batch: Batch, kl_coef: Array | float = crpo.kl_coef
+        gradients: Any,
+        metrics: dict[str, Array],
+        policy: Qwen2 | Adapted,
+        batch: Batch,
+        kl_coef: Array | float = crpo.kl_coef,
     ) -> tuple[Any, dict[str, Array]]:
         own, frozen = (policy.adapters, policy.base) if isinstance(policy, Adapted) else (policy, None)
         new, measured = jax.grad(lambda own: losses(lora.policy(own, frozen), batch, kl_coef), has_aux=True)(own)
-        return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), gradients, new), combined(metrics, measured)
+        return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), gradients, new), combined(
+            metrics, measured
+        )
 
-    def apply(state: TrainState, gradients: Any, metrics: dict[str, Array] | None = None) -> tuple[TrainState, Array, Array]:
+    def apply(
+        state: TrainState, gradients: Any, metrics: dict[str, Array] | None = None
+    ) -> tuple[TrainState, Array, Array]:
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & (True if metrics is None else jnp.isfinite(metrics["sum/loss"]))
         changes, moments = update.update(gradients, state.optimizer, state.master)
@@ -244,17 +272,29 @@ def trainer(
         if crpo.kl_target and metrics is not None:
             kl_coef = adapted(kl_coef, metrics["sum/kl"], metrics["sum/tokens"], crpo.kl_target, crpo.kl_gain)
         new = TrainState(jax.tree.map(jnp.add, state.master, changes), moments, state.step + 1, kl_coef)
-        return jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state), norm, finite.astype(jnp.float32)
+        return (
+            jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state),
+            norm,
+            finite.astype(jnp.float32),
+        )
 
     def jitted(function: Any, out: Any, donate: tuple[int, ...] = ()) -> Any:
         return jax.jit(function, out_shardings=out, donate_argnums=donate)
 
     in_compute_type = jitted(converted, shardings(layout.compute))
     return Trainer(
-        begin=jitted(lambda weights: TrainState(weights, update.init(weights), jnp.int32(0), jnp.float32(crpo.kl_coef)), states, (0,)),
-        compute_weights=(lambda policy: policy._replace(adapters=in_compute_type(policy.adapters))) if adapters.rank else in_compute_type,
+        begin=jitted(
+            lambda weights: TrainState(weights, update.init(weights), jnp.int32(0), jnp.float32(crpo.kl_coef)),
+            states,
+            (0,),
+        ),
+        compute_weights=(lambda policy: policy._replace(adapters=in_compute_type(policy.adapters)))
+        if adapters.rank
+        else in_compute_type,
         reference=jitted(converted, weight_shardings(shape, layout.reference, mesh)),
-        logprobs=jitted(lambda weights, batch: outputs(weights, batch, with_entropy=False)[0], NamedSharding(mesh, TOKENS_BT)),
+        logprobs=jitted(
+            lambda weights, batch: outputs(weights, batch, with_entropy=False)[0], NamedSharding(mesh, TOKENS_BT)
+        ),
         zero=jitted(zero, (master, whole)),
         accumulate=jitted(accumulate, (master, whole), (0, 1)),
         evaluate=jitted(lambda weights, batch: losses(weights, batch, crpo.kl_coef)[1], whole),

@@ -17,7 +17,10 @@ def keep_programs(folder: str) -> None:
     if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
-        flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+        flags = next(
+            (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))),
+            "",
+        )
     except OSError:
         flags = ""
     kind = hashlib.sha256(f"{platform.machine()} {platform.processor()} {flags}".encode()).hexdigest()[:12]

@@ -29,8 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from crpo_jax.config import InputError, Reward
+from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
+from crpo_jax.errors import InputError
 from crpo_jax.reward import rules
 from crpo_jax.reward.rules import Score, TokenIds
 from crpo_jax.reward.worker import Desk, Failure, Job, Setup, Value
@@ -53,7 +54,9 @@ def design_parts(settings: Reward) -> tuple[tuple[str, float], ...]:
     for piece in settings.design.split("+"):
         name, star, factor = (text.strip() for text in piece.partition("*"))
         if name not in rules.DESIGNS and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name):
-            raise InputError(f"reward.design: expected {', '.join(rules.DESIGNS)} or module:function, got {name!r} in {settings.design!r}")
+            raise InputError(
+                f"reward.design: expected {', '.join(rules.DESIGNS)} or module:function, got {name!r} in {settings.design!r}"
+            )
         if name in parts:
             raise InputError(f"reward.design: {name} stands twice in {settings.design!r}")
         try:
@@ -64,7 +67,9 @@ def design_parts(settings: Reward) -> tuple[tuple[str, float], ...]:
             raise InputError(f"reward.design: expected a number after {name}*, got {factor!r}")
         parts[name] = weight
     tags = settings.grpo_tags
-    if "grpo" in parts and not (len(tags) == 2 and tags[0] != tags[1] and all(re.fullmatch(r"[\w-]+", tag) for tag in tags)):
+    if "grpo" in parts and not (
+        len(tags) == 2 and tags[0] != tags[1] and all(re.fullmatch(r"[\w-]+", tag) for tag in tags)
+    ):
         raise InputError(f"reward.grpo_tags: expected two different tag names, got {list(tags)}")
     return tuple(parts.items())
 
@@ -117,13 +122,22 @@ class Process:
         fds = (theirs.fileno(), alive, self.stacks.fileno())
         root = str(Path(__file__).parents[2])
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from crpo_jax.reward.worker import main; main(*map(int, sys.argv[1:]))", *map(str, fds)],
+            [
+                sys.executable,
+                "-c",
+                "import sys; from crpo_jax.reward.worker import main; main(*map(int, sys.argv[1:]))",
+                *map(str, fds),
+            ],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a user's function prints must not mix with a command's output
             process_group=0,  # killed together with whatever it started; not interrupted by Ctrl-C, which is ours to handle
             env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))), "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+            | {
+                "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+                "JAX_PLATFORMS": "cpu",
+                "CUDA_VISIBLE_DEVICES": "",
+            }
             | {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
         )
         theirs.close()
@@ -140,7 +154,9 @@ class Process:
                 self.connection.recv()
             except (EOFError, OSError):
                 self.end()
-                raise ScoringError(f"a scoring process ended while starting: {self.fate()}; its own message stands on standard error") from None
+                raise ScoringError(
+                    f"a scoring process ended while starting: {self.fate()}; its own message stands on standard error"
+                ) from None
             self.ready = True
 
     def ask(self, job: Job, limit: float) -> Sequence[Value | Failure] | Failure:
@@ -174,7 +190,11 @@ class Process:
 
     def fate(self) -> str:
         code = self.process.returncode
-        return f"killed by signal {-code} ({signal.Signals(-code).name})" if code is not None and code < 0 else f"exit code {code}"
+        return (
+            f"killed by signal {-code} ({signal.Signals(-code).name})"
+            if code is not None and code < 0
+            else f"exit code {code}"
+        )
 
 
 class Scorer:
@@ -203,7 +223,9 @@ class Scorer:
         self._open = True
         for number in range(self.settings.workers):
             self._processes[number] = Process(self.setup)
-            self._threads.append(threading.Thread(target=self._serve, args=(number,), name=f"scoring-{number}", daemon=True))
+            self._threads.append(
+                threading.Thread(target=self._serve, args=(number,), name=f"scoring-{number}", daemon=True)
+            )
         for thread in self._threads:
             thread.start()
         return self
@@ -225,11 +247,15 @@ class Scorer:
         self._threads.clear()
         self._processes.clear()
 
-    def score(self, questions: Sequence[Question], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None) -> list[Scored]:
+    def score(
+        self, questions: Sequence[Question], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None
+    ) -> list[Scored]:
         """The scores of a batch, in its order."""
         return self.collect(self.submit(questions, responses, token_ids))
 
-    def submit(self, questions: Sequence[Question], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None) -> Batch:
+    def submit(
+        self, questions: Sequence[Question], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None
+    ) -> Batch:
         """Hand a batch to the workers and return at once; with no workers it is scored here and now."""
         n = len(responses)
         if len(questions) != n or (token_ids is not None and len(token_ids) != n):
@@ -251,10 +277,15 @@ class Scorer:
             batch.done.set()
         return batch
 
-    def add(self, batch: Batch, rows: Sequence[int], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None) -> None:
+    def add(
+        self, batch: Batch, rows: Sequence[int], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None
+    ) -> None:
         """The responses to some of a batch's questions, each question's once. A user's function waits for all of them."""
         for place, row in enumerate(rows):
-            batch.responses[row], batch.token_ids[row] = responses[place], None if token_ids is None else token_ids[place]
+            batch.responses[row], batch.token_ids[row] = (
+                responses[place],
+                None if token_ids is None else token_ids[place],
+            )
         batch.awaited -= len(rows)
         for name in self.names:
             if name in self.setup.functions:
@@ -282,7 +313,9 @@ class Scorer:
     def _one_by_one(self, task: Task, why: str) -> None:
         """A failure of several responses is no verdict on any of them."""
         if task.part in self.setup.functions:
-            logging.getLogger(__name__).warning("%s, on a batch of %d; now it is called with one response at a time", why, len(task.rows))
+            logging.getLogger(__name__).warning(
+                "%s, on a batch of %d; now it is called with one response at a time", why, len(task.rows)
+            )
         for row in task.rows:
             self._put(Task(task.batch, task.part, (row,)))
 
@@ -301,7 +334,9 @@ class Scorer:
             except Exception as error:  # noqa: BLE001 (a collector waits for this batch: it must hear of anything)
                 if self._open:
                     known = isinstance(error, ScoringError)
-                    task.batch.give_up(error if known else ScoringError(f"scoring broke down: {type(error).__name__}: {error}"))
+                    task.batch.give_up(
+                        error if known else ScoringError(f"scoring broke down: {type(error).__name__}: {error}")
+                    )
 
     def _work(self, task: Task, process: Process) -> None:
         process.wait_until_ready()
@@ -310,7 +345,10 @@ class Scorer:
             values = process.ask(task.batch.job(task.part, task.rows), limit)
         except Overrun as overrun:
             process.end()
-            values = Failure(f"{task.part} took longer than reward.time_limit={limit:g} seconds; its process was killed", str(overrun))
+            values = Failure(
+                f"{task.part} took longer than reward.time_limit={limit:g} seconds; its process was killed",
+                str(overrun),
+            )
         except (EOFError, OSError):
             process.end()
             if not self._open:
@@ -352,6 +390,10 @@ class Scorer:
         described: Score = values[self.described_by]
         if self.parts == ((self.described_by, 1.0),):
             return described
-        components = {name: value.total if isinstance(value, Score) else value for name, value in values.items() if name in dict(self.parts)}
+        components = {
+            name: value.total if isinstance(value, Score) else value
+            for name, value in values.items()
+            if name in dict(self.parts)
+        }
         total = sum(weight * components[name] for name, weight in self.parts if components[name] is not None)
         return replace(described, total=total, components=components, why=described.why | {"weights": dict(self.parts)})

@@ -11,29 +11,40 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from crpo_jax.answer.evaluation import Answered, response_means, reward_means, standard_error
+from crpo_jax.answer.rollout import Drawn
 from crpo_jax.config import Config, Lora
 from crpo_jax.data.prompts import Fitting
 from crpo_jax.model import lora
-from crpo_jax.model.qwen2 import parameter_count
 from crpo_jax.model.shape import Shape, forward_flops
+from crpo_jax.model.transformer import parameter_count
 from crpo_jax.parallel.layout import LAYOUTS, wasteful
 from crpo_jax.parallel.mesh import DATA, MODEL
 from crpo_jax.planner.targets import peak_flops
 from crpo_jax.reward.rules import Score
-from crpo_jax.reward.scoring import Scored
+from crpo_jax.reward.scorer import Scored
 from crpo_jax.rollout.engine import Response, Tally
-from crpo_jax.run.evaluation import Answered, response_means, reward_means, standard_error
-from crpo_jax.run.metrics import read_metrics, told, whole_lines
-from crpo_jax.run.progress import Progress, clock
-from crpo_jax.run.responses import Drawn
+from crpo_jax.runtime.progress import Progress, clock
+from crpo_jax.store.logs import read_metrics, told, whole_lines
 
-SHOWN = {"mean": "reward", "accuracy": "accuracy", "format": "format", "cross_reference": "cites", "consistency": "on-language", "length": "tokens"}
+SHOWN = {
+    "mean": "reward",
+    "accuracy": "accuracy",
+    "format": "format",
+    "cross_reference": "cites",
+    "consistency": "on-language",
+    "length": "tokens",
+}
 
 
 def line(values: Mapping[str, float]) -> str:
     """One line of the measures that matter."""
     parts = [f"reward {values['reward/mean']:.2f}"]
-    parts += [f"{label} {values[f'reward/{name}']:.2f}" for name, label in SHOWN.items() if f"reward/{name}" in values and name != "mean"]
+    parts += [
+        f"{label} {values[f'reward/{name}']:.2f}"
+        for name, label in SHOWN.items()
+        if f"reward/{name}" in values and name != "mean"
+    ]
     parts += [f"{values['response/length']:.0f} tokens"]
     if "kl/mean" in values:
         parts += [f"kl {values['kl/mean']:.3f}", f"{values['time/tokens_per_second']:,.0f} tok/s"]
@@ -45,14 +56,24 @@ def sampling(progress: Progress, step: int) -> Callable[[Tally], None]:
 
     def show(tally: Tally) -> None:
         parts = [f"sampling: {tally.prompts:,} prompts, {tally.responses:,} of {tally.total:,} responses done"]
-        parts += [f"{tally.tokens / tally.seconds:,.0f} tok/s", f"mean length {tally.mean_length:.0f}", f"about {clock(tally.seconds_left)} to go"]
+        parts += [
+            f"{tally.tokens / tally.seconds:,.0f} tok/s",
+            f"mean length {tally.mean_length:.0f}",
+            f"about {clock(tally.seconds_left)} to go",
+        ]
         progress.show(step, "  ".join(parts))
 
     return show
 
 
 def opening(
-    settings: Config, shape: Shape, mesh: Mesh, steps: tuple[int, int], questions: tuple[Fitting, Fitting], folder: Path, workdir: Path
+    settings: Config,
+    shape: Shape,
+    mesh: Mesh,
+    steps: tuple[int, int],
+    questions: tuple[Fitting, Fitting],
+    folder: Path,
+    workdir: Path,
 ) -> str:
     """What is about to run, on what, from what, and where it is kept."""
     (done, total), (training, held_out), crpo = steps, questions, settings.crpo
@@ -68,13 +89,18 @@ def opening(
         lines.append(f"  wasteful   {reason}")
     for name, chosen in (("training", training), ("held-out", held_out)):
         if chosen.dropped:
-            lines.append(f"  dropped    {len(chosen.dropped)} {name} questions longer than data.max_prompt_tokens={settings.data.max_prompt_tokens}")
+            lines.append(
+                f"  dropped    {len(chosen.dropped)} {name} questions longer than data.max_prompt_tokens={settings.data.max_prompt_tokens}"
+            )
     return "\n".join(lines)
 
 
 def what_on_what(settings: Config, shape: Shape, mesh: Mesh, folder: Path | None, adapters: Lora) -> list[str]:
     """The model, what of it is trained, and the devices."""
-    count, low = parameter_count(shape), sum(leaf.size for leaf in jax.tree.leaves(lora.abstract(shape, adapters))) if adapters.rank else 0
+    count, low = (
+        parameter_count(shape),
+        sum(leaf.size for leaf in jax.tree.leaves(lora.abstract(shape, adapters))) if adapters.rank else 0,
+    )
     trained = f", {low:,} in adapters of rank {adapters.rank} trained ({low / count:.2%})" if low else ", all trained"
     merged = f" with {settings.model.adapter} merged in" if settings.model.adapter else ""
     devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.devices.size > 1 else ''}"
@@ -117,12 +143,19 @@ def memory(mesh: Mesh) -> dict[str, float]:
     """GiB that this process has held at most so far: on the host, and on its fullest device where the runtime counts it (not on CPUs)."""
     unit = 1 if sys.platform == "darwin" else 1024
     held = {"time/host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-    on_devices = [stats["peak_bytes_in_use"] for device in mesh.local_devices if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats]
+    on_devices = [
+        stats["peak_bytes_in_use"]
+        for device in mesh.local_devices
+        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
+    ]
     return held | ({"time/device_memory": max(on_devices) / 2**30} if on_devices else {})
 
 
 def step_metrics(
-    scored: Sequence[Scored], responses: Sequence[Response], rewards: np.ndarray, updates: Sequence[tuple[dict[str, Any], Any, Any]]
+    scored: Sequence[Scored],
+    responses: Sequence[Response],
+    rewards: np.ndarray,
+    updates: Sequence[tuple[dict[str, Any], Any, Any]],
 ) -> dict[str, float]:
     """The metrics of one RL step; `updates` are the accumulated metrics, gradient norm and applied flag of each optimizer step."""
     totals, norms, applied = zip(*updates, strict=True)
@@ -163,15 +196,35 @@ def sample_rows(step: int, drawn: Drawn, advantages: np.ndarray) -> list[dict[st
     """
     trained, rows = set(drawn.trained.tolist()), []
     for place, (question, response, text, score) in enumerate(zip(*drawn[:4], strict=True)):
-        row = {"step": step, "id": question.id, "sample": response.sample, "tokens": len(response.tokens), "stopped": response.stopped}
-        row |= {"advantage": round(float(advantages[place]), 5), "trained": place in trained, "answer": question.answer, "response": text}
+        row = {
+            "step": step,
+            "id": question.id,
+            "sample": response.sample,
+            "tokens": len(response.tokens),
+            "stopped": response.stopped,
+        }
+        row |= {
+            "advantage": round(float(advantages[place]), 5),
+            "trained": place in trained,
+            "answer": question.answer,
+            "response": text,
+        }
         rows.append(row | score_fields(score))
     return rows
 
 
 def score_fields(score: Scored) -> dict[str, Any]:
     if isinstance(score, Score):
-        names = ("total", "accuracy", "format", "cross_reference", "clinical_reasoning", "consistency", "answer_found", "why")
+        names = (
+            "total",
+            "accuracy",
+            "format",
+            "cross_reference",
+            "clinical_reasoning",
+            "consistency",
+            "answer_found",
+            "why",
+        )
         return {name: getattr(score, name) for name in names}
     return {"error": score.error, "traceback": score.traceback}
 
@@ -183,7 +236,12 @@ def keep_answers(workdir: Path, step: int, answered: Sequence[Answered]) -> None
         path.parent.mkdir(exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             for question, response, score in answered:
-                asked = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer}
+                asked = {
+                    "id": question.id,
+                    "question": question.question,
+                    "options": dict(question.options),
+                    "answer": question.answer,
+                }
                 file.write(json.dumps(asked | {"response": response} | score_fields(score), ensure_ascii=False) + "\n")
 
 
@@ -213,7 +271,10 @@ def closing(workdir: Path, count: int) -> str:
 
 def before_and_after(workdir: Path, first: int, last: int) -> str:
     """The held-out question whose reward rose most, with both responses."""
-    rows = [[json.loads(text) for text in whole_lines(workdir / "report" / f"held_out_{step:06d}.jsonl")] for step in (first, last)]
+    rows = [
+        [json.loads(text) for text in whole_lines(workdir / "report" / f"held_out_{step:06d}.jsonl")]
+        for step in (first, last)
+    ]
     pairs = [(old, new) for old, new in zip(*rows, strict=True) if "total" in old and "total" in new]
     if not pairs:
         return ""
@@ -237,7 +298,9 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
 
     def panel(axis: Any, title: str, names: Mapping[str, str], held_out: Mapping[str, str], y: str) -> None:
         for name, label in names.items():
-            (drawn,) = axis.plot([row["step"] for row in trained], [row[name] for row in trained], label=label, linewidth=1.2)
+            (drawn,) = axis.plot(
+                [row["step"] for row in trained], [row[name] for row in trained], label=label, linewidth=1.2
+            )
             if name in held_out:
                 points = [(row["step"], row[held_out[name]]) for row in measured]
                 axis.plot(*zip(*points, strict=True), "o", color=drawn.get_color(), markersize=5)
@@ -247,7 +310,11 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
         if len(names) > 1:
             axis.legend(fontsize=8)
 
-    parts = {f"reward/{name}": label for name, label in SHOWN.items() if name in ("accuracy", "format", "cross_reference", "consistency")}
+    parts = {
+        f"reward/{name}": label
+        for name, label in SHOWN.items()
+        if name in ("accuracy", "format", "cross_reference", "consistency")
+    }
     panel(axes[0, 0], "reward", {"reward/mean": "reward"}, {"reward/mean": "eval/mean"}, "reward")
     panel(axes[0, 1], "its parts", parts, {name: name.replace("reward/", "eval/") for name in parts}, "share")
     panel(axes[1, 0], "distance from the start", {"kl/mean": "k3 KL"}, {}, "nats per token")

@@ -13,10 +13,10 @@ from crpo_jax.data.question import Question
 from crpo_jax.model.decode import Weights
 from crpo_jax.parallel.processes import gathered, share
 from crpo_jax.reward.rules import Score
-from crpo_jax.reward.scoring import Scored, Scorer
+from crpo_jax.reward.scorer import Scored, Scorer
 from crpo_jax.rollout.engine import Engine, Response, Tally
-from crpo_jax.run.setup import Text
-from crpo_jax.run.workdir import Stop, Stopped
+from crpo_jax.runtime.setup import Text
+from crpo_jax.runtime.signals import Stop, Stopped
 from crpo_jax.update.losses import chosen_groups
 
 
@@ -25,7 +25,9 @@ class Responses(NamedTuple):
 
     questions: list[Question]
     responses: list[Response]
-    scores: Callable[[], tuple[list[str], list[Scored]]]  # texts and scores of all, once the last is scored; every process must ask
+    scores: Callable[
+        [], tuple[list[str], list[Scored]]
+    ]  # texts and scores of all, once the last is scored; every process must ask
 
 
 def respond(
@@ -110,15 +112,24 @@ def draw(
         began, asked = time.perf_counter(), turn_of(turn)
         prompts, ids = [prompt_of[question.id] for question in asked], range(turn * len(asked), (turn + 1) * len(asked))
         try:
-            new = respond(engine, weights, asked, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=looked)
+            new = respond(
+                engine, weights, asked, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=looked
+            )
         except Stopped:
             return None
         sampled = time.perf_counter()
 
         said, marks = new.scores()  # most were scored while the longest responses were decoded
-        questions, responses, texts, scored = questions + new.questions, responses + new.responses, texts + said, scored + marks
+        questions, responses, texts, scored = (
+            questions + new.questions,
+            responses + new.responses,
+            texts + said,
+            scored + marks,
+        )
         valid = np.array([isinstance(one, Score) for one in scored]).reshape(-1, crpo.group_size)
-        rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored]).reshape(-1, crpo.group_size)
+        rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored]).reshape(
+            -1, crpo.group_size
+        )
         chosen, varied = chosen_groups(rewards, valid, crpo.prompts_per_step)
         seconds["rollout"] += sampled - began
         seconds["score"] += time.perf_counter() - sampled

@@ -42,7 +42,12 @@ def answer_letter(answer: str, question: Question) -> tuple[str | None, str]:
     letters = "".join(question.options)
     found = {text.strip() for text in BOXED.findall(answer)}
     plain = answer.replace("*", "")
-    found |= set(re.findall(rf"(?i:\banswer|\boption|\bchoice)(?i:\s+is)?\s*:?\s*\(?([{letters}])\)?(?=[\s.,:;)]|$)(?=[^\n]{{0,80}}$)", plain))
+    found |= set(
+        re.findall(
+            rf"(?i:\banswer|\boption|\bchoice)(?i:\s+is)?\s*:?\s*\(?([{letters}])\)?(?=[\s.,:;)]|$)(?=[^\n]{{0,80}}$)",
+            plain,
+        )
+    )
     found |= set(re.findall(rf"(?i:\banswer)(?i:\s+is\s*:?|\s*:)\s*\(?([{letters}])\)?(?=[\s.,:;)]|$)", plain))
     found |= set(re.findall(rf"\A\W*([{letters}])\W*(?:\n|\Z)", plain))
     found |= set(re.findall(rf"\A\W*([{letters}])[).:]\s", plain))

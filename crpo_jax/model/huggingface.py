@@ -24,9 +24,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
-from crpo_jax.config import InputError
-from crpo_jax.model.qwen2 import Qwen2, dims_of
+from crpo_jax.errors import InputError
 from crpo_jax.model.shape import Shape, read_shape
+from crpo_jax.model.transformer import Qwen2, dims_of
 from crpo_jax.parallel.layout import WeightTable, spec
 
 HF_KEYS: Mapping[str, tuple[str, str]] = {
@@ -113,7 +113,9 @@ def model_folder(path: str) -> Path:
     if path and folder.is_dir():  # Path("") is the working directory
         return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
-        raise InputError(f"model.path: expected a folder, or a hub id such as Qwen/Qwen2.5-3B, got {path!r}, which is neither")
+        raise InputError(
+            f"model.path: expected a folder, or a hub id such as Qwen/Qwen2.5-3B, got {path!r}, which is neither"
+        )
     import huggingface_hub  # here, because most runs read a local folder and this import is slow
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -142,7 +144,9 @@ def headers_of(file: Path) -> dict[str, Header]:
             slices = {key: source.get_slice(key) for key in source.keys()}  # noqa: SIM118 (not a mapping)
             return {key: Header(file, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except SafetensorError as error:
-        raise InputError(f"{file}: expected a whole safetensors file, got {file.stat().st_size} bytes: {error}") from None
+        raise InputError(
+            f"{file}: expected a whole safetensors file, got {file.stat().st_size} bytes: {error}"
+        ) from None
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}") from None
 
@@ -153,10 +157,18 @@ def read_headers(folder: Path) -> tuple[Path, dict[str, Header]]:
     if single.is_file():
         return single, headers_of(single)
     if not index.is_file():
-        found = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(pattern))
+        found = sorted(
+            path.name
+            for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+            for path in folder.glob(pattern)
+        )
         got = f"got only {', '.join(found[:3])}" if found else "got neither"
         pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in found)
-        why = "; a pickle can run code when it is read: write safetensors with transformers' save_pretrained" if pickled else ""
+        why = (
+            "; a pickle can run code when it is read: write safetensors with transformers' save_pretrained"
+            if pickled
+            else ""
+        )
         raise InputError(f"{folder}: expected {SINGLE} or {INDEX}, {got}{why}")
     content = read_json(index)
     listed = content.get("weight_map") if isinstance(content, dict) else None
@@ -179,11 +191,19 @@ def read_headers(folder: Path) -> tuple[Path, dict[str, Header]]:
 def check_keys(shape: Shape, listing: Path, headers: Mapping[str, Header]) -> None:
     """Refuses missing, extra, mis-shaped and mis-typed tensors, before any is read."""
     expected = {tensor.key: tensor for tensor in tensors(shape)}
-    extra = [key for key in headers if key not in expected and not IGNORED.fullmatch(key) and not (shape.tied and key == "lm_head.weight")]
+    extra = [
+        key
+        for key in headers
+        if key not in expected and not IGNORED.fullmatch(key) and not (shape.tied and key == "lm_head.weight")
+    ]
     for kind, keys in (("missing", [key for key in expected if key not in headers]), ("extra", extra)):
         if keys:
             more = f" ({len(keys) - 1} more are {kind})" if len(keys) > 1 else ""
-            wanted = f"shape {list(expected[keys[0]].sizes)}" if kind == "missing" else f"no such key in this {shape.l}-layer Qwen2"
+            wanted = (
+                f"shape {list(expected[keys[0]].sizes)}"
+                if kind == "missing"
+                else f"no such key in this {shape.l}-layer Qwen2"
+            )
             untied = ", since config.json does not set tie_word_embeddings" if keys[0] == "lm_head.weight" else ""
             got = f", got shape {list(headers[keys[0]].sizes)}" if kind == "extra" else ""
             raise InputError(f"{listing}: {keys[0]}: {kind}; expected {wanted}{untied}{got}{more}")
@@ -192,7 +212,9 @@ def check_keys(shape: Shape, listing: Path, headers: Mapping[str, Header]) -> No
         if header.sizes != tensor.sizes:
             raise InputError(f"{header.file}: {key}: expected shape {list(tensor.sizes)}, got {list(header.sizes)}")
         if header.dtype not in DTYPES:
-            raise InputError(f"{header.file}: {key}: expected {', '.join(DTYPES)} (weights that are not quantized), got {header.dtype}")
+            raise InputError(
+                f"{header.file}: {key}: expected {', '.join(DTYPES)} (weights that are not quantized), got {header.dtype}"
+            )
 
 
 def check_tied(headers: Mapping[str, Header]) -> None:
@@ -209,7 +231,9 @@ def check_tied(headers: Mapping[str, Header]) -> None:
             blocks = (slice(row, min(row + 4096, rows)) for row in range(0, rows, 4096))
             equal = all(np.array_equal(ours[block], theirs[block]) for block in blocks)
     if not equal:
-        raise InputError(f"{head.file}: {key}: expected no such key, or the same values as {other}, since config.json sets tie_word_embeddings")
+        raise InputError(
+            f"{head.file}: {key}: expected no such key, or the same values as {other}, since config.json sets tie_word_embeddings"
+        )
 
 
 def load(path: str, mesh: Mesh, table: WeightTable, dtype: Any = jnp.float32) -> tuple[Shape, Qwen2]:
@@ -229,7 +253,10 @@ def load(path: str, mesh: Mesh, table: WeightTable, dtype: Any = jnp.float32) ->
         check_tied(headers)
     ignored = [key for key in headers if IGNORED.fullmatch(key)]
     if ignored and jax.process_index() == 0:
-        print(f"{listing}: {ignored[0]}: ignored ({len(ignored)} such keys), rope_theta={shape.rope_theta:g} gives these angles", file=sys.stderr)
+        print(
+            f"{listing}: {ignored[0]}: ignored ({len(ignored)} such keys), rope_theta={shape.rope_theta:g} gives these angles",
+            file=sys.stderr,
+        )
 
     wanted = {tensor.key: tensor for tensor in tensors(shape)}
     names = list(dict.fromkeys(tensor.name for tensor in wanted.values()))
@@ -241,12 +268,16 @@ def load(path: str, mesh: Mesh, table: WeightTable, dtype: Any = jnp.float32) ->
                 if key in wanted:
                     name, layer = wanted[key].name, wanted[key].layer
                     weights[name] = place[name](weights[name], source.get_tensor(key), layer)
-                    jax.block_until_ready(weights[name])  # else later tensors are read while earlier ones wait in host memory
+                    jax.block_until_ready(
+                        weights[name]
+                    )  # else later tensors are read while earlier ones wait in host memory
     return shape, Qwen2(lambda name, _: weights[name], tied=shape.tied)
 
 
 @functools.cache
-def placing(name: str, shape: Shape, mesh: Mesh, table: WeightTable, dtype: Any) -> Callable[[jax.Array | None, np.ndarray, int | None], jax.Array]:
+def placing(
+    name: str, shape: Shape, mesh: Mesh, table: WeightTable, dtype: Any
+) -> Callable[[jax.Array | None, np.ndarray, int | None], jax.Array]:
     """`(weight so far, stored tensor, layer) -> weight` with that tensor in it; the stack is made once, and then donated."""
     letters, dims = stored_letters(name), dims_of(name)
     by_letter = dict(zip(dims, spec(table, name, mesh, shape.k, stacked=False), strict=True))
@@ -276,7 +307,9 @@ def placing(name: str, shape: Shape, mesh: Mesh, table: WeightTable, dtype: Any)
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def config_of(shape: Shape, dtype: str, token_ids: Mapping[str, Any], max_position_embeddings: int = 32768) -> dict[str, Any]:
+def config_of(
+    shape: Shape, dtype: str, token_ids: Mapping[str, Any], max_position_embeddings: int = 32768
+) -> dict[str, Any]:
     """The config.json of a shape, in the keys that Qwen2.5 was published with; `shape_of` reads it back.
 
     No pad_token_id, as there: transformers would make it the embedding's padding_idx, a row that gets no gradient.
@@ -326,7 +359,10 @@ def shards_of(wanted: Sequence[Tensor], width: int, max_shard_bytes: int) -> dic
         shards[-1].append(tensor)
         room -= size
     count = len(shards)
-    return {SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    return {
+        SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors": shard
+        for i, shard in enumerate(shards, 1)
+    }
 
 
 def safetensors_header(shard: Sequence[Tensor], dtype: str, width: int) -> bytes:
@@ -366,7 +402,9 @@ def gathering(model: Qwen2, shape: Shape, dtype: str) -> Callable[[Tensor], jax.
 
         return jax.jit(stored, out_shardings=NamedSharding(here.mesh, P()) if here else None)
 
-    return lambda tensor: gather(tensor.name)(weight_of(model, tensor.name), None if tensor.layer is None else np.int32(tensor.layer))
+    return lambda tensor: gather(tensor.name)(
+        weight_of(model, tensor.name), None if tensor.layer is None else np.int32(tensor.layer)
+    )
 
 
 def weight_of(model: Qwen2, name: str) -> jax.Array:
@@ -391,8 +429,12 @@ def written_at_once(folder: Path) -> Iterator[Path]:
 def free_folder(folder: str | Path) -> Path:
     """The absolute path of a folder to write; refused by every process where the first one finds something there."""
     folder = Path(os.path.abspath(Path(folder).expanduser()))
-    occupied = jax.process_index() == 0 and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
-    if multihost_utils.broadcast_one_to_all(np.int32(occupied)):  # all stop, or the others would wait for the writer for ever
+    occupied = (
+        jax.process_index() == 0 and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
+    )
+    if multihost_utils.broadcast_one_to_all(
+        np.int32(occupied)
+    ):  # all stop, or the others would wait for the writer for ever
         raise InputError(f"{folder}: expected a new or empty folder, got one that exists; nothing was written")
     return folder
 

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from crpo_jax.config import Endpoint, InputError
+from crpo_jax.config import Endpoint
+from crpo_jax.errors import InputError
 
 Item = TypeVar("Item")
 
@@ -120,7 +121,9 @@ class Client:
                     self._not_before = max(self._not_before, time.monotonic() + wait)
             else:
                 pause = min(FIRST_PAUSE * 2**tried, LONGEST_PAUSE)
-                self._stopped.wait(pause * random.uniform(0.5, 1.0))  # apart, so that a server that comes back is not met by all at once
+                self._stopped.wait(
+                    pause * random.uniform(0.5, 1.0)
+                )  # apart, so that a server that comes back is not met by all at once
         return GivenUp(f"{why}, {self.settings.retries + 1} times")
 
     def _wait_for_turn(self) -> None:
@@ -135,7 +138,9 @@ class Client:
                 for chunk in response.iter_bytes():
                     data += chunk
                     if len(data) > self.settings.max_reply_bytes:
-                        raise _Again(f"a reply of more than {self.section}.max_reply_bytes={self.settings.max_reply_bytes} bytes")
+                        raise _Again(
+                            f"a reply of more than {self.section}.max_reply_bytes={self.settings.max_reply_bytes} bytes"
+                        )
                     if time.monotonic() > deadline:  # the client's own limit is on the time between two pieces
                         raise _Again(f"no whole reply within {self.section}.timeout={self.settings.timeout:g} seconds")
         except httpx2.TimeoutException:
@@ -150,7 +155,11 @@ class Client:
             raise _Again(said, retry_after(response.headers.get("retry-after")))
         if status in ONE_REQUEST:
             raise _Refused(said)
-        key = f"the key in {self.settings.key_variable}" if self._key else f"no key in {self.settings.key_variable or 'any variable'}"
+        key = (
+            f"the key in {self.settings.key_variable}"
+            if self._key
+            else f"no key in {self.settings.key_variable or 'any variable'}"
+        )
         raise ServerError(self._without_key(f"{self.address}, model {self.settings.model}, {key}: {said}"))
 
     def _without_key(self, text: str) -> str:
@@ -192,7 +201,9 @@ def completion(data: bytes) -> Reply:
     if not content and not reasoning:
         raise _Again("a reply without text")
     usage = answer.get("usage")
-    return Reply(content or "", reasoning or "", str(choice.get("finish_reason") or ""), usage if isinstance(usage, dict) else {})
+    return Reply(
+        content or "", reasoning or "", str(choice.get("finish_reason") or ""), usage if isinstance(usage, dict) else {}
+    )
 
 
 def retry_after(value: str | None) -> float | None:

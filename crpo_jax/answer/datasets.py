@@ -12,21 +12,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from crpo_jax.config import Config, InputError
+from crpo_jax.answer.records import Answer, letter_of, row_of
+from crpo_jax.config import Config
 from crpo_jax.data.prompts import Fitting, fitting
 from crpo_jax.data.question import Question
-from crpo_jax.judge.answers import Answer, letter_of, row_of
-from crpo_jax.judge.journal import Journal
-from crpo_jax.model import hub
+from crpo_jax.errors import InputError
+from crpo_jax.model import huggingface
 from crpo_jax.model.decode import Weights
 from crpo_jax.model.placement import to_sampling
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.parallel.mesh import make_mesh
 from crpo_jax.rollout.engine import Engine, Response
-from crpo_jax.run import setup, start
-from crpo_jax.run.progress import Progress
-from crpo_jax.run.workdir import Stop, Stopped
+from crpo_jax.runtime import setup, start
+from crpo_jax.runtime.progress import Progress
+from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.store.journal import Journal
 
 
 def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
@@ -51,7 +52,19 @@ def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Pa
             weights = weights or (None if complete.all() else sampling_weights(settings, shape, mesh))
             tally = Tally(name, settings, len(asked.questions), int(complete.sum()))
             if weights:
-                ask(engine, weights, asked, np.flatnonzero(~complete), text, settings, name, journal, before, tally, stop)
+                ask(
+                    engine,
+                    weights,
+                    asked,
+                    np.flatnonzero(~complete),
+                    text,
+                    settings,
+                    name,
+                    journal,
+                    before,
+                    tally,
+                    stop,
+                )
             tally.end()
     if any(asked.dropped for asked in fitted.values()):
         kept = folder / "dropped.json"
@@ -78,8 +91,12 @@ def ask(
         answers = []
         for response in responses:
             question, ids = asked.questions[int(left[response.prompt])], text.body(response)
-            answers.append(Answer(question, response.sample, text.of(response), ids, len(response.tokens), response.stopped))
-        journal.append(*(row_of(answer) for answer in answers if answer.sample not in before.get(answer.question.id, ())))
+            answers.append(
+                Answer(question, response.sample, text.of(response), ids, len(response.tokens), response.stopped)
+            )
+        journal.append(
+            *(row_of(answer) for answer in answers if answer.sample not in before.get(answer.question.id, ()))
+        )
         tally.add(answers)
         if stop.requested:
             raise Stopped
@@ -96,7 +113,9 @@ def samples_on_disk(journal: Journal, asked: Fitting) -> dict[str, set[int]]:
     for row in journal.rows:
         question = wanted.get(row.get("id", ""))
         if question is None or row.get("question") != question.question:
-            raise InputError(f"{journal.path}: expected responses to the questions of --data, got one to {row.get('id')!r}; take another --workdir")
+            raise InputError(
+                f"{journal.path}: expected responses to the questions of --data, got one to {row.get('id')!r}; take another --workdir"
+            )
         found.setdefault(question.id, set()).add(int(row["sample"]))
     return found
 
@@ -104,7 +123,9 @@ def samples_on_disk(journal: Journal, asked: Fitting) -> dict[str, set[int]]:
 def sampling_weights(settings: Config, shape: Shape, mesh: Mesh) -> Weights:
     """The model's weights in their sampling form, never held in more than model.dtype."""
     table = LAYOUTS[settings.parallel.layout].master
-    loaded = start.start_model(hub.model_folder(settings.model.path), settings, shape, mesh, table, settings.model.dtype)
+    loaded = start.start_model(
+        huggingface.model_folder(settings.model.path), settings, shape, mesh, table, settings.model.dtype
+    )
     return to_sampling(shape, mesh, settings.model.dtype)(loaded)
 
 
@@ -112,11 +133,19 @@ class Tally:
     """What a person sees while a data set is answered: how far, how well, how fast, how long still."""
 
     def __init__(self, name: str, settings: Config, questions: int, done: int) -> None:
-        self._name, self._settings, self._questions, self._samples = name, settings, questions, settings.evaluate.samples
+        self._name, self._settings, self._questions, self._samples = (
+            name,
+            settings,
+            questions,
+            settings.evaluate.samples,
+        )
         self._progress = Progress(questions * self._samples, done * self._samples)
         self._done, self._right, self._valid, self._drawn, self._tokens = done * self._samples, 0, 0, 0, 0
         self._said, self._began = self._tenth(), time.monotonic()
-        self._progress.keep(f"{name}: {questions} questions x {self._samples} samples" + (f", {done} questions answered before" if done else ""))
+        self._progress.keep(
+            f"{name}: {questions} questions x {self._samples} samples"
+            + (f", {done} questions answered before" if done else "")
+        )
 
     def _tenth(self) -> int:
         return 10 * self._done // max(self._questions * self._samples, 1)

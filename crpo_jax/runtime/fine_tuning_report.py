@@ -9,19 +9,29 @@ from jax.sharding import Mesh
 from crpo_jax.config import Config
 from crpo_jax.model.shape import Shape
 from crpo_jax.rollout.engine import Response
-from crpo_jax.run.metrics import read_metrics
-from crpo_jax.run.report import what_on_what
-from crpo_jax.run.setup import Text, Traces
+from crpo_jax.runtime.report import what_on_what
+from crpo_jax.runtime.setup import Text, Traces
+from crpo_jax.store.logs import read_metrics
 from crpo_jax.update.batches import Row
 
 SHOWN_CHARACTERS = 600
 
 
-def opening(settings: Config, shape: Shape, mesh: Mesh, steps: tuple[int, int, int], traces: Traces, folder: Path | None, workdir: Path) -> str:
+def opening(
+    settings: Config,
+    shape: Shape,
+    mesh: Mesh,
+    steps: tuple[int, int, int],
+    traces: Traces,
+    folder: Path | None,
+    workdir: Path,
+) -> str:
     """What is about to be fine-tuned, on what; `steps` are those done, all there are, and those of an epoch."""
     done, total, epoch = steps
     begun = f"resuming after step {done}" if done else "from the start"
-    dropped = f", {traces.dropped:,} longer than sft.max_tokens={settings.sft.max_tokens} dropped" if traces.dropped else ""
+    dropped = (
+        f", {traces.dropped:,} longer than sft.max_tokens={settings.sft.max_tokens} dropped" if traces.dropped else ""
+    )
     return "\n".join([
         f"cold start: {total:,} steps of {min(settings.sft.batch_size, len(traces.train))} traces ({total / epoch:.1f} epochs), {begun}",
         *what_on_what(settings, shape, mesh, folder, settings.sft.lora),
@@ -32,14 +42,27 @@ def opening(settings: Config, shape: Shape, mesh: Mesh, steps: tuple[int, int, i
 
 def line(values: Mapping[str, float]) -> str:
     """One line of what was measured."""
-    names = {"loss/total": "loss {:.3f}", "eval/loss": "held-out loss {:.3f}", "time/tokens_per_second": "{:,.0f} tok/s"}
-    return "  ".join([f"epoch {values['sft/epoch']:.1f}", *(shown.format(values[name]) for name, shown in names.items() if name in values)])
+    names = {
+        "loss/total": "loss {:.3f}",
+        "eval/loss": "held-out loss {:.3f}",
+        "time/tokens_per_second": "{:,.0f} tok/s",
+    }
+    return "  ".join(
+        [
+            f"epoch {values['sft/epoch']:.1f}",
+            *(shown.format(values[name]) for name, shown in names.items() if name in values),
+        ]
+    )
 
 
 def preview(prompt: Row, response: Response, text: Text) -> str:
     """The model's answer to one prompt, as far as it fits on a screen."""
     said = text.of(response)
-    cut = f"... ({len(said) - SHOWN_CHARACTERS:,} characters more in samples.jsonl)" if len(said) > SHOWN_CHARACTERS else ""
+    cut = (
+        f"... ({len(said) - SHOWN_CHARACTERS:,} characters more in samples.jsonl)"
+        if len(said) > SHOWN_CHARACTERS
+        else ""
+    )
     ended = "stopped" if response.stopped else "cut at rollout.max_new_tokens"
     asked = " ".join(str(text.tokenizer.decode(list(prompt.prompt), skip_special_tokens=True)).split())[-160:]
     shown = "\n".join(f"    {line}" for line in (said[:SHOWN_CHARACTERS] + cut).splitlines())
@@ -50,8 +73,19 @@ def preview_rows(step: int, prompts: Sequence[Row], responses: Sequence[Response
     """What samples.jsonl keeps of an evaluation."""
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
-        told = {"prompt": text.tokenizer.decode(list(prompt.prompt)), "teacher": text.tokenizer.decode(list(prompt.response))}
-        rows.append({"step": step, "tokens": len(response.tokens), "stopped": response.stopped, **told, "response": text.of(response)})
+        told = {
+            "prompt": text.tokenizer.decode(list(prompt.prompt)),
+            "teacher": text.tokenizer.decode(list(prompt.response)),
+        }
+        rows.append(
+            {
+                "step": step,
+                "tokens": len(response.tokens),
+                "stopped": response.stopped,
+                **told,
+                "response": text.of(response),
+            }
+        )
     return rows
 
 
@@ -70,7 +104,8 @@ def closing(workdir: Path, folder: Path) -> str:
     rows = [f"{'':<24}" + "".join(f"{head:>32}" for head in heads)]
     if losses:
         rows.append(
-            f"{'held-out loss per token':<24}" + "".join(f"{losses[step]:>32.4f}" if step in losses else f"{'':>32}" for step in columns.values())
+            f"{'held-out loss per token':<24}"
+            + "".join(f"{losses[step]:>32.4f}" if step in losses else f"{'':>32}" for step in columns.values())
         )
     trained = [row["loss/total"] for row in metrics if row.get("loss/total") is not None]
     if trained:
