@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from crpo_jax.errors import InputError, shown
+from crpo_jax.errors import InputError, brief
 
 LARGEST = 2**31 - 1  # of a whole number, where a setting has no bound of its own: what devices count with
 LARGEST_FILE = 1_000_000
@@ -462,11 +462,11 @@ def converted(value: Any, kind: Any, key: str, where: str) -> Any:
     else:
         fits = isinstance(value, kind)
     if not fits:
-        raise InputError(f"{where}: {key}: expected {type_name(kind)}, got {shown(value)}")
+        raise InputError(f"{where}: {key}: expected {type_name(kind)}, got {brief(value)}")
     for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
         if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
             raise InputError(
-                f"{where}: {key}: expected text that a file can hold, without NUL and lone surrogates, got {shown(text)}"
+                f"{where}: {key}: expected text that a file can hold, without NUL and lone surrogates, got {brief(text)}"
             )
     return value
 
@@ -475,13 +475,13 @@ def build(kind: type, values: Any, where: str, prefix: str = "", base: Any = Non
     """A section from a mapping, over `base` (or the defaults); unknown keys, wrong types and bounds are InputErrors."""
     if not isinstance(values, dict):
         raise InputError(
-            f"{where}: {prefix.rstrip('.') or 'the file'}: expected a mapping of settings, got {shown(values)}"
+            f"{where}: {prefix.rstrip('.') or 'the file'}: expected a mapping of settings, got {brief(values)}"
         )
     hints, changed = typing.get_type_hints(kind), {}
     fields_ = {item.name: item for item in dataclasses.fields(kind)}
     base = kind() if base is None else base
     for name, value in values.items():
-        key = f"{prefix}{name if isinstance(name, str) else shown(name)}"[:200]
+        key = f"{prefix}{name if isinstance(name, str) else brief(name)}"[:200]
         if name not in fields_:
             close = difflib.get_close_matches(str(key[len(prefix) :]), fields_, n=1)
             hint = f"; did you mean {prefix}{close[0]}? The" if close else "; the"
@@ -492,11 +492,11 @@ def build(kind: type, values: Any, where: str, prefix: str = "", base: Any = Non
         value = converted(value, hints[name], key, where)
         low, high = fields_[name].metadata["low"], fields_[name].metadata["high"]
         if high is None and hints[name] is int and value > LARGEST:
-            raise InputError(f"{where}: {key}: expected at most {LARGEST}, got {shown(value)}")
+            raise InputError(f"{where}: {key}: expected at most {LARGEST}, got {brief(value)}")
         if (low is not None and value < low) or (high is not None and value > high):
             bounds = [f"{bound:g}" if abs(bound) < 1e6 else str(bound) for bound in (low, high) if bound is not None]
             wanted = f"at least {bounds[0]}" if high is None else f"between {' and '.join(bounds)}"
-            raise InputError(f"{where}: {key}: expected {wanted}, got {shown(value)}")
+            raise InputError(f"{where}: {key}: expected {wanted}, got {brief(value)}")
         changed[name] = value
     return dataclasses.replace(base, **changed)
 
@@ -529,7 +529,7 @@ def plain_number(loader: UniqueKeyLoader, node: yaml.ScalarNode) -> int | float:
     whole = node.tag == "tag:yaml.org,2002:int"
     if ":" in node.value or (whole and re.match(r"[-+]?0\d", node.value)):
         raise InputError(
-            f"{node.start_mark.name}:{node.start_mark.line + 1}: expected a plain decimal number, got {shown(node.value)}"
+            f"{node.start_mark.name}:{node.start_mark.line + 1}: expected a plain decimal number, got {brief(node.value)}"
         )
     return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
 

@@ -28,7 +28,7 @@ class Fault(Exception):
     """
 
 
-def shown(value: Any, limit: int = 80) -> str:
+def brief(value: Any, limit: int = 80) -> str:
     """A value as Python writes it, cut short: a YAML file of nine lines can hold a value with a billion parts."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a whole number of {value.bit_length()} bits"
