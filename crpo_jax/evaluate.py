@@ -212,14 +212,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Stop("finishing this wave of responses, keeping it, then stopping") as stop,
     ):
         if sets:
-            from crpo_jax.answer.datasets import examine
+            from crpo_jax.answer.datasets import answer_data_sets
             from crpo_jax.parallel.processes import self_test
-            from crpo_jax.runtime.limits import one_line
+            from crpo_jax.runtime.faults import faults_end_in_one_line
 
             self_test()
             try:
-                with one_line("crpo_jax.evaluate"):
-                    examine(settings, sets, folder, stop)
+                with faults_end_in_one_line("crpo_jax.evaluate"):
+                    answer_data_sets(settings, sets, folder, stop)
             except Stopped:
                 return print("stopped; the same command goes on from there", file=sys.stderr)
             except Full as error:
