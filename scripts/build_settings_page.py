@@ -8,12 +8,11 @@ import typing
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from crpo_jax import config
 
-PAGE = ROOT / "docs" / "reference" / "settings.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "settings.md"
 HEAD = """\
 # Settings
 
@@ -22,9 +21,9 @@ HEAD = """\
 Every command takes settings as `section.key=value` after its flags, or from a YAML file named by `--config`. A setting
 on the command line replaces the file's. Unknown keys, wrong types and values out of bounds are refused.
 
-The defaults are the paper's run with Qwen2.5-3B after a cold start. Source: **paper** is
-[arXiv 2512.00601](https://arxiv.org/abs/2512.00601), **code** the authors' released scripts, **ours** a decision of this
-project.
+The defaults are the paper's run with Qwen2.5-3B after a cold start. The source **paper** is
+[arXiv 2512.00601](https://arxiv.org/abs/2512.00601), **code** the authors' released scripts, and **ours** a decision of
+this project.
 """
 COLUMNS = "| setting | default | values | meaning | source |\n| --- | --- | --- | --- | --- |"
 
@@ -33,13 +32,8 @@ def values_of(kind: Any, meta: dict[str, Any]) -> str:
     """The values a setting takes: its choices, or its type with bounds and unit."""
     if typing.get_origin(kind) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
-    low, high = (None if meta[end] is None else f"{meta[end]:g}" for end in ("low", "high"))
-    if meta["high"] is not None and meta["high"] >= 2**31 - 1:
-        high = None
-    if low is not None and high is not None:
-        bounds = f" from {low} to {high}"
-    else:
-        bounds = "" if low is None else f" ≥ {low}"
+    low, high = meta["low"], meta["high"]
+    bounds = "" if low is None else f" ≥ {low:g}" if high is None or high > 2**31 else f" from {low:g} to {high:g}"
     unit = f"; {meta['unit']}" if meta["unit"] else ""
     return f"{config.type_name(kind)}{bounds}{unit}"
 

@@ -31,7 +31,7 @@ FILE_ENDINGS = (".json", ".jsonl", ".md", ".png", ".py", ".safetensors", ".yaml"
 LAYOUT_OF_A_USER = re.compile(r"parallel\.layout=\w+:\w+")
 
 
-# ---- commands, settings, files ----------------------------------------------------------------------------------------
+# ---- commands, settings, files -------------------------------------------------------------------------------------
 
 
 COMMANDS = sorted(set(re.findall(r"python -m crpo_jax\.([a-z]+)([^`\n]*)", ALL)))
@@ -91,7 +91,7 @@ def anchors(text: str) -> set[str]:
     }
 
 
-# ---- code and tables ----------------------------------------------------------------------------------------------------
+# ---- code and tables -----------------------------------------------------------------------------------------------
 
 
 def snippets() -> list[tuple[str, str]]:
@@ -149,7 +149,7 @@ def test_the_settings_page_has_every_setting() -> None:
     assert sorted(re.findall(r"^\| `([a-z_0-9.]+)` \|", TEXTS[GENERATED], re.MULTILINE)) == sorted(config.leaves())
 
 
-# ---- the README, the site, the citation -----------------------------------------------------------------------------------
+# ---- the README, the site, the citation ----------------------------------------------------------------------------
 
 
 def test_the_readme_is_short_and_has_the_two_commands() -> None:
