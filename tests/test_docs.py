@@ -23,7 +23,7 @@ PAGES = [
     *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")),
 ]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
-ALL = "\n".join(TEXTS.values())
+ALL = "\n".join(TEXTS.values()).replace("\\\n", " ")  # a command on several lines is one command
 SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "crpo_jax").rglob("*.py")))
 
 SECTIONS = sorted({key.split(".")[0] for key in config.leaves()})
