@@ -1,4 +1,5 @@
-"""A run's model as a Hugging Face folder, or its LoRA adapter in PEFT's format: `python -m crpo_jax.export --workdir DIR --out FOLDER`."""
+"""A run's model as a Hugging Face folder, or its LoRA adapter in PEFT's format: `python -m crpo_jax.export --workdir
+DIR --out FOLDER`."""
 
 import argparse
 import re
@@ -57,10 +58,9 @@ def export(args: argparse.Namespace, workdir: Path, shard_bytes: int) -> None:
     dtype = args.dtype or ("float32" if args.adapter else "bfloat16")
     runtime = open_runtime(cli.from_arguments(args, workdir / "config.yaml"))
     settings, fine_tuned = runtime.settings, is_cold_start(workdir)
+    start = None if fine_tuned else workdir / "coldstart"
     if settings.model.path:
         start = model_folder(settings.model.path)
-    else:
-        start = None if fine_tuned else workdir / "coldstart"
     trainer = runtime.trainer("supervised" if fine_tuned else "crpo", 1)
     state = trainer.abstract_state()
     if args.adapter and isinstance(state.master, Transformer):

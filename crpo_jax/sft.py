@@ -1,4 +1,5 @@
-"""Cold start: fine-tuning on teacher traces, the loss on the response. `python -m crpo_jax.sft --help` lists every setting."""
+"""Cold start: fine-tuning on teacher traces, the loss on the response. `python -m crpo_jax.sft --help` lists every
+setting."""
 
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fine_tune(runtime, workdir, folder, open_traces(runtime), allow_changes=args.allow_changes)
         elif runtime.writes:
             print(
-                f"{fine_tuning_report.closing(workdir, folder)}\nthis run is finished, nothing to do", file=sys.stderr
+                f"{fine_tuning_report.sft_closing(workdir, folder)}\nthis run is finished, nothing to do",
+                file=sys.stderr,
             )
 
 

@@ -1,4 +1,5 @@
-"""A model answers whole data sets: responses are on disk as they end, and a stopped run continues with what is missing."""
+"""A model answers whole data sets: responses are on disk as they end, and a stopped run continues with what is
+missing."""
 
 import json
 import time
@@ -26,7 +27,8 @@ from crpo_jax.store.journal import Journal
 
 
 def answer_data_sets(settings: Config, data_sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
-    """Answers every question evaluate.samples times into folder/NAME.jsonl; what is on disk already is not sampled again.
+    """Answers every question evaluate.samples times into folder/NAME.jsonl; what is on disk already is not sampled
+    again.
 
     A response depends on run.seed, the data set's name, the question's place in it and the sample, not on when or with
     which others it was sampled: a run that was stopped ends with the same responses. Questions longer than

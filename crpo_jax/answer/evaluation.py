@@ -37,7 +37,8 @@ def evaluate_held_out(
 ) -> dict[str, float]:
     """One response per held-out question, written to the run's report; the means of their measures, as eval/....
 
-    The same key draws the same random numbers before and after training, so that two evaluations differ by the policy alone.
+    The same key draws the same random numbers before and after training, so that two evaluations differ by the policy
+    alone.
     """
     key, progress = jax.random.fold_in(run.runtime.key, EVALUATION), run.show_rollout(step)
     responses = respond(run.runtime, weights, questions.questions, questions.prompts, scorer, key, progress=progress)

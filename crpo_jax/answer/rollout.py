@@ -45,8 +45,8 @@ def respond(
 ) -> Responses:
     """`group` responses to each question; `ids` and `group` are `Engine.generate`'s.
 
-    Each process decodes and scores the responses to its share of the questions, and then all have all of them: what follows
-    from the scores is the same in every process, and the first one can write every response.
+    Each process decodes and scores the responses to its share of the questions, and then all have all of them: what
+    follows from the scores is the same in every process, and the first one can write every response.
     """
     repeated = [question for question in questions for _ in range(group)]
     local = share(len(questions))
@@ -89,7 +89,8 @@ class Rollout(NamedTuple):
         return [Row(questions.prompt_of[self.questions[i].id], self.responses[i].tokens.tolist()) for i in self.trained]
 
     def counted(self, *, truncated: bool) -> Bool[np.ndarray, " t"]:
-        """Which of the trained responses carry gradient: those that were scored, and cut ones only where `truncated`."""
+        """Which of the trained responses carry gradient: those that were scored, and cut ones only where
+        `truncated`."""
         stopped = np.array([response.stopped for response in self.responses])
         return (self.valid.reshape(-1) & (stopped | truncated))[self.trained]
 
@@ -104,8 +105,8 @@ def sample_rollout(
 ) -> Rollout | None:
     """The responses of a step with their rewards; None where the run was asked to stop before they were complete.
 
-    While fewer than crpo.prompts_per_step groups differ in reward, further questions follow, crpo.dynamic_sampling batches of
-    them at most (DAPO, arXiv 2503.14476).
+    While fewer than crpo.prompts_per_step groups differ in reward, further questions follow, crpo.dynamic_sampling
+    batches of them at most (DAPO, arXiv 2503.14476).
     """
     crpo, key, show = runtime.settings.crpo, jax.random.fold_in(runtime.key, step), run.show_rollout(step)
 

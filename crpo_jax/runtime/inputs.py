@@ -1,4 +1,5 @@
-"""What a run reads besides its config and its start model: questions with their prompts, teacher traces, digests of all of it."""
+"""What a run reads besides its config and its start model: questions with their prompts, teacher traces, digests of all
+of it."""
 
 import dataclasses
 import functools
@@ -64,7 +65,7 @@ def render_shared(questions: Sequence[Question], *how: Any) -> list[list[int]]:
     return gathered(render_all([questions[i] for i in share(len(questions))], *how))
 
 
-# ---- teacher traces ------------------------------------------------------------------------------------------------------
+# ---- teacher traces --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Traces:
 
 
 def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> Traces:
-    """The traces of sft.path, those given (questions with a column `response`), or the built-in teacher's on the half of the
-    vignettes that CRPO does not train on."""
+    """The traces of sft.path, those given (questions with a column `response`), or the built-in teacher's on the half
+    of the vignettes that CRPO does not train on."""
     sft, data, tokenizer = runtime.settings.sft, runtime.settings.data, runtime.vocabulary.tokenizer
     if traces is not None or sft.path:
         questions = list(traces) if traces is not None else read("jsonl", sft.path, "train")
@@ -111,7 +112,7 @@ def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> T
     return Traces(train, evaluated, len(questions) - len(rows))
 
 
-# ---- digests: the same numbers come only from the same inputs -------------------------------------------------------------
+# ---- digests: the same numbers come only from the same inputs --------------------------------------------------------
 
 
 def question_digests(questions: TrainingQuestions) -> dict[str, str]:

@@ -22,8 +22,8 @@ from crpo_jax.update.trainer import Trainer, TrainState, Update
 class Run:
     """The state of training and everything that happens around a step: resume, log, checkpoint, limits, stop.
 
-    It continues after the newest whole checkpoint. Batches, random keys and schedules are functions of the step, so a resumed
-    run computes what one that was never stopped would have computed.
+    It continues after the newest whole checkpoint. Batches, random keys and schedules are functions of the step, so a
+    resumed run computes what one that was never stopped would have computed.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class Run:
         self.stop, self._compilations = Stop(), Compilations()
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, and `total`, at which there is only an evaluation. Ends early where the run is to stop."""
+        """The steps that are left, and `total`, at which there is only an evaluation. Ends early where the run is to
+        stop."""
         for step in range(self.done, self.total + 1):
             if self.finished or self.stopping:
                 return

@@ -1,4 +1,5 @@
-"""What every command that runs a model opens once: mesh, shape, layout, tokenizer, start weights and compiled programs."""
+"""What every command that runs a model opens once: mesh, shape, layout, tokenizer, start weights and compiled
+programs."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,7 +79,7 @@ class Runtime:
     def key(self) -> jax.Array:
         return jax.random.key(self.settings.run.seed)
 
-    # ---- sampling --------------------------------------------------------------------------------------------------------
+    # ---- sampling ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def sampler(self) -> Engine:
@@ -92,7 +93,7 @@ class Runtime:
     def sampler_weights(self, policy: Policy) -> SamplerWeights:
         return to_sampler(self.shape, self.mesh, self.settings.model.dtype)(policy)
 
-    # ---- training --------------------------------------------------------------------------------------------------------
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def trained_by(self, loss: Loss) -> tuple[Optimizer, Lora]:
         """The settings of CRPO's optimizer and adapters, or of the cold start's."""
@@ -113,7 +114,8 @@ class Runtime:
         return trainer.begin(adapters, self.start_weights(start, self.layout.compute, self.settings.model.dtype))
 
     def start_weights(self, start: Path | None, axes: Axes, dtype: str) -> Transformer:
-        """The model of a folder with model.adapter merged into it; with no folder a random one, the same on every mesh."""
+        """The model of a folder with model.adapter merged into it; with no folder a random one, the same on every
+        mesh."""
         if start is None:
 
             def random(key: jax.Array) -> Transformer:
@@ -123,7 +125,7 @@ class Runtime:
         model, adapter = load_model(str(start), self.mesh, axes, dtype), self.settings.model.adapter
         return merge_adapters(Policy(model, load_adapters(adapter, self.shape, self.mesh, axes) if adapter else None))
 
-    # ---- export ----------------------------------------------------------------------------------------------------------
+    # ---- export ------------------------------------------------------------------------------------------------------
 
     def export(
         self,
@@ -152,7 +154,8 @@ class Runtime:
 
 
 def open_runtime(settings: Config) -> Runtime:
-    """Opens the mesh, the model's shape and the tokenizer; InputError, before anything is written, where they do not fit."""
+    """Opens the mesh, the model's shape and the tokenizer; InputError, before anything is written, where they do not
+    fit."""
     mesh = make_mesh(settings.parallel.mesh)
     shape = open_shape(settings)
     if settings.parallel.layout == "auto":
@@ -174,7 +177,8 @@ def open_shape(settings: Config) -> Shape:
 
 
 def open_vocabulary(settings: Config, shape: Shape) -> Vocabulary:
-    """The tokenizer of tokenizer.path, or of the model's folder; refused where it does not match the model's vocabulary."""
+    """The tokenizer of tokenizer.path, or of the model's folder; refused where it does not match the model's
+    vocabulary."""
     path = settings.tokenizer.path
     folder = find_shipped(path) if path else model_folder(settings.model.path)
     tokenizer = load_tokenizer(folder)
