@@ -216,7 +216,7 @@ def test_muon_takes_an_adapter_for_a_matrix_of_its_r(one_device: Mesh):
         ("lora.targets=[q_proj, lm_head]", r"lora.targets: expected some of q_proj, .*, got \['q_proj', 'lm_head'\]"),
         ("sft.lora.targets=[]", r"sft.lora.targets: expected some of"),
         ("sft.lora.targets=[q_proj, q_proj]", r"sft.lora.targets: expected some of .* each once"),
-        ("lora.rank=-1", "lora.rank: expected at least 0"),
+        ("lora.rank=-1", "lora.rank: expected a whole number >= 0"),
     ],
 )
 def test_settings_that_name_no_layers(override: str, said: str):

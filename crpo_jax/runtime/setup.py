@@ -83,11 +83,11 @@ def shape_for(settings: config.Config, mesh: Mesh) -> tuple[config.Config, Shape
         shape = read_shape(folder)
         huggingface.check_keys(shape, *huggingface.read_headers(folder))
     else:
-        shape = shape_of(config.as_dict(settings.model.shape), "model.shape")
+        shape = shape_of(dataclasses.asdict(settings.model.shape), "model.shape")
     if settings.parallel.layout == "auto":
         memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         name = automatic_layout(shape, mesh, settings.model.dtype, memory)
-        settings = config.build(config.Config, {"parallel": {"layout": name}}, "auto", base=settings)
+        settings = config.replaced(settings, {"parallel.layout": name})
     check_layout(LAYOUTS[settings.parallel.layout], mesh, {letter: getattr(shape, letter) for letter in "dnkfv"})
     return settings, shape
 
