@@ -25,8 +25,11 @@ LARGEST_WHOLE = 2**31 - 1
 
 LONGEST_FILE = 1_000_000  # characters
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-"""No unknown keys, no conversions (true is no number, "3" is no whole number), no nan, no infinities."""
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+"""No unknown keys, no conversions (true is no number, "3" is no whole number), no nan, no infinities.
+
+Validators are built at first use, since scoring processes import this module by the dozen and use next to none of them.
+"""
 
 
 def parse_number(value: Any) -> Any:
