@@ -421,8 +421,7 @@ class Setting(NamedTuple):
     """What `--help` and error messages say of a setting."""
 
     default: Any
-    legal: str
-    """Its type and bounds in words: `a number >= 0`, `keep | mask`."""
+    legal: str  # as legal_values puts it
     doc: str
     unit: str
     source: str
@@ -443,6 +442,7 @@ def leaves(section: Any = None, prefix: str = "") -> dict[str, Setting]:
 
 
 def legal_values(info: FieldInfo) -> str:
+    """A setting's type and bounds in words, such as `a number >= 0` or `keep | mask`."""
     kind = info.annotation
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
@@ -458,7 +458,7 @@ def legal_values(info: FieldInfo) -> str:
 
 
 def replaced(settings: Config, values: Mapping[str, Any]) -> Config:
-    """The settings with some values replaced, by dotted key; InputError where `override` would be refused too."""
+    """The settings with some values replaced, by dotted key; InputError as for an override."""
     for key, value in values.items():
         nested = value
         for name in reversed(key.split(".")):
@@ -468,7 +468,7 @@ def replaced(settings: Config, values: Mapping[str, Any]) -> Config:
 
 
 def updated(section: Any, values: Any, origin: str, prefix: str = "") -> Any:
-    """The section with nested values replaced; InputError for unknown keys and for what pydantic refuses."""
+    """The section with nested values replaced; InputError for unknown keys and for values that pydantic refuses."""
     if not isinstance(values, Mapping):
         where = prefix.rstrip(".") or "the file"
         raise InputError(f"{origin}: {where}: expected a mapping of settings, got {brief(values)}")
