@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from crpo_jax.config import Config, default_config, leaves, load
+from crpo_jax.config import Config, default_config_path, load_config, setting_fields
 from crpo_jax.errors import Fault, InputError
 
 
 def settings_help() -> str:
     """Every setting with its default, legal values, unit and source, for `--help`."""
     lines = ["settings, given as section.key=value (default; legal values; unit; source):"]
-    for key, item in leaves().items():
+    for key, item in setting_fields().items():
         default = list(item.default) if isinstance(item.default, tuple) else item.default
         facts = [f"default {default!r}", item.legal, item.unit, item.source]
         lines.append(f"  {key}\n      {item.doc} ({'; '.join(filter(None, facts))})")
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parser(command: str, doc: str) -> Parser:
+def build_parser(command: str, doc: str) -> Parser:
     """A parser with the arguments that every command has; the command adds its own."""
     p = Parser(
         prog=f"python -m crpo_jax.{command}",
@@ -45,16 +45,16 @@ def parser(command: str, doc: str) -> Parser:
     return p
 
 
-def from_arguments(args: argparse.Namespace, default: Path | None = None, model: bool = True) -> Config:
+def load_settings(args: argparse.Namespace, default: Path | None = None, model: bool = True) -> Config:
     """The config of --config, or of `default`, with the command line's settings."""
     overrides = [*args.overrides, *([f"parallel.mesh={args.mesh}"] if args.mesh else [])]
-    return load(args.config or default, overrides, model)
+    return load_config(args.config or default, overrides, model)
 
 
-def for_platform(args: argparse.Namespace, platform: str) -> tuple[Config, str]:
+def load_platform_settings(args: argparse.Namespace, platform: str) -> tuple[Config, str]:
     """The config of --config, or of the platform's default with a notice, and the config's name."""
-    path = Path(args.config) if args.config else default_config(platform)
-    settings = from_arguments(args, path)
+    path = Path(args.config) if args.config else default_config_path(platform)
+    settings = load_settings(args, path)
     if not args.config:
         print(f"no --config given: {path.name}, the default on {platform}", file=sys.stderr)
     return settings, path.stem

@@ -427,14 +427,14 @@ class Setting(NamedTuple):
     source: str
 
 
-def leaves(section: Any = None, prefix: str = "") -> dict[str, Setting]:
+def setting_fields(section: Any = None, prefix: str = "") -> dict[str, Setting]:
     """Every setting by its dotted key, in the order of declaration."""
     section = section or Config()
     settings: dict[str, Setting] = {}
     for name, info in section.__pydantic_fields__.items():
         default = getattr(section, name)
         if dataclasses.is_dataclass(default):
-            settings |= leaves(default, f"{prefix}{name}.")
+            settings |= setting_fields(default, f"{prefix}{name}.")
         else:
             extra: Any = info.json_schema_extra
             settings[prefix + name] = Setting(default, legal_values(info), info.description, **extra)
@@ -463,11 +463,11 @@ def replaced(settings: Config, values: Mapping[str, Any]) -> Config:
         nested = value
         for name in reversed(key.split(".")):
             nested = {name: nested}
-        settings = updated(settings, nested, "override")
+        settings = merge_settings(settings, nested, "override")
     return settings
 
 
-def updated(section: Any, values: Any, origin: str, prefix: str = "") -> Any:
+def merge_settings(section: Any, values: Any, origin: str, prefix: str = "") -> Any:
     """The section with nested values replaced; InputError for unknown keys and for values that pydantic refuses."""
     if not isinstance(values, Mapping):
         where = prefix.rstrip(".") or "the file"
@@ -481,7 +481,7 @@ def updated(section: Any, values: Any, origin: str, prefix: str = "") -> Any:
             raise InputError(f"{origin}: {key}: unknown key{hint} legal keys here: {', '.join(fields)}")
         current = getattr(section, name)
         if dataclasses.is_dataclass(current):
-            value = updated(current, {} if value is None else value, origin, f"{key}.")
+            value = merge_settings(current, {} if value is None else value, origin, f"{key}.")
         changed[name] = value
     try:
         return dataclasses.replace(section, **changed)
@@ -537,7 +537,7 @@ def read_yaml(text: str, name: str) -> Any:
         loader.dispose()
 
 
-def read_file(path: str | Path) -> Any:
+def read_config_file(path: str | Path) -> Any:
     """The value of a YAML file, or an InputError with what is wrong and where."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -562,29 +562,29 @@ def read_override(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals:
         raise InputError(f"{override}: expected section.key=value")
-    settings = leaves()
+    settings = setting_fields()
     if key in settings and not isinstance(settings[key].default, str):
         with contextlib.suppress(yaml.YAMLError, ValueError):
             return key, read_yaml(value, f"override: {key}")
     return key, value
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = (), model: bool = True) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), model: bool = True) -> Config:
     """The config of a YAML file (None: the defaults) with `section.key=value` overrides, checked.
 
     `model=False` is for commands that load no model: the settings of one may then be missing or wrong.
     """
     config = Config()
     if path is not None:
-        values = read_file(path)
-        config = updated(config, {} if values is None else values, str(path))
+        values = read_config_file(path)
+        config = merge_settings(config, {} if values is None else values, str(path))
     for key, value in map(read_override, overrides):
         config = replaced(config, {key: value})
-    check(config, model)
+    check_config(config, model)
     return config
 
 
-def check(config: Config, model: bool = True) -> None:
+def check_config(config: Config, model: bool = True) -> None:
     """Refuses settings that contradict each other."""
     c = config
     if c.crpo.prompts_per_step % c.crpo.mini_batch_prompts:
@@ -616,14 +616,14 @@ def check(config: Config, model: bool = True) -> None:
             raise InputError("tokenizer.path: expected a folder, since model.path is empty and brings none")
 
 
-def dump(config: Config) -> str:
-    """YAML that `load` reads back to the same config."""
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to the same config."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=140)
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def changed_settings(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for every setting that differs."""
-    pairs = ((key, attrgetter(key)(old), attrgetter(key)(new)) for key in leaves())
+    pairs = ((key, attrgetter(key)(old), attrgetter(key)(new)) for key in setting_fields())
     return [f"{key}: {before!r} -> {after!r}" for key, before, after in pairs if before != after]
 
 
@@ -633,6 +633,6 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def default_config(platform: str) -> Path:
+def default_config_path(platform: str) -> Path:
     """The config of a command without --config: the embedded world on a CPU, the paper's run on accelerators."""
     return config_folder() / ("tiny.yaml" if platform == "cpu" else "clinical_r1_3b.yaml")

@@ -15,7 +15,7 @@ from crpo_jax.runtime.limits import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.parser("sft", __doc__ or "")
+    parser = cli.build_parser("sft", __doc__ or "")
     parser.add_argument(
         "--allow-changes",
         action="store_true",
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fine_tune(args: argparse.Namespace) -> None:
-    settings, name = cli.for_platform(args, jax.default_backend())
+    settings, name = cli.load_platform_settings(args, jax.default_backend())
     workdir = Path(args.workdir or f"runs/{name}-sft")
     mesh = make_mesh(settings.parallel.mesh)
     settings, shape = setup.shape_for(settings, mesh)

@@ -306,7 +306,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-keys = st.sampled_from(sorted(config.leaves()))
+keys = st.sampled_from(sorted(config.setting_fields()))
 
 
 @st.composite
@@ -383,12 +383,12 @@ def test_any_config_file_loads_or_is_refused_in_one_line(data: bytes):
     path = PLACE / "run.yaml"
     path.write_bytes(data)
     try:
-        loaded = config.load(path)
+        loaded = config.load_config(path)
     except InputError as error:
         one_line(error)
     else:
-        path.write_text(config.dump(loaded), encoding="utf-8")
-        assert config.load(path) == loaded
+        path.write_text(config.dump_config(loaded), encoding="utf-8")
+        assert config.load_config(path) == loaded
     assert [left.name for left in PLACE.iterdir()] == ["run.yaml"]
     path.unlink()
 

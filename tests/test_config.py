@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from crpo_jax import cli, config
-from crpo_jax.config import Config, Lora, load
+from crpo_jax.config import Config, Lora, load_config
 from crpo_jax.errors import Fault, InputError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -32,7 +32,7 @@ def written(folder: Path, text: str) -> Path:
 def refusal(path: Path | None, *overrides: str) -> str:
     """The line that refuses this input."""
     with pytest.raises(InputError) as error:
-        load(path, overrides)
+        load_config(path, overrides)
     line = str(error.value)
     assert "\n" not in line
     return line
@@ -44,7 +44,7 @@ def refusal(path: Path | None, *overrides: str) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs(path: Path):
     """Each file loads whole, and every key written in it arrives in the config."""
-    loaded = load(path)
+    loaded = load_config(path)
 
     def arrived(values: dict[str, typing.Any], prefix: str = "") -> None:
         for name, value in values.items():
@@ -60,8 +60,8 @@ def test_shipped_configs(path: Path):
 def test_there_are_shipped_configs():
     assert {"tiny.yaml", "clinical_r1_3b.yaml"} <= {path.name for path in CONFIGS}
     assert config.config_folder() == CONFIGS[0].parent
-    assert config.default_config("cpu").name == "tiny.yaml"
-    assert config.default_config("gpu").name == config.default_config("tpu").name == "clinical_r1_3b.yaml"
+    assert config.default_config_path("cpu").name == "tiny.yaml"
+    assert config.default_config_path("gpu").name == config.default_config_path("tpu").name == "clinical_r1_3b.yaml"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -73,34 +73,34 @@ def test_dump_then_load_is_the_same_config(path: Path, tmp_path: Path):
         "data.system_prompt=a: 'b'\\n #c",
         "data.split=017",
     )
-    changed = load(path, overrides)
-    assert load(written(tmp_path, config.dump(changed))) == changed
-    assert config.differences(changed, load(written(tmp_path, config.dump(changed)))) == []
+    changed = load_config(path, overrides)
+    assert load_config(written(tmp_path, config.dump_config(changed))) == changed
+    assert config.changed_settings(changed, load_config(written(tmp_path, config.dump_config(changed)))) == []
 
 
 def test_dump_says_every_setting():
-    settings = load(None, FROM_SCRATCH)
-    written_settings = yaml.safe_load(config.dump(settings))
+    settings = load_config(None, FROM_SCRATCH)
+    written_settings = yaml.safe_load(config.dump_config(settings))
     assert set(written_settings) == {field.name for field in dataclasses.fields(Config)}
-    for key in config.leaves():
+    for key in config.setting_fields():
         value = attrgetter(key)(settings)
         written_value = functools.reduce(operator.getitem, key.split("."), written_settings)
         assert written_value == (list(value) if isinstance(value, tuple) else value), key
 
 
 def test_an_empty_file_and_empty_sections_are_the_defaults(tmp_path: Path):
-    assert load(written(tmp_path, ""), FROM_SCRATCH) == load(None, FROM_SCRATCH)
-    assert load(written(tmp_path, "crpo:\nmodel:\n"), FROM_SCRATCH) == load(None, FROM_SCRATCH)
+    assert load_config(written(tmp_path, ""), FROM_SCRATCH) == load_config(None, FROM_SCRATCH)
+    assert load_config(written(tmp_path, "crpo:\nmodel:\n"), FROM_SCRATCH) == load_config(None, FROM_SCRATCH)
 
 
 def test_a_file_changes_only_what_it_names(tmp_path: Path):
     """Sections with defaults of their own keep them: sft.optimizer.learning_rate is not optimizer's."""
-    loaded = load(written(tmp_path, "sft:\n  optimizer: {warmup_steps: 3}\n"), FROM_SCRATCH)
+    loaded = load_config(written(tmp_path, "sft:\n  optimizer: {warmup_steps: 3}\n"), FROM_SCRATCH)
     assert loaded.sft.optimizer.warmup_steps == 3
     assert (
         loaded.sft.optimizer.learning_rate == Config().sft.optimizer.learning_rate != Config().optimizer.learning_rate
     )
-    assert config.differences(load(None, FROM_SCRATCH), loaded) == ["sft.optimizer.warmup_steps: 0 -> 3"]
+    assert config.changed_settings(load_config(None, FROM_SCRATCH), loaded) == ["sft.optimizer.warmup_steps: 0 -> 3"]
 
 
 @pytest.mark.parametrize(
@@ -132,25 +132,25 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path):
 )
 def test_overrides(override: str, value: object):
     key = override.partition("=")[0]
-    setting = attrgetter(key)(load(None, (*FROM_SCRATCH, override)))
+    setting = attrgetter(key)(load_config(None, (*FROM_SCRATCH, override)))
     assert (setting, type(setting)) == (value, type(value))
 
 
 def test_later_overrides_win_over_earlier_ones_and_over_the_file(tmp_path: Path):
     path = written(tmp_path, "crpo: {steps: 1, epochs: 7}\n")
-    loaded = load(path, (*FROM_SCRATCH, "crpo.steps=2", "crpo.steps=3"))
+    loaded = load_config(path, (*FROM_SCRATCH, "crpo.steps=2", "crpo.steps=3"))
     assert (loaded.crpo.steps, loaded.crpo.epochs) == (3, 7)
 
 
 def test_replaced():
     """By dotted keys of any depth, with the checks of an override; the settings themselves stay as they are."""
-    settings = load(None, FROM_SCRATCH)
+    settings = load_config(None, FROM_SCRATCH)
     other = config.replaced(settings, {"crpo.steps": 3, "run.limits.kl": 2, "rollout.stop": ("<a>",), "crpo.epochs": 7})
     assert (other.crpo.steps, other.crpo.epochs, other.run.limits.kl, other.rollout.stop) == (3, 7, 2.0, ("<a>",))
-    assert other == load(
+    assert other == load_config(
         None, (*FROM_SCRATCH, "crpo.steps=3", "run.limits.kl=2", "rollout.stop=[<a>]", "crpo.epochs=7")
     )
-    assert settings == load(None, FROM_SCRATCH) != other
+    assert settings == load_config(None, FROM_SCRATCH) != other
     for values, line in (
         ({"crpo.step": 3}, "override: crpo.step: unknown key; did you mean crpo.steps?"),
         ({"crpo.steps": -1}, "override: crpo.steps: expected a whole number >= 0, got -1"),
@@ -163,7 +163,7 @@ def test_sections_are_plain_values():
     """They compare, hash, pickle and replace like the dataclasses they are, and check what they are built from."""
     lora = Lora(rank=3)
     assert lora == Lora(3) == dataclasses.replace(Lora(), rank=3) == pickle.loads(pickle.dumps(lora))  # noqa: S301
-    assert hash(Config()) == hash(load(None, (), model=False))
+    assert hash(Config()) == hash(load_config(None, (), model=False))
     with pytest.raises(dataclasses.FrozenInstanceError):
         lora.rank = 4  # pyright: ignore[reportAttributeAccessIssue]
     for values in ({"rank": -1}, {"rank": 1.5}, {"alpha": float("nan")}, {"ranks": 3}):
@@ -172,8 +172,8 @@ def test_sections_are_plain_values():
 
 
 def test_a_command_without_a_model_needs_no_tokenizer():
-    assert load(None, (), model=False) == Config()
-    assert load(None, ("model.shape.num_attention_heads=3",), model=False).model.shape.num_attention_heads == 3
+    assert load_config(None, (), model=False) == Config()
+    assert load_config(None, ("model.shape.num_attention_heads=3",), model=False).model.shape.num_attention_heads == 3
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -335,17 +335,18 @@ def run(arguments: list[str], default: Path | None = None) -> Config:
     configs: list[Config] = []
     with pytest.raises(SystemExit) as stopped:
         cli.run_command(
-            "train", lambda: configs.append(cli.from_arguments(cli.parser("train", "").parse_args(arguments), default))
+            "train",
+            lambda: configs.append(cli.load_settings(cli.build_parser("train", "").parse_args(arguments), default)),
         )
     assert stopped.value.code == 0
     return configs[0]
 
 
-def test_from_arguments_without_config_takes_the_commands_default(tmp_path: Path):
+def test_load_settings_without_config_takes_the_commands_default(tmp_path: Path):
     default = written(tmp_path, "crpo: {steps: 5}\ntokenizer: {path: x}\n")
     assert run([], default).crpo.steps == 5
     assert run(["crpo.steps=6"], default).crpo.steps == 6
-    assert run(["--config", str(CONFIGS[0])], default) == load(CONFIGS[0])
+    assert run(["--config", str(CONFIGS[0])], default) == load_config(CONFIGS[0])
 
 
 def test_settings_stand_before_between_and_after_the_flags():
@@ -369,7 +370,7 @@ def test_mesh_is_a_setting(tmp_path: Path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        cli.run_command("train", lambda: cli.from_arguments(cli.parser("train", "").parse_args(arguments)))
+        cli.run_command("train", lambda: cli.load_settings(cli.build_parser("train", "").parse_args(arguments)))
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", line)
 
@@ -412,10 +413,10 @@ def test_a_bug_is_not_taken_for_bad_input():
 
 def test_help_lists_every_setting_once(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        cli.parser("train", "The loop.").parse_args(["--help"])
+        cli.build_parser("train", "The loop.").parse_args(["--help"])
     assert stopped.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    for key, item in config.leaves().items():
+    for key, item in config.setting_fields().items():
         assert lines.count(f"  {key}") == 1, key
         text = lines[lines.index(f"  {key}") + 1]
         default = list(item.default) if isinstance(item.default, tuple) else item.default
@@ -425,7 +426,7 @@ def test_help_lists_every_setting_once(capsys: pytest.CaptureFixture[str]):
 
 def test_every_default_is_legal_and_every_source_is_named():
     """Defaults go through no check of their own when nothing overrides them."""
-    for key, item in config.leaves().items():
+    for key, item in config.setting_fields().items():
         assert attrgetter(key)(config.replaced(Config(), {key: item.default})) == item.default
         assert item.source in ("paper", "code", "ours"), key
         assert item.doc, key
@@ -445,9 +446,9 @@ def test_every_default_is_legal_and_every_source_is_named():
     ],
 )
 def test_legal_values_in_words(key: str, legal: str):
-    assert config.leaves()[key].legal == legal
+    assert config.setting_fields()[key].legal == legal
 
 
 def test_a_section_may_have_defaults_of_its_own():
-    settings = config.leaves()
+    settings = config.setting_fields()
     assert settings["sft.lora.rank"].default == 32 != settings["lora.rank"].default
