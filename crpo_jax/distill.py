@@ -262,7 +262,7 @@ def convert(found: Sequence[Trace], settings: Config, workdir: Path, progress: P
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.parser("distill", __doc__ or "")
+    parser = cli.build_parser("distill", __doc__ or "")
     parser.add_argument("--convert", action="store_true", help="only convert the traces that WORKDIR holds")
     parser.add_argument(
         "--traces",
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--allow-changes", action="store_true", help="go on in a workdir that holds the traces of another config"
     )
     args = parser.parse_args(arguments)
-    settings = cli.from_arguments(args, model=False)
+    settings = cli.load_settings(args, model=False)
     workdir = Path(args.workdir or "runs/distill")
     foreign = foreign_traces(args.traces) if args.traces else None
     wanted = [] if args.convert or args.traces else chosen_questions(settings)

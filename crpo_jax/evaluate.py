@@ -162,7 +162,7 @@ def measured(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.parser("evaluate", __doc__ or "")
+    parser = cli.build_parser("evaluate", __doc__ or "")
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder or hub id (sets model.path)")
     parser.add_argument(
         "--data", metavar="NAME_OR_FILE", nargs="+", action="extend", default=[], help="data sets to answer"
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.model or args.data or args.responses or args.overrides:
             raise InputError("--report: expected NAME=DIR and --workdir alone")
         return print(report.write(args.report, Path(args.workdir or "runs") / "report"))
-    for word in [word for word in args.data + args.responses if word.split("=")[0] in config.leaves()]:
+    for word in [word for word in args.data + args.responses if word.split("=")[0] in config.setting_fields()]:
         (args.data if word in args.data else args.responses).remove(word)  # a setting after the last data set
         args.overrides.append(word)
     workdir = Path(args.workdir or "runs/evaluate")
@@ -195,9 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.model:
         args.overrides.append(f"model.path={args.model}")
     kept = workdir / "config.yaml"
-    settings = cli.from_arguments(args, kept if kept.is_file() else None, model=False)
+    settings = cli.load_settings(args, kept if kept.is_file() else None, model=False)
     if args.model:
-        config.check(settings)
+        config.check_config(settings)
     sets = data_sets(args.data, settings)
     given = {Path(path).stem: records.read_answers(path) for path in args.responses}
     if len(given) < len(args.responses):

@@ -22,7 +22,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.parser("export", __doc__ or "")
+    parser = cli.build_parser("export", __doc__ or "")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="a new or empty folder")
     parser.add_argument(
         "--step",
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def export(args: argparse.Namespace, workdir: Path, shard_bytes: int) -> None:
     dtype = args.dtype or ("float32" if args.adapter else "bfloat16")
-    runtime = open_runtime(cli.from_arguments(args, workdir / "config.yaml"))
+    runtime = open_runtime(cli.load_settings(args, workdir / "config.yaml"))
     settings, fine_tuned = runtime.settings, is_cold_start(workdir)
     start = None if fine_tuned else workdir / "coldstart"
     if settings.model.path:

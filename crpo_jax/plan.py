@@ -21,7 +21,7 @@ from crpo_jax.planner.targets import parse_target, plug_in_missing, prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = cli.parser("plan", __doc__ or "")
+    p = cli.build_parser("plan", __doc__ or "")
     p.add_argument(
         "--target",
         metavar="NAME",
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError(f"--plot: expected a file that ends in .png, got {args.plot!r}")
     if args.plot and not Path(args.plot).absolute().parent.is_dir():
         raise InputError(f"--plot {args.plot}: no such folder")
-    settings = cli.from_arguments(args, config.default_config("an accelerator"))
+    settings = cli.load_settings(args, config.default_config_path("an accelerator"))
     target = parse_target(args.target)
     prepare(target)
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from crpo_jax.cli import from_arguments, parser
+from crpo_jax.cli import build_parser, load_settings
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
@@ -220,7 +220,7 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    p = parser("score", __doc__ or "")
+    p = build_parser("score", __doc__ or "")
     p.add_argument("--responses", metavar="FILE", required=True, help="JSON lines; - is standard input")
     p.add_argument(
         "--design", metavar="NAME", help="crpo, grpo, released, module:function or a weighted sum (sets reward.design)"
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.design:
             args.overrides.append(f"reward.design={args.design}")
-        config = from_arguments(args, model=False)
+        config = load_settings(args, model=False)
         Scorer(config.reward)  # checks the design before any file is opened
         tokens = Tokens(args.tokenizer, config.rollout.stop) if args.tokenizer else None
         with ExitStack() as files:

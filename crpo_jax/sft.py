@@ -17,7 +17,7 @@ from crpo_jax.runtime.runtime import open_runtime
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.parser("sft", __doc__ or "")
+    parser = cli.build_parser("sft", __doc__ or "")
     parser.add_argument(
         "--allow-changes",
         action="store_true",
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     processes.add_flags(parser)
     args = parser.parse_args(arguments)
     with processes.joined("sft", args), faults_end_in_one_line("crpo_jax.sft"):
-        settings, name = cli.for_platform(args, jax.default_backend())
+        settings, name = cli.load_platform_settings(args, jax.default_backend())
         workdir = Path(args.workdir or f"runs/{name}-sft")
         folder = workdir / "coldstart"
         runtime = open_runtime(settings)

@@ -101,7 +101,7 @@ def train(runtime: Runtime, workdir: Path, *, allow_changes: bool = False) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.parser("train", __doc__ or "")
+    parser = cli.build_parser("train", __doc__ or "")
     parser.add_argument(
         "--allow-changes",
         action="store_true",
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     processes.add_flags(parser)
     args = parser.parse_args(arguments)
     with processes.joined("train", args):
-        settings, name = cli.for_platform(args, jax.default_backend())
+        settings, name = cli.load_platform_settings(args, jax.default_backend())
         workdir = Path(args.workdir or f"runs/{name}")
         keep_programs(settings.run.compile_cache)
         try:

@@ -148,7 +148,7 @@ def update(args: argparse.Namespace) -> dict[str, Any]:
     With --padded every row is as long as the longest, in arrival order, under the same token budget.
     """
     mesh, lengths = make_mesh(args.mesh), read_lengths(args.lengths)
-    settings = config.load(None, [f"model.dtype={args.dtype}", *args.overrides], model=False)
+    settings = config.load_config(None, [f"model.dtype={args.dtype}", *args.overrides], model=False)
     shape, parallel = read_shape(huggingface.model_folder(args.model)), settings.parallel
     layout = LAYOUTS[parallel.layout]
     check_layout(layout, mesh, {letter: getattr(shape, letter) for letter in "dnkfv"})

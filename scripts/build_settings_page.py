@@ -56,7 +56,7 @@ def cell(text: str) -> str:
 
 def page() -> str:
     sections: dict[str, list[str]] = {}
-    for key, (kind, default, meta) in config.leaves().items():
+    for key, (kind, default, meta) in config.setting_fields().items():
         cells = [f"`{key}`", default_of(default), values_of(kind, meta), meta["doc"], meta["source"]]
         sections.setdefault(key.rpartition(".")[0], []).append(f"| {' | '.join(map(cell, cells))} |")
     parts = [HEAD]

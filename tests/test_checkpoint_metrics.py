@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def programs(mesh: Mesh, layout: str) -> Trainer:
-    settings = config.load(
+    settings = config.load_config(
         None, [f"parallel.layout={layout}", "model.dtype=float32", "optimizer.learning_rate=0.01"], model=False
     )
     return trainer(SHAPE, mesh, settings, settings.optimizer, 10, loss="crpo")

@@ -26,7 +26,7 @@ TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 ALL = "\n".join(TEXTS.values()).replace("\\\n", " ")  # a command on several lines is one command
 SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "crpo_jax").rglob("*.py")))
 
-SECTIONS = sorted({key.split(".")[0] for key in config.leaves()})
+SECTIONS = sorted({key.split(".")[0] for key in config.setting_fields()})
 FILE_ENDINGS = (".json", ".jsonl", ".md", ".png", ".py", ".safetensors", ".yaml")
 LAYOUT_OF_A_USER = re.compile(r"parallel\.layout=\w+:\w+")
 
@@ -43,7 +43,7 @@ def test_every_command_exists_and_its_settings_are_known(name: str, arguments: s
     words = shlex.split(arguments, comments=True)
     assert [flag for flag in words if flag.startswith("--") and flag != "--help" and f'"{flag}"' not in SOURCE] == []
     overrides = [word for word in words if re.match(r"[a-z]+\.[a-z_.]+=", word) and not LAYOUT_OF_A_USER.match(word)]
-    config.load(ROOT / "configs" / "clinical_r1_3b.yaml", overrides)
+    config.load_config(ROOT / "configs" / "clinical_r1_3b.yaml", overrides)
 
 
 def settings_named() -> list[str]:
@@ -57,7 +57,7 @@ def settings_named() -> list[str]:
 @pytest.mark.parametrize("name", settings_named())
 def test_every_setting_named_exists(name: str) -> None:
     prefix = name.removesuffix("*")
-    assert name in config.leaves() or any(key.startswith(f"{prefix.rstrip('.')}.") for key in config.leaves())
+    assert name in config.setting_fields() or any(key.startswith(f"{prefix.rstrip('.')}.") for key in config.setting_fields())
 
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z-]+)[ `]", ALL)) - {"--help"}))
@@ -146,7 +146,7 @@ def test_the_settings_page_is_what_its_script_writes() -> None:
 
 
 def test_the_settings_page_has_every_setting() -> None:
-    assert sorted(re.findall(r"^\| `([a-z_0-9.]+)` \|", TEXTS[GENERATED], re.MULTILINE)) == sorted(config.leaves())
+    assert sorted(re.findall(r"^\| `([a-z_0-9.]+)` \|", TEXTS[GENERATED], re.MULTILINE)) == sorted(config.setting_fields())
 
 
 # ---- the README, the site, the citation ----------------------------------------------------------------------------

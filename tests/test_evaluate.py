@@ -39,7 +39,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    settings = config.load(TINY, SHAPE)
+    settings = config.load_config(TINY, SHAPE)
     mesh = make_mesh("8x1")
     settings, shape = setup.shape_for(settings, mesh)
     folder = tmp_path_factory.mktemp("model") / "small"

@@ -175,7 +175,7 @@ BEYOND = [
 
 
 def settings(*overrides: str) -> Config:
-    return config.load(None, overrides, model=False)
+    return config.load_config(None, overrides, model=False)
 
 
 @pytest.mark.parametrize(("name", "value", "line", "advice"), BEYOND, ids=[row[0] for row in BEYOND])
@@ -264,14 +264,14 @@ def test_another_config_is_refused_unless_told(tmp_path: Path, capsys: pytest.Ca
         InputError, match=r"got crpo.kl_coef: 0.001 -> 0.5. Take another --workdir, or say --allow-changes"
     ):
         open_workdir(tmp_path / "run", other)
-    assert config.load(tmp_path / "run" / "config.yaml").crpo.kl_coef == 0.001
+    assert config.load_config(tmp_path / "run" / "config.yaml").crpo.kl_coef == 0.001
     open_workdir(tmp_path / "run", other, changes=True).close()
     assert (
         capsys.readouterr().err
         == "--allow-changes: crpo.kl_coef: 0.001 -> 0.5; the config until now is config.1.yaml\n"
     )
-    assert config.load(tmp_path / "run" / "config.yaml") == other
-    assert config.load(tmp_path / "run" / "config.1.yaml").crpo.kl_coef == 0.001
+    assert config.load_config(tmp_path / "run" / "config.yaml") == other
+    assert config.load_config(tmp_path / "run" / "config.1.yaml").crpo.kl_coef == 0.001
 
 
 def test_how_long_it_runs_may_change_unless_the_learning_rate_depends_on_it(tmp_path: Path):

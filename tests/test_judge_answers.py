@@ -14,7 +14,7 @@ from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import FINDINGS, TeacherNoise, teacher_response, vignettes
 from crpo_jax.errors import InputError
 
-SETTINGS = config.load(None, ["reward.workers=0"], model=False)
+SETTINGS = config.load_config(None, ["reward.workers=0"], model=False)
 QUESTION = Question("q", "Which?", {"A": "gout", "B": "flu"}, "A")
 
 
@@ -36,7 +36,7 @@ def answer(response: str, sample: int = 0, question: Question = QUESTION, **rest
 )
 def test_an_answer_is_the_only_box_where_its_format_wants_it(response, tagged, anywhere):
     assert letter_of(answer(response), SETTINGS) == tagged
-    assert letter_of(answer(response), config.load(None, ["evaluate.answer=anywhere"], model=False)) == anywhere
+    assert letter_of(answer(response), config.load_config(None, ["evaluate.answer=anywhere"], model=False)) == anywhere
 
 
 def test_the_vote_goes_to_the_most_frequent_and_of_equals_to_the_first():

@@ -16,7 +16,7 @@ from crpo_jax.judge.measures import MEASURES
 from crpo_jax.reward import terms
 
 QUESTIONS = vignettes("test", 20)
-SETTINGS = config.load(None, ["reward.workers=0"], model=False)
+SETTINGS = config.load_config(None, ["reward.workers=0"], model=False)
 EVIL = "<script>alert(1)</script><img src=http://evil/x.png onerror=alert(2)>"
 
 

@@ -28,7 +28,7 @@ FIGURES = json.loads((Path(__file__).parent / "plan_figures.json").read_text(enc
 
 
 def paper(target: str, mesh: str = "", *overrides: str) -> Job:
-    return job_for(config.load(PAPER, list(overrides)), parse_target(target), mesh)
+    return job_for(config.load_config(PAPER, list(overrides)), parse_target(target), mesh)
 
 
 def small(data: int, model: int, *overrides: str) -> Job:
@@ -46,7 +46,7 @@ def small(data: int, model: int, *overrides: str) -> Job:
         "parallel.micro_batch_tokens=96",
         "parallel.length_multiple=16",
     )
-    settings = config.load(PAPER, [*sizes, *batch, "parallel.logprob_chunk=16", *overrides])
+    settings = config.load_config(PAPER, [*sizes, *batch, "parallel.logprob_chunk=16", *overrides])
     return Job(settings, SHAPE, parse_target(f"{data * model}xh100"), data, model)
 
 
@@ -58,14 +58,14 @@ def small(data: int, model: int, *overrides: str) -> Job:
 )
 def test_published_sizes_have_their_published_parameters(size: str, count: int):
     """The safetensors of these models on the hub hold this many."""
-    shape = planned_shape(config.load(PAPER, [f"model.path=Qwen/Qwen2.5-{size}-Instruct"]))
+    shape = planned_shape(config.load_config(PAPER, [f"model.path=Qwen/Qwen2.5-{size}-Instruct"]))
     assert parameter_count(shape) == report.parameters(shape) == count
     assert size in PUBLISHED
 
 
 def test_a_model_that_is_nowhere_is_refused():
     with pytest.raises(InputError, match=r"model.path: expected a folder with config.json or one of Qwen/Qwen2.5-0.5B"):
-        planned_shape(config.load(PAPER, ["model.path=Qwen/Qwen2.5-9B"]))
+        planned_shape(config.load_config(PAPER, ["model.path=Qwen/Qwen2.5-9B"]))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_a_remedy_makes_it_fit():
 
 
 def test_search_ranks_every_possible_mesh_and_layout():
-    settings, target = config.load(PAPER), parse_target("v5e-16")
+    settings, target = config.load_config(PAPER), parse_target("v5e-16")
     fitting, others, refused = search(settings, target)
     assert [plan.bound for plan in fitting] == sorted(plan.bound for plan in fitting)
     assert all(plan.fits for plan in fitting)
@@ -248,7 +248,7 @@ def test_search_ranks_every_possible_mesh_and_layout():
         len(fitting) + len(others) == len(all_jobs(settings, target)[0]) == 4 * len(LAYOUTS) + 1
     )  # 1x16 has no data axis to split over
     assert not refused
-    refused = search(config.load(PAPER, ["model.path=Qwen/Qwen2.5-0.5B"]), parse_target("4xh100"))[2]
+    refused = search(config.load_config(PAPER, ["model.path=Qwen/Qwen2.5-0.5B"]), parse_target("4xh100"))[2]
     assert "expected a model axis that divides the 14 query heads" in refused["1x4 zero1"]
 
 
@@ -308,7 +308,7 @@ def test_search_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ),
         (["--target", "8xa6000", "--mesh", "1x3"], "got 1 x 3 = 3"),
         (["--target", "8xa6000", "--mesh", "eight"], "--mesh: expected DxM in devices"),
-        (["--target", "8xa6000", "--layout", "zero9"], "parallel.layout: expected zero1 | fsdp | replicated"),
+        (["--target", "8xa6000", "--layout", "zero9"], "parallel.layout: expected zero1, fsdp, replicated"),
         (["--target", "8xa6000", "--mesh", "8x1", "--search"], "--search: expected no --mesh beside it"),
         (["--target", "8xa6000", "--plot", "x.pdf"], "--plot: expected a file that ends in .png"),
         (["--target", "8xa6000", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: no such folder"),

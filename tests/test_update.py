@@ -24,7 +24,7 @@ from crpo_jax.update.trainer import Trainer, TrainState, on_devices, optimizer, 
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
-SETTINGS = config.load(
+SETTINGS = config.load_config(
     None,
     [
         "model.dtype=float32",

@@ -10,8 +10,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from crpo_jax import config
-from crpo_jax.config import Config
+from crpo_jax.config import Config, replaced
 from crpo_jax.errors import InputError
 from crpo_jax.model.attention import Implementation, implementation
 from crpo_jax.model.placement import automatic_layout
@@ -46,7 +45,7 @@ def planned_shape(settings: Config) -> Shape:
     """The shape of model.path if that is a folder here, of a published Qwen2.5 if it names one, of model.shape if it is empty."""
     path = settings.model.path
     if not path:
-        return shape_of(config.as_dict(settings.model.shape), "model.shape")
+        return shape_of(dataclasses.asdict(settings.model.shape), "model.shape")
     if (Path(path).expanduser() / "config.json").is_file():
         return read_shape(Path(path).expanduser())
     named = re.search(r"Qwen2\.5-(\d+(?:\.\d+)?B)(?:-Instruct)?$", path)
@@ -58,16 +57,6 @@ def planned_shape(settings: Config) -> Shape:
     return shape_of(
         {**dict(zip(FIELDS, PUBLISHED[named[1]], strict=True)), "rope_theta": 1e6, "rms_norm_eps": 1e-6}, path
     )
-
-
-def replaced(settings: Config, changed: Mapping[str, Any]) -> Config:
-    """The settings with others in the place of some, by dotted key."""
-    for key, value in changed.items():
-        section, name = key.split(".")
-        settings = dataclasses.replace(
-            settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})}
-        )
-    return settings
 
 
 @dataclass(frozen=True)
@@ -185,5 +174,5 @@ def job_for(settings: Config, target: Target, mesh: str = "") -> Job:
     if settings.parallel.layout == "auto":
         mesh_alone: Any = AbstractMesh((data, model), (DATA, MODEL))
         layout = automatic_layout(shape, mesh_alone, settings.model.dtype, target.chip.memory)
-        settings = dataclasses.replace(settings, parallel=dataclasses.replace(settings.parallel, layout=layout))
+        settings = replaced(settings, {"parallel.layout": layout})
     return Job(settings, shape, target, data, model)

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from crpo_jax.config import Config
+from crpo_jax.config import Config, replaced
 from crpo_jax.errors import InputError
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.planner.cost import estimated_collectives, link_of, seconds, works
 from crpo_jax.planner.hlo import Collective
-from crpo_jax.planner.job import Job, planned_shape, replaced
+from crpo_jax.planner.job import Job, planned_shape
 from crpo_jax.planner.memory import Memory, estimated, phases_of
 from crpo_jax.planner.targets import GIB, Target
 

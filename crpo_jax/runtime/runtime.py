@@ -1,7 +1,7 @@
 """What every command that runs a model opens once: mesh, shape, layout, tokenizer, start weights and compiled
 programs."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from crpo_jax.config import Config, Lora, Optimizer, as_dict, config_folder, replaced
+from crpo_jax.config import Config, Lora, Optimizer, config_folder, replaced
 from crpo_jax.data.prompts import load_tokenizer
 from crpo_jax.errors import InputError
 from crpo_jax.model.attention import implementation
@@ -169,7 +169,7 @@ def open_runtime(settings: Config) -> Runtime:
 def open_shape(settings: Config) -> Shape:
     """The shape of model.path, whose files must hold all its tensors, or of model.shape."""
     if not settings.model.path:
-        return shape_of(as_dict(settings.model.shape), "model.shape")
+        return shape_of(asdict(settings.model.shape), "model.shape")
     folder = model_folder(settings.model.path)
     shape = read_shape(folder)
     check_keys(shape, *read_headers(folder))

@@ -79,20 +79,20 @@ def open_workdir(
             print(
                 f"--allow-changes: {'; '.join(changed)}; the config until now is config.{number}.yaml", file=sys.stderr
             )
-        replace(path, config.dump(settings))
+        replace(path, config.dump_config(settings))
         return held.pop_all()
     raise AssertionError("an ExitStack lets every exception through")
 
 
 def differences(path: Path, settings: Config) -> list[str]:
     """The settings that differ from those in the file and are not free to."""
-    before = config.load(path, model=False)  # it was checked when it was written
+    before = config.load_config(path, model=False)  # it was checked when it was written
     free = (
         MAY_CHANGE
         if before.optimizer.schedule == "constant"
         else tuple(key for key in MAY_CHANGE if not key.startswith("crpo."))
     )
-    return [line for line in config.differences(before, settings) if not line.startswith(free)]
+    return [line for line in config.changed_settings(before, settings) if not line.startswith(free)]
 
 
 def check_inputs(workdir: Path, digests: Mapping[str, str], *, writes: bool = True, changes: bool = False) -> None:
