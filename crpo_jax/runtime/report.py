@@ -15,12 +15,12 @@ from crpo_jax.answer.evaluation import Answered, response_means, reward_means, s
 from crpo_jax.answer.rollout import Drawn
 from crpo_jax.config import Config, Lora
 from crpo_jax.data.prompts import Fitting
+from crpo_jax.hardware import peak_flops
 from crpo_jax.model import lora
 from crpo_jax.model.shape import Shape, forward_flops
 from crpo_jax.model.transformer import parameter_count
 from crpo_jax.parallel.layout import LAYOUTS, wasteful
 from crpo_jax.parallel.mesh import DATA, MODEL
-from crpo_jax.planner.targets import peak_flops
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored
 from crpo_jax.rollout.engine import Response, Tally
