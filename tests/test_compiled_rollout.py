@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from crpo_jax.planner.targets import mesh_on, options, parse_target, plug_in_missing
+from crpo_jax.planner.targets import compiler_options, find_missing_compiler, make_target_mesh, parse_target
 
 ROWS, SLOTS = 128, 5120
 TARGETS = {"8xa6000": ROWS, "v5e-16": ROWS // 8, "v6e-8": ROWS // 2}
@@ -172,7 +172,7 @@ def test_the_reading_finds_copies_and_collectives():
 @pytest.mark.parametrize("name", TARGETS)
 def test_decoding_3b_copies_and_sends_nothing_per_token(name: str):
     target = parse_target(name)
-    if missing := plug_in_missing(target):
+    if missing := find_missing_compiler(target):
         pytest.skip(missing)
     clean = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     root = Path(__file__).parents[1]
@@ -190,13 +190,15 @@ def test_decoding_3b_copies_and_sends_nothing_per_token(name: str):
 
 def main(name: str) -> None:
     target = parse_target(name)
-    mesh = mesh_on(target, target.count, 1)
+    mesh = make_target_mesh(target, target.count, 1)
     import jax.numpy as jnp
 
     from crpo_jax.model.shape import Shape
 
     shape = Shape(d=2048, n=16, k=2, h=128, f=11008, v=151936, l=36, tied=True, rope_theta=1e6, norm_eps=1e-6)
-    print(json.dumps(decode_program(mesh, shape, TARGETS[name], SLOTS, jnp.bfloat16, options(target))._asdict()))
+    print(
+        json.dumps(decode_program(mesh, shape, TARGETS[name], SLOTS, jnp.bfloat16, compiler_options(target))._asdict())
+    )
 
 
 if __name__ == "__main__":
