@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from crpo_jax.model import lora
-from crpo_jax.model.lora import Adapted
-from crpo_jax.model.placement import sampling_shardings, to_sampling, weight_shardings
-from crpo_jax.model.transformer import abstract
+from crpo_jax.model.lora import Policy, policy_of, trained_shapes, trained_shardings
+from crpo_jax.model.placement import sampler_specs, to_sampler, weight_shardings
+from crpo_jax.model.transformer import model_shapes
 from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, TOKENS_BT
 from crpo_jax.planner.cost import estimate_collectives
 from crpo_jax.planner.hlo import Collective, read_collectives
@@ -22,14 +21,15 @@ from crpo_jax.planner.memory import (
     count_activation_bytes,
     count_resident_memory,
     count_waiting_bytes,
-    select_table,
+    select_axes,
 )
 from crpo_jax.planner.planned_run import PlannedRun
 from crpo_jax.planner.targets import compiler_options, make_target_mesh
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import response_slots
 from crpo_jax.rollout.sample import Rows, programs
-from crpo_jax.update.trainer import PER_ROW, PER_TOKEN, trainer
+from crpo_jax.update.losses import Batch
+from crpo_jax.update.trainer import Trainer
 
 
 class CompiledPhase(NamedTuple):
@@ -111,59 +111,67 @@ def attach_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, shardings)
 
 
-def abstract_model(run: PlannedRun, mesh: Mesh, copy: WeightCopy, dtype: Any = jnp.float32) -> Any:
-    return attach_shardings(abstract(run.shape, dtype), weight_shardings(run.shape, select_table(run, copy), mesh))
+def abstract_trained(run: PlannedRun, mesh: Mesh, copy: WeightCopy, dtype: Any = jnp.float32) -> Any:
+    """What is trained: every weight, or adapters."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trained_shapes(run.shape, run.settings.lora))
+    return attach_shardings(shapes, trained_shardings(run.shape, run.settings.lora, select_axes(run, copy), mesh))
 
 
-def shard_adapters(run: PlannedRun, mesh: Mesh, copy: WeightCopy, adapters: Any) -> Any:
-    return attach_shardings(adapters, lora.shardings(run.shape, run.settings.lora, select_table(run, copy), mesh))
+def abstract_frozen(run: PlannedRun, mesh: Mesh) -> Any:
+    """The frozen start: the reference, and the base of adapters."""
+    shapes = model_shapes(run.shape, run.settings.model.dtype)
+    return attach_shardings(shapes, weight_shardings(run.shape, select_axes(run, "reference"), mesh))
 
 
-def abstract_batch(run: PlannedRun, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The largest micro-batch, with all that the loss of several optimizer steps per rollout takes."""
+def abstract_batch(run: PlannedRun, mesh: Mesh) -> Batch:
+    """The largest micro-batch before its log-probs are known."""
     rows, t = run.micro_batch
-    b, integers = rows * run.data, ("tokens", "prompt_lengths", "lengths")
+    b = rows * run.data
 
-    def array(name: str, sizes: tuple[int, ...], spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        dtype = jnp.int32 if name in integers else jnp.float32
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+    def array(dims: tuple[int, ...], dtype: Any) -> Any:
+        spec = TOKENS_BT if len(dims) == 2 else ROWS_B
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
 
-    by_token = {name: array(name, (b, t), TOKENS_BT) for name in PER_TOKEN}
-    return by_token | {name: array(name, (b,), ROWS_B) for name in PER_ROW}
+    return Batch(
+        tokens=array((b, t), jnp.int32),
+        prompt_lengths=array((b,), jnp.int32),
+        lengths=array((b,), jnp.int32),
+        weights=array((b,), jnp.float32),
+        advantages=array((b,), jnp.float32),
+        sampler=array((b, t), jnp.float32),
+    )
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
 def list_update_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
-    settings, shape, adapted = run.settings, run.shape, bool(run.settings.lora.rank)
-    update: Any = trainer(
-        shape, mesh, settings, settings.optimizer, 1000, loss="crpo", adapters=settings.lora, attention=run.attention
+    settings, several = run.settings, run.optimizer_steps > 1
+    trainer = Trainer(
+        run.shape,
+        mesh,
+        settings,
+        settings.optimizer,
+        1000,
+        loss="crpo",
+        lora=settings.lora,
+        attention=run.attention,
     )
-    batch = abstract_batch(run, mesh)
-    unscored = {name: array for name, array in batch.items() if name not in ("old", "reference")}
-    if run.optimizer_steps == 1:
-        del batch["old"]
-    gradients, metrics = jax.eval_shape(update.zero)
-    gradients = attach_shardings(gradients, update.states.master)
+    unscored = abstract_batch(run, mesh)
+    batch = unscored._replace(reference=unscored.sampler, old=unscored.sampler if several else None)
+    gradients, metrics = jax.eval_shape(trainer.zero)
+    gradients = attach_shardings(gradients, trainer.shardings.master)
     whole = NamedSharding(mesh, PartitionSpec())
     metrics = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), metrics)
-    trained = lora.abstract(shape, settings.lora) if adapted else abstract(shape)
-    state = attach_shardings(jax.eval_shape(update.begin, trained), update.states)
-    base = abstract_model(run, mesh, "reference", settings.model.dtype)
-    if adapted:
-        cast = jax.eval_shape(update.compute_weights, lora.policy(state.master, base)).adapters
-        weights: Any = lora.policy(shard_adapters(run, mesh, "compute", cast), base)
-        copy = jax.jit(lambda master: update.compute_weights(Adapted(base, master)).adapters)
-    else:
-        weights, copy = abstract_model(run, mesh, "compute", settings.model.dtype), update.compute_weights
-    old = [PhaseProgram("old log-probs", update.logprobs, (weights, unscored))] if run.optimizer_steps > 1 else []
+    state, frozen = trainer.abstract_state(), abstract_frozen(run, mesh)
+    policy = policy_of(abstract_trained(run, mesh, "compute", settings.model.dtype), frozen)
+    old = [PhaseProgram("old log-probs", trainer.logprobs, (policy, unscored))] if several else []
     return [
-        PhaseProgram("compute copy", copy, (state.master,)),
-        PhaseProgram("reference log-probs", update.logprobs, (base, unscored)),
+        PhaseProgram("compute copy", trainer.compute_copy, (state.master,)),
+        PhaseProgram("reference log-probs", trainer.logprobs, (Policy(frozen), unscored)),
         *old,
-        PhaseProgram("accumulate", update.accumulate, (gradients, metrics, weights, batch, state.kl_coef)),
-        PhaseProgram("optimizer step", update.apply, (state, gradients, metrics)),
+        PhaseProgram("accumulate", trainer.accumulate, (gradients, metrics, policy, batch, state.kl_coef)),
+        PhaseProgram("optimizer step", trainer.apply, (state, gradients, metrics)),
     ]
 
 
@@ -172,13 +180,10 @@ def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, tuple(range(len(rollout.stop))))
     chunk, most = min(rollout.chunk, rollout.max_new_tokens), rollout.max_new_tokens
     sampler: Any = programs(shape, mesh, sampling, chunk, run.attention)
-    gather = to_sampling(shape, mesh, settings.model.dtype)
-    if settings.lora.rank:
-        adapters = shard_adapters(run, mesh, "master", lora.abstract(shape, settings.lora))
-        policy: Any = lora.policy(adapters, abstract_model(run, mesh, "reference", settings.model.dtype))
-    else:
-        policy = abstract_model(run, mesh, "master")
-    weights = attach_shardings(jax.eval_shape(gather, policy), sampling_shardings(shape, mesh))
+    gather = to_sampler(shape, mesh, settings.model.dtype)
+    policy = policy_of(abstract_trained(run, mesh, "master"), abstract_frozen(run, mesh))
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh))
+    weights = attach_shardings(jax.eval_shape(gather, policy), placed)
 
     def array(sizes: tuple[int, ...], spec: PartitionSpec, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))

@@ -12,11 +12,11 @@ from crpo_jax.hardware import GPUS_PER_HOST
 from crpo_jax.planner.hlo import Collective, count_ring_bytes, merge_collectives
 from crpo_jax.planner.memory import (
     WeightCopy,
-    count_adapter_bytes,
     count_cache_bytes,
     count_model_bytes,
     count_resident_memory,
     count_sampling_bytes,
+    count_trained_bytes,
 )
 from crpo_jax.planner.planned_run import PlannedRun
 
@@ -106,7 +106,7 @@ def estimate_collectives(run: PlannedRun) -> dict[str, list[Collective]]:
 
     # The base of adapters is stored as it computes, and only gradients of the adapters are reduced.
     base: WeightCopy = "compute" if adapted else "master"
-    gradients = count_adapter_bytes(run, "gathered", dtype) if adapted else whole
+    gradients = count_trained_bytes(run, "gathered", dtype) if adapted else whole
     kind = "reduce-scatter" if gather("master") and run.target.chip.kind == "gpu" else "all-reduce"
     reduced = [Collective(kind, "data", count_ring_bytes(kind, gradients, run.data), shape.l)] if run.data > 1 else []
     passes = 3 if run.settings.parallel.remat else 2

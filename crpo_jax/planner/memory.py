@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from crpo_jax.model import lora
 from crpo_jax.model.attention import piece
+from crpo_jax.model.lora import trained_shapes, trained_shardings
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import Qwen2
-from crpo_jax.parallel.layout import CACHE_BKSH, LAYOUTS, TENSOR, WeightTable, kv_copies, spec
+from crpo_jax.parallel.layout import CACHE_BKSH, TENSOR, Axes, find_layout, kv_copies, weight_spec
 from crpo_jax.planner.planned_run import PlannedRun
 from crpo_jax.rollout.engine import response_slots
 
@@ -44,31 +43,23 @@ WeightCopy = Literal["master", "compute", "reference", "gathered"]
 # --- weights: what depends on how the model declares and splits them --------------------------------------------------
 
 
-def select_table(run: PlannedRun, copy: WeightCopy) -> WeightTable:
-    """How a copy is split. The reference of adapters is also their base, and stays in the compute table."""
+def select_axes(run: PlannedRun, copy: WeightCopy) -> Axes:
+    """How a copy is split. The reference of adapters is also their base, and is placed like the compute weights."""
     if copy == "gathered":
         return TENSOR
     if copy == "reference" and run.settings.lora.rank:
         copy = "compute"
-    return getattr(LAYOUTS[run.layout_name], copy)
-
-
-def list_weights(shape: Shape) -> list[tuple[str, str]]:
-    """The name and dims of every weight; dims that start with l are stacked over the blocks."""
-    weights: list[tuple[str, str]] = []
-    Qwen2(lambda name, dims: weights.append((name, dims)), tied=shape.tied)
-    return weights
+    return getattr(find_layout(run.layout_name), copy)
 
 
 @functools.cache
-def count_table_bytes(shape: Shape, table: WeightTable, mesh: Any, width: int, block_matrices: bool = False) -> float:
-    """Bytes of the weights, or of the blocks' matrices alone, on a device under a table at `width` bytes per number."""
+def count_weight_bytes(shape: Shape, axes: Axes, mesh: Any, width: int, matrices_alone: bool = False) -> float:
+    """Bytes of the weights, or of the matrices that Muon trains, on a device at `width` bytes per number."""
     total = 0
-    for name, dims in list_weights(shape):
-        is_matrix = dims[0] == "l" and "norm" not in name and "bias" not in name
-        if is_matrix or not block_matrices:
-            sharding = NamedSharding(mesh, spec(table, name, mesh, shape.k, stacked=dims[0] == "l"))
-            total += width * math.prod(sharding.shard_shape(shape.dims(dims)))
+    for weight in shape.weights:
+        if weight.inputs or not matrices_alone:
+            sharding = NamedSharding(mesh, weight_spec(axes, weight.stacked_dims, mesh, shape.k))
+            total += width * math.prod(sharding.shard_shape(shape.dims(weight.stacked_dims)))
     return float(total)
 
 
@@ -79,25 +70,21 @@ def count_array_bytes(shapes: Any, shardings: Any) -> float:
 
 
 def count_model_bytes(run: PlannedRun, copy: WeightCopy, dtype: Any) -> float:
-    return count_table_bytes(run.shape, select_table(run, copy), run.mesh, jnp.dtype(dtype).itemsize)
-
-
-def count_adapter_bytes(run: PlannedRun, copy: WeightCopy, dtype: Any) -> float:
-    settings = run.settings.lora
-    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), lora.abstract(run.shape, settings))
-    return count_array_bytes(arrays, lora.shardings(run.shape, settings, select_table(run, copy), run.mesh))
+    return count_weight_bytes(run.shape, select_axes(run, copy), run.mesh, jnp.dtype(dtype).itemsize)
 
 
 def count_trained_bytes(run: PlannedRun, copy: WeightCopy, dtype: Any) -> float:
     """Bytes of what is trained: all weights, or the adapters alone."""
-    return (count_adapter_bytes if run.settings.lora.rank else count_model_bytes)(run, copy, dtype)
+    shapes = trained_shapes(run.shape, run.settings.lora)
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    return count_array_bytes(arrays, trained_shardings(run.shape, run.settings.lora, select_axes(run, copy), run.mesh))
 
 
 def count_sampling_bytes(run: PlannedRun) -> float:
     """Bytes of the sampler's copy: gathered, with KV heads repeated until every model shard has one."""
     shape, dtype = run.shape, jnp.dtype(run.settings.model.dtype)
     repeated = dataclasses.replace(shape, k=shape.k * kv_copies(run.mesh, shape.k))
-    return count_table_bytes(repeated, TENSOR, run.mesh, dtype.itemsize)
+    return count_weight_bytes(repeated, TENSOR, run.mesh, dtype.itemsize)
 
 
 def count_moment_bytes(run: PlannedRun) -> float:
@@ -105,8 +92,8 @@ def count_moment_bytes(run: PlannedRun) -> float:
     master, muon = count_trained_bytes(run, "master", jnp.float32), run.settings.optimizer.algorithm == "muon"
     if run.settings.lora.rank:
         return (1 if muon else 2) * master
-    table = select_table(run, "master")
-    return 2 * master - (count_table_bytes(run.shape, table, run.mesh, 4, block_matrices=True) if muon else 0)
+    axes = select_axes(run, "master")
+    return 2 * master - (count_weight_bytes(run.shape, axes, run.mesh, 4, matrices_alone=True) if muon else 0)
 
 
 # --- caches, batches, activations -------------------------------------------------------------------------------------
@@ -200,7 +187,7 @@ def estimate_temporaries(run: PlannedRun) -> Memory:
 
     if run.settings.lora.rank:  # the base has no gradients and is stored as it computes
         gathers, embedding = is_split("compute"), 0.0
-        gradients = count_adapter_bytes(run, "master", dtype)
+        gradients = count_trained_bytes(run, "master", dtype)
     else:
         gathers, embedding = is_split("master"), shape.v * shape.d / run.model * dtype.itemsize
         gradients = count_model_bytes(run, "master", dtype) - embedding / (run.data if gathers else 1)

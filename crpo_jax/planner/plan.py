@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from crpo_jax.config import Config
+from crpo_jax.config import Config, replaced
 from crpo_jax.errors import InputError
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.planner.cost import count_work, estimate_collectives, estimate_seconds, find_link
 from crpo_jax.planner.hlo import Collective
 from crpo_jax.planner.memory import Memory, estimate_memory, list_phases
-from crpo_jax.planner.planned_run import PlannedRun, replace_settings, resolve_shape
+from crpo_jax.planner.planned_run import PlannedRun, resolve_shape
 from crpo_jax.planner.targets import Target
 
 Changes = Mapping[str, Any]
@@ -149,10 +149,10 @@ def list_runs(settings: Config, target: Target) -> tuple[list[PlannedRun], dict[
     Layouts differ only in what they split over the data axis: without one, only the config's own is listed.
     """
     shape, runs, refused = resolve_shape(settings), [], {}
-    own = settings.parallel.layout if settings.parallel.layout in LAYOUTS else "zero1"
+    own = settings.parallel.layout if settings.parallel.layout != "auto" else "zero1"
     for model in (size for size in range(1, target.count + 1) if target.count % size == 0):
         for layout in LAYOUTS if model < target.count else [own]:
-            data, with_layout = target.count // model, replace_settings(settings, {"parallel.layout": layout})
+            data, with_layout = target.count // model, replaced(settings, {"parallel.layout": layout})
             try:
                 runs.append(PlannedRun(with_layout, shape, target, data, model))
             except InputError as error:

@@ -10,12 +10,12 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from crpo_jax.config import Config, as_dict
+from crpo_jax.config import Config, replaced
 from crpo_jax.errors import InputError
 from crpo_jax.model.attention import Implementation, implementation
 from crpo_jax.model.placement import automatic_layout
 from crpo_jax.model.shape import Shape, read_shape, shape_of
-from crpo_jax.parallel.layout import LAYOUTS, check_layout
+from crpo_jax.parallel.layout import check_layout, find_layout
 from crpo_jax.parallel.mesh import DATA, MODEL, parse_mesh
 from crpo_jax.planner.targets import Target
 
@@ -36,7 +36,7 @@ def resolve_shape(settings: Config) -> Shape:
     """The shape of the folder or the Qwen2.5 that model.path names, or of model.shape if it is empty."""
     path = settings.model.path
     if not path:
-        return shape_of(as_dict(settings.model.shape), "model.shape")
+        return shape_of(dataclasses.asdict(settings.model.shape), "model.shape")
     if (Path(path).expanduser() / "config.json").is_file():
         return read_shape(Path(path).expanduser())
     match = re.search(r"Qwen2\.5-(\d+(?:\.\d+)?B)(?:-Instruct)?$", path)
@@ -46,15 +46,6 @@ def resolve_shape(settings: Config) -> Shape:
             f"model.path: expected a folder with config.json or one of {names} (or -Instruct), got {path!r}"
         )
     return QWEN_SIZES[match[1]]
-
-
-def replace_settings(settings: Config, changes: Mapping[str, Any]) -> Config:
-    """The settings with new values by dotted key."""
-    for key, value in changes.items():
-        section, name = key.split(".")
-        changed = dataclasses.replace(getattr(settings, section), **{name: value})
-        settings = dataclasses.replace(settings, **{section: changed})
-    return settings
 
 
 @dataclass(frozen=True)
@@ -72,8 +63,8 @@ class PlannedRun:
             product = f"{self.data} x {self.model} = {self.data * self.model}"
             devices = f"the {self.target.count} devices of {self.target.name}"
             raise InputError(f"--mesh {self.mesh_text}: expected data x model = {devices}, got {product}")
-        sizes = {letter: getattr(self.shape, letter) for letter in "dnkfv"}
-        check_layout(LAYOUTS[self.layout_name], self.mesh, sizes)
+        sizes = {letter: getattr(self.shape, letter) for letter in "dnkhfv"}
+        check_layout(find_layout(self.layout_name), self.mesh, sizes)
 
     @property
     def mesh_text(self) -> str:
@@ -96,7 +87,7 @@ class PlannedRun:
 
     def with_settings(self, changes: Mapping[str, Any]) -> "PlannedRun":
         """The same run with new values by dotted key."""
-        return dataclasses.replace(self, settings=replace_settings(self.settings, changes))
+        return dataclasses.replace(self, settings=replaced(self.settings, changes))
 
     # ---- rollout ---------------------------------------------------------------------------------------------------
     @property
@@ -168,5 +159,5 @@ def resolve_run(settings: Config, target: Target, mesh: str = "") -> PlannedRun:
     if settings.parallel.layout == "auto":
         devices: Any = AbstractMesh((data, model), (DATA, MODEL))
         layout = automatic_layout(shape, devices, settings.model.dtype, target.chip.memory)
-        settings = replace_settings(settings, {"parallel.layout": layout})
+        settings = replaced(settings, {"parallel.layout": layout})
     return PlannedRun(settings, shape, target, data, model)
