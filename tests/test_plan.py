@@ -14,7 +14,7 @@ from conftest import SHAPE, mesh_of
 from crpo_jax import config, plan
 from crpo_jax.errors import InputError
 from crpo_jax.hardware import GIB
-from crpo_jax.model.transformer import abstract, parameter_count
+from crpo_jax.model.transformer import parameter_count
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.planner import compiled, hlo
 from crpo_jax.planner.cost import count_work
@@ -28,7 +28,7 @@ from crpo_jax.planner.memory import (
 from crpo_jax.planner.plan import estimate_plan, find_changes, list_runs, rank_meshes
 from crpo_jax.planner.planned_run import QWEN_SIZES, PlannedRun, resolve_run, resolve_shape
 from crpo_jax.planner.targets import find_missing_compiler, parse_target
-from crpo_jax.update.trainer import trainer
+from crpo_jax.update.trainer import Trainer
 
 PAPER = config.config_folder() / "clinical_r1_3b.yaml"
 FIGURES = json.loads((Path(__file__).parent / "plan_figures.json").read_text(encoding="utf-8"))
@@ -83,11 +83,11 @@ def test_a_model_that_is_nowhere_is_refused():
 def test_state_is_as_large_as_the_trainers(data: int, model: int, layout: str, algorithm: str):
     """Masters and moments of the real state in its real shardings, muon's two kinds of moments included."""
     run = plan_small(data, model, f"parallel.layout={layout}", f"optimizer.algorithm={algorithm}")
-    update = trainer(SHAPE, mesh_of(data, model), run.settings, run.settings.optimizer, 1, loss="crpo")
-    state = jax.eval_shape(update.begin, abstract(SHAPE))
+    trainer = Trainer(SHAPE, mesh_of(data, model), run.settings, run.settings.optimizer, 1, loss="crpo")
+    state = trainer.abstract_state()
     parts = count_resident_memory(run)["decode"]
-    assert count_array_bytes(state.master, update.states.master) == parts["master"]
-    counters = count_array_bytes(state.optimizer, update.states.optimizer) - parts["moments"]
+    assert count_array_bytes(state.master, trainer.shardings.master) == parts["master"]
+    counters = count_array_bytes(state.optimizer, trainer.shardings.optimizer) - parts["moments"]
     assert 0 <= counters <= 32
 
 

@@ -272,9 +272,10 @@ class Trainer:
 
     def _zero(self) -> tuple[Any, Metrics]:
         """Gradients and metrics of no rows at all."""
-        rows, tokens = jnp.zeros(0), jnp.zeros((0, 0))
-        batch = Batch(tokens, rows, rows, rows, rows, tokens, tokens, tokens)
-        metrics = self._loss_of(tokens, tokens, batch, self.crpo.kl_coef)[1]
+        per_row, per_token = jnp.zeros(0), jnp.zeros((0, 0))
+        lengths, tokens = jnp.zeros(0, jnp.int32), jnp.zeros((0, 0), jnp.int32)
+        batch = Batch(tokens, lengths, lengths, per_row, per_row, per_token, per_token, per_token)
+        metrics = self._loss_of(per_token, per_token, batch, self.crpo.kl_coef)[1]
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.shapes), metrics
 
     def _accumulate(
