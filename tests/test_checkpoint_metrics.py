@@ -24,7 +24,7 @@ from crpo_jax.errors import Fault, InputError
 from crpo_jax.model.placement import weight_shardings
 from crpo_jax.model.transformer import Qwen2
 from crpo_jax.parallel.layout import LAYOUTS
-from crpo_jax.rollout.engine import Tally
+from crpo_jax.rollout.engine import RolloutProgress
 from crpo_jax.runtime import report
 from crpo_jax.runtime.progress import Progress, clock
 from crpo_jax.store.checkpoint import START, Checkpoints, Saved
@@ -412,7 +412,11 @@ def test_a_rollout_says_how_far_it_is():
     """30 of 40 responses in 60 seconds, 2,400 tokens in all: 40 tokens a second, and 20 seconds for the 10 left."""
     screen = Terminal()
     show = report.sampling(Progress(10, 0, stream=screen), 3)
-    show(Tally(prompts=5, responses=30, total=40, tokens=2400, done_tokens=1500, steps=90, cache_bytes=0, seconds=60.0))
+    show(
+        RolloutProgress(
+            prompts=5, responses=30, total=40, tokens=2400, done_tokens=1500, steps=90, cache_bytes=0, seconds=60.0
+        )
+    )
     assert (
         "3/10  sampling: 5 prompts, 30 of 40 responses done  40 tok/s  mean length 50  about 0:20 to go"
         in screen.getvalue()

@@ -103,7 +103,7 @@ def ask(
 
     key = jax.random.fold_in(jax.random.key(settings.run.seed), zlib.crc32(name.encode()))
     prompts = [asked.prompts[int(place)] for place in left]
-    engine.generate(weights, prompts, key=key, group=settings.evaluate.samples, ids=left.tolist(), finished=finished)
+    engine.generate(weights, prompts, key=key, group=settings.evaluate.samples, ids=left.tolist(), on_finished=finished)
 
 
 def samples_on_disk(journal: Journal, asked: Fitting) -> dict[str, set[int]]:

@@ -13,7 +13,7 @@ from crpo_jax.data.question import Question
 from crpo_jax.model.decode import Weights
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
-from crpo_jax.rollout.engine import Engine, Response, Tally
+from crpo_jax.rollout.engine import Engine, Response, RolloutProgress
 from crpo_jax.runtime.setup import Text
 
 
@@ -32,7 +32,7 @@ def answer(
     scorer: Scorer,
     text: Text,
     key: jax.Array,
-    progress: Callable[[Tally], None] | None = None,
+    progress: Callable[[RolloutProgress], None] | None = None,
 ) -> tuple[list[Answered], dict[str, float]]:
     """One response per question, and the means of its measures.
 

@@ -14,7 +14,7 @@ from crpo_jax.model.decode import Weights
 from crpo_jax.parallel.processes import gathered, share
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
-from crpo_jax.rollout.engine import Engine, Response, Tally
+from crpo_jax.rollout.engine import Engine, Response, RolloutProgress
 from crpo_jax.runtime.setup import Text
 from crpo_jax.runtime.signals import Stop, Stopped
 from crpo_jax.update.losses import chosen_groups
@@ -41,7 +41,7 @@ def respond(
     *,
     ids: Sequence[int] | None = None,
     group: int = 1,
-    progress: Callable[[Tally], None] | None = None,
+    progress: Callable[[RolloutProgress], None] | None = None,
 ) -> Responses:
     """`group` responses to each question; `ids` and `group` are `Engine.generate`'s.
 
@@ -65,7 +65,7 @@ def respond(
         both = gathered(list(zip(texts, scorer.collect(scoring), strict=True)))
         return [said for said, _ in both], [scored for _, scored in both]
 
-    groups = engine.generate(weights, prompts, key=key, group=group, ids=ids, finished=score, progress=progress)
+    groups = engine.generate(weights, prompts, key=key, group=group, ids=ids, on_finished=score, on_progress=progress)
     return Responses(asked, [response for responses in groups for response in responses], scores)
 
 
@@ -93,7 +93,7 @@ def draw(
     crpo: Crpo,
     *,
     stop: Stop,
-    progress: Callable[[Tally], None],
+    progress: Callable[[RolloutProgress], None],
 ) -> Drawn | None:
     """The responses of a step with their rewards; None where the run was asked to stop before they were drawn.
 
@@ -101,7 +101,7 @@ def draw(
     crpo.dynamic_sampling of them at most (DAPO, arXiv 2503.14476).
     """
 
-    def looked(tally: Tally) -> None:
+    def looked(tally: RolloutProgress) -> None:
         progress(tally)
         if stop.requested:
             raise Stopped

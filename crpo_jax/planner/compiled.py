@@ -21,7 +21,7 @@ from crpo_jax.planner.memory import Memory, activations, reference, resident, se
 from crpo_jax.planner.targets import mesh_on, options
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import response_slots
-from crpo_jax.rollout.sample import Rows, programs
+from crpo_jax.rollout.sample import RowState, sampling_programs
 from crpo_jax.update.trainer import PER_ROW, PER_TOKEN, trainer
 
 
@@ -159,7 +159,7 @@ def rollout_programs(job: Job, mesh: Mesh) -> list[Program]:
     rollout = settings.rollout
     how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, tuple(range(len(rollout.stop))))
     chunk = min(rollout.chunk, rollout.max_new_tokens)
-    run: Any = programs(shape, mesh, how, chunk, job.attention)
+    run: Any = sampling_programs(shape, mesh, how, chunk, job.attention)
     gather = to_sampling(shape, mesh, settings.model.dtype)
     low = settings.lora
     if low.rank:
@@ -173,14 +173,16 @@ def rollout_programs(job: Job, mesh: Mesh) -> list[Program]:
         NamedSharding(mesh, spec) for spec in (PartitionSpec(), TOKENS_BT, ROWS_B, CACHE_BKSH)
     )
     prompts = jax.ShapeDtypeStruct((p, longest), jnp.int32, sharding=of_tokens)
-    rows = Rows._make([jax.ShapeDtypeStruct((b,), jnp.int32, sharding=of_rows)] * len(Rows._fields))
+    rows = RowState._make([jax.ShapeDtypeStruct((b,), jnp.int32, sharding=of_rows)] * len(RowState._fields))
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     begin = (weights, prompts, rows, key)
-    full, _ = jax.eval_shape(lambda *given: run.start(*given, slots=(longest, rollout.max_new_tokens)), *begin)
+    full, _ = jax.eval_shape(
+        lambda *given: run.prefill_and_draw(*given, slots=(longest, rollout.max_new_tokens)), *begin
+    )
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_caches), full)
     return [
         Program("sampling copy", gather, (policy,)),
-        Program("prefill", run.start, begin, (longest, response_slots(chunk, rollout.max_new_tokens))),
-        Program("decode", run.advance, (weights, cache, rows, key, number, number)),
+        Program("prefill", run.prefill_and_draw, begin, (longest, response_slots(chunk, rollout.max_new_tokens))),
+        Program("decode", run.decode_chunk, (weights, cache, rows, key, number, number)),
     ]

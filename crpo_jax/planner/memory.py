@@ -100,7 +100,7 @@ def cache(job: Job, slots: int) -> float:
 
 def set_aside(job: Job) -> float:
     """The most that the sampler keeps of earlier waves while another runs: half of what a whole wave of the longest length holds, its
-    rows with their own copies of their prompts (`crpo_jax.rollout.engine.Schedule.room_for_a_wave`). Nothing where all is one wave."""
+    rows with their own copies of their prompts (`crpo_jax.rollout.engine.Scheduler.has_room_for_wave`). Nothing where all is one wave."""
     longest = job.settings.data.max_prompt_tokens + job.settings.rollout.max_new_tokens
     return (cache(job, longest) - cache(job, 0)) / 2 if job.waves > 1 else 0.0
 

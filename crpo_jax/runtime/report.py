@@ -23,7 +23,7 @@ from crpo_jax.parallel.mesh import DATA, MODEL
 from crpo_jax.planner.targets import peak_flops
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored
-from crpo_jax.rollout.engine import Response, Tally
+from crpo_jax.rollout.engine import Response, RolloutProgress
 from crpo_jax.runtime.progress import Progress, clock
 from crpo_jax.store.logs import read_metrics, told, whole_lines
 
@@ -51,10 +51,10 @@ def line(values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def sampling(progress: Progress, step: int) -> Callable[[Tally], None]:
+def sampling(progress: Progress, step: int) -> Callable[[RolloutProgress], None]:
     """Shows how far a rollout is."""
 
-    def show(tally: Tally) -> None:
+    def show(tally: RolloutProgress) -> None:
         parts = [f"sampling: {tally.prompts:,} prompts, {tally.responses:,} of {tally.total:,} responses done"]
         parts += [
             f"{tally.tokens / tally.seconds:,.0f} tok/s",
