@@ -30,7 +30,7 @@ from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.judge import measures, report, table
 from crpo_jax.runtime.progress import Progress
-from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.runtime.signals import StopSignal, StopRequested
 from crpo_jax.store.journal import Full
 from crpo_jax.store.workdir import open_workdir
 
@@ -96,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def judges(
-    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: Stop
+    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: StopSignal
 ) -> dict[str, dict[str, Any]]:
     """By data set: each judge's means, the agreement of two, and of each with the truth where it is known; empty where no judge is named."""
     judge = settings.judge
@@ -120,7 +120,7 @@ def judges(
             progress.show(done, f"{model}  no reply {failed}")
 
         label = endpoint.model if endpoint.model not in verdicts else f"{endpoint.model} again"
-        verdicts[label] = measures.judged(picked, endpoint, section, path, progress.keep, show, lambda: stop.noted)
+        verdicts[label] = measures.judged(picked, endpoint, section, path, progress.keep, show, lambda: stop.received)
     told: dict[str, dict[str, Any]] = {}
     for name, responses in picked.items():
         told[name] = {"judges": {label: measures.means(one, name, responses) for label, one in verdicts.items()}}
@@ -137,7 +137,7 @@ def judges(
 
 
 def measured(
-    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, dropped: Mapping[str, Any], stop: Stop
+    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, dropped: Mapping[str, Any], stop: StopSignal
 ) -> dict[str, Any]:
     """The summary of every data set, judged where a judge is named; kept in summary.json, before the judge is asked and after."""
     effective, path = effective_tokens(settings), workdir / "summary.json"
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     with (
         open_workdir(workdir, settings, changes=args.allow_changes),
-        Stop("finishing this wave of responses, keeping it, then stopping") as stop,
+        StopSignal("finishing this wave of responses, keeping it, then stopping") as stop,
     ):
         if sets:
             from crpo_jax.answer.datasets import examine
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 with one_line("crpo_jax.evaluate"):
                     examine(settings, sets, folder, stop)
-            except Stopped:
+            except StopRequested:
                 return print("stopped; the same command goes on from there", file=sys.stderr)
             except Full as error:
                 raise SystemExit(f"crpo_jax.evaluate: stopped, what is answered is kept: {error}") from None

@@ -21,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="go on in a workdir that holds a run of another config or other traces",
     )
-    processes.add_flags(parser)
+    processes.add_process_flags(parser)
     args = parser.parse_args(arguments)
-    with processes.joined("sft", args), one_line("crpo_jax.sft"):
+    with processes.join_processes("sft", args), one_line("crpo_jax.sft"):
         fine_tune(args)
 
 

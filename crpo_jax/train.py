@@ -25,7 +25,7 @@ from crpo_jax.runtime.compilations import Compilations, keep_programs
 from crpo_jax.runtime.limits import Guard, one_line
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.replay import replay
-from crpo_jax.runtime.signals import Stop
+from crpo_jax.runtime.signals import StopSignal
 from crpo_jax.store.checkpoint import Checkpoints
 from crpo_jax.store.logs import Log
 from crpo_jax.store.workdir import check_inputs, open_workdir
@@ -84,7 +84,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
         raise InputError(f"crpo.steps: expected at least the {done} that {workdir} has done, got {steps}")
     if done:
         state = checkpoints.restore(done, state)
-    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), Stop()
+    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), StopSignal()
     guard, compilations = Guard(settings, workdir, progress.keep), Compilations()
     progress.keep(report.opening(settings, shape, mesh, (done, steps), (training, held_out), folder, workdir))
 
@@ -223,9 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="STEP",
         help="look again at the batch of a step that was skipped, and train nothing",
     )
-    processes.add_flags(parser)
+    processes.add_process_flags(parser)
     args = parser.parse_args(arguments)
-    with processes.joined("train", args):
+    with processes.join_processes("train", args):
         settings, name = cli.for_platform(args, jax.default_backend())
         workdir = Path(args.workdir or f"runs/{name}")
         keep_programs(settings.run.compile_cache)

@@ -89,7 +89,7 @@ def test_a_second_run_in_a_workdir_is_refused(ended: dict[str, Any]):
 def test_sigterm_ends_a_run_in_good_order(ended: dict[str, Any]):
     assert ended["SIGTERM"]["code"] == 0
     assert (
-        "SIGTERM: finishing this part of the step, saving, then stopping; once more stops at once"
+        "SIGTERM: finishing this part of the step, saving, then stopping; a second signal exits at once"
         in ended["SIGTERM"]["said"]
     )
     assert re.search(r"stopped after step \d of 4; the same command goes on from there\n$", ended["SIGTERM"]["said"])
@@ -103,7 +103,7 @@ def test_sigterm_ends_a_run_in_good_order(ended: dict[str, Any]):
 def test_a_second_signal_ends_it_at_once(ended: dict[str, Any]):
     assert ended["SIGINT twice"]["code"] == 130
     assert ended["SIGINT twice"]["said"].endswith(
-        "SIGINT again: stopped at once; the same command goes on from what is saved\n"
+        "SIGINT again: exiting at once; the same command resumes from what is saved\n"
     )
 
 

@@ -26,16 +26,16 @@ from crpo_jax.parallel.mesh import make_mesh
 from crpo_jax.rollout.engine import Engine, Response
 from crpo_jax.runtime import setup, start
 from crpo_jax.runtime.progress import Progress
-from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.runtime.signals import StopSignal, StopRequested
 from crpo_jax.store.journal import Journal
 
 
-def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
+def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: StopSignal) -> None:
     """Answers every question evaluate.samples times into folder/NAME.jsonl; what stands there already is not asked again.
 
     A response depends on run.seed, the data set's name, the question's place in it and the sample, not on when or with
     which others it was drawn: a run that was stopped ends with the same responses. Questions longer than
-    data.max_prompt_tokens go into folder/dropped.json. Raises Stopped where `stop` asks for it.
+    data.max_prompt_tokens go into folder/dropped.json. Raises StopRequested where `stop` asks for it.
     """
     evaluate = settings.evaluate
     drawn = {"temperature": evaluate.temperature, "top_p": evaluate.top_p, "max_new_tokens": evaluate.max_new_tokens}
@@ -83,7 +83,7 @@ def ask(
     journal: Journal,
     before: Mapping[str, set[int]],
     tally: "Tally",
-    stop: Stop,
+    stop: StopSignal,
 ) -> None:
     """Draws the samples of the questions at the places `left`, and keeps those that are not on disk."""
 
@@ -99,7 +99,7 @@ def ask(
         )
         tally.add(answers)
         if stop.requested:
-            raise Stopped
+            raise StopRequested
 
     key = jax.random.fold_in(jax.random.key(settings.run.seed), zlib.crc32(name.encode()))
     prompts = [asked.prompts[int(place)] for place in left]

@@ -11,12 +11,12 @@ from jaxtyping import Bool, Float, Int
 from crpo_jax.config import Crpo
 from crpo_jax.data.question import Question
 from crpo_jax.model.decode import Weights
-from crpo_jax.parallel.processes import gathered, share
+from crpo_jax.parallel.processes import gather_from_processes, process_share
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
 from crpo_jax.rollout.engine import Engine, Response, RolloutProgress
 from crpo_jax.runtime.setup import Text
-from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.runtime.signals import StopSignal, StopRequested
 from crpo_jax.update.losses import chosen_groups
 
 
@@ -49,7 +49,7 @@ def respond(
     scores is the same in every process, and the first one can write every response.
     """
     asked = [question for question in questions for _ in range(group)]
-    prompts_here = share(len(questions))
+    prompts_here = process_share(len(questions))
     first, last = prompts_here.start * group, prompts_here.stop * group
     texts, scoring = [""] * (last - first), scorer.expect(asked[first:last])
 
@@ -62,7 +62,7 @@ def respond(
             scorer.add(scoring, rows, [texts[row] for row in rows], [text.body(response) for response in here])
 
     def scores() -> tuple[list[str], list[Scored]]:
-        both = gathered(list(zip(texts, scorer.collect(scoring), strict=True)))
+        both = gather_from_processes(list(zip(texts, scorer.collect(scoring), strict=True)))
         return [said for said, _ in both], [scored for _, scored in both]
 
     groups = engine.generate(weights, prompts, key=key, group=group, ids=ids, on_finished=score, on_progress=progress)
@@ -92,7 +92,7 @@ def draw(
     key: jax.Array,
     crpo: Crpo,
     *,
-    stop: Stop,
+    stop: StopSignal,
     progress: Callable[[RolloutProgress], None],
 ) -> Drawn | None:
     """The responses of a step with their rewards; None where the run was asked to stop before they were drawn.
@@ -104,7 +104,7 @@ def draw(
     def looked(tally: RolloutProgress) -> None:
         progress(tally)
         if stop.requested:
-            raise Stopped
+            raise StopRequested
 
     questions, responses, texts, scored = list[Question](), list[Response](), list[str](), list[Scored]()
     seconds, turn = {"rollout": 0.0, "score": 0.0}, 0
@@ -115,7 +115,7 @@ def draw(
             new = respond(
                 engine, weights, asked, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=looked
             )
-        except Stopped:
+        except StopRequested:
             return None
         sampled = time.perf_counter()
 

@@ -23,7 +23,7 @@ from crpo_jax.model.transformer import Qwen2
 from crpo_jax.parallel.mesh import data_size
 from crpo_jax.runtime import fine_tuning_report, report, setup, start
 from crpo_jax.runtime.progress import Progress
-from crpo_jax.runtime.signals import Stop
+from crpo_jax.runtime.signals import StopSignal
 from crpo_jax.store.checkpoint import Checkpoints
 from crpo_jax.store.logs import Log
 from crpo_jax.store.workdir import check_inputs, open_workdir
@@ -79,7 +79,7 @@ def fine_tune(
     done, logged = checkpoints.newest()
     if done:
         state = checkpoints.restore(done, state)
-    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), Stop()
+    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), StopSignal()
     losses = {step: loss for step, loss in fine_tuning_report.held_out_losses(workdir).items() if step < done}
     progress.keep(fine_tuning_report.opening(settings, shape, mesh, (done, steps, epoch), traces, origin, workdir))
 

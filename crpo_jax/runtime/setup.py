@@ -21,7 +21,7 @@ from crpo_jax.model.attention import implementation
 from crpo_jax.model.placement import automatic_layout
 from crpo_jax.model.shape import Shape, read_shape, shape_of
 from crpo_jax.parallel.layout import LAYOUTS, check_layout
-from crpo_jax.parallel.processes import gathered, share
+from crpo_jax.parallel.processes import gather_from_processes, process_share
 from crpo_jax.reward.effective import effective_table
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import Engine, Response
@@ -94,7 +94,7 @@ def shape_for(settings: config.Config, mesh: Mesh) -> tuple[config.Config, Shape
 
 def rendered(questions: Sequence[Question], *how: Any) -> list[list[int]]:
     """Prompt tokens of all questions; each process renders its share of them, and then all hold all."""
-    return gathered(render_all([questions[i] for i in share(len(questions))], *how))
+    return gather_from_processes(render_all([questions[i] for i in process_share(len(questions))], *how))
 
 
 def training_questions(settings: config.Config, text: Text) -> Fitting:

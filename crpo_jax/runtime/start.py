@@ -19,7 +19,7 @@ from crpo_jax.parallel.layout import LAYOUTS, WeightTable
 
 def wait_for_workdir(workdir: Path) -> None:
     """Returns when the process that writes has opened the workdir; InputError in one that does not see it."""
-    processes.wait_for_all("the workdir is open")
+    processes.barrier("the workdir is open")
     if not (workdir / "config.yaml").exists():
         raise InputError(
             f"--workdir {workdir}: expected a folder on a disk that all processes share, got one that only the first of them sees"
