@@ -102,7 +102,7 @@ def ask_teacher(
         attempt, question = item
         if isinstance(reply, GivenUp):
             failed += 1
-            return progress.keep(f"{question.id}: no reply: {reply.why}")
+            return progress.write(f"{question.id}: no reply: {reply.why}")
         key, parts = keys[question.id][attempt], traces.parted(reply.content, reply.reasoning)
         letter = traces.answer_letter(parts[1], question)[0] if parts else None
         told = {
@@ -118,9 +118,9 @@ def ask_teacher(
             "letter": letter,
             "right": letter == question.answer,
         }
-        keep(journal, fields_of(question) | told, progress.keep)
+        keep(journal, fields_of(question) | told, progress.write)
         right[key] = letter == question.answer
-        progress.show(
+        progress.update(
             len(right), f"try {attempt + 1}/{rounds}  right {sum(right.values()) / len(right):.2f}  no reply {failed}"
         )
 
@@ -213,7 +213,7 @@ def rewritten(
                 "content": reply.content,
                 "reasoning": reply.reasoning,
             }
-            keep(journal, row, progress.keep)
+            keep(journal, row, progress.write)
             use(index, row)
 
         left = []
@@ -293,15 +293,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if foreign is None:
                 with Journal(workdir / "traces.jsonl") as journal:
                     if wanted:
-                        progress.keep(
+                        progress.write(
                             f"{len(wanted)} questions for {settings.distill.model}; {len(journal.rows)} replies on disk: {journal.path}"
                         )
                         failed = ask_teacher(settings, wanted, journal, progress, stop)
                 with Journal(workdir / "traces.jsonl") as journal:
                     foreign = kept_traces(journal.rows)
-            progress.keep(convert(foreign, settings, workdir, progress, stop))
+            progress.write(convert(foreign, settings, workdir, progress, stop))
             if stop.received:
-                progress.keep("stopped; the same command goes on from there")
+                progress.write("stopped; the same command goes on from there")
     except (ServerError, Full) as error:
         raise SystemExit(f"crpo_jax.distill: stopped, every reply so far is kept: {error}") from None
     if failed:

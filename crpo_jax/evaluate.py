@@ -30,7 +30,7 @@ from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.judge import measures, report, table
 from crpo_jax.runtime.progress import Progress
-from crpo_jax.runtime.signals import StopSignal, StopRequested
+from crpo_jax.runtime.signals import StopRequested, StopSignal
 from crpo_jax.store.journal import Full
 from crpo_jax.store.workdir import open_workdir
 
@@ -109,7 +109,7 @@ def judges(
     verdicts: dict[str, measures.Verdicts] = {}
     for section, endpoint in endpoints.items():
         progress = Progress(8 * sum(map(len, picked.values())))
-        progress.keep(
+        progress.write(
             f"{endpoint.model} judges {sum(map(len, picked.values()))} responses by {len(measures.MEASURES)} measures"
         )
         path = workdir / "judge" / f"{section}.jsonl"
@@ -117,10 +117,10 @@ def judges(
         def show(
             done: int, wanted: int, failed: int, progress: Progress = progress, model: str = endpoint.model
         ) -> None:
-            progress.show(done, f"{model}  no reply {failed}")
+            progress.update(done, f"{model}  no reply {failed}")
 
         label = endpoint.model if endpoint.model not in verdicts else f"{endpoint.model} again"
-        verdicts[label] = measures.judged(picked, endpoint, section, path, progress.keep, show, lambda: stop.received)
+        verdicts[label] = measures.judged(picked, endpoint, section, path, progress.write, show, lambda: stop.received)
     told: dict[str, dict[str, Any]] = {}
     for name, responses in picked.items():
         told[name] = {"judges": {label: measures.means(one, name, responses) for label, one in verdicts.items()}}

@@ -21,7 +21,7 @@ from crpo_jax.parallel import processes
 from crpo_jax.parallel.mesh import data_size, make_mesh
 from crpo_jax.reward.scorer import Scorer, ScoringError
 from crpo_jax.runtime import fine_tuning, report, setup, start
-from crpo_jax.runtime.compilations import Compilations, keep_programs
+from crpo_jax.runtime.compilations import CompilationCounter, enable_compilation_cache
 from crpo_jax.runtime.limits import Guard, one_line
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.replay import replay
@@ -84,9 +84,9 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
         raise InputError(f"crpo.steps: expected at least the {done} that {workdir} has done, got {steps}")
     if done:
         state = checkpoints.restore(done, state)
-    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), StopSignal()
-    guard, compilations = Guard(settings, workdir, progress.keep), Compilations()
-    progress.keep(report.opening(settings, shape, mesh, (done, steps), (training, held_out), folder, workdir))
+    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, enabled=writer), StopSignal()
+    guard, compilations = Guard(settings, workdir, progress.write), CompilationCounter()
+    progress.write(report.opening(settings, shape, mesh, (done, steps), (training, held_out), folder, workdir))
 
     finished = False
     with stop, held, log, scorer, examiner, checkpoints:
@@ -109,7 +109,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
                 measured |= {f"eval/{name.split('/')[1]}": value for name, value in means.items()}
                 if writer:
                     report.keep_answers(workdir, step, answered)
-                progress.keep(f"step {step}/{steps}  {len(answered)} held-out questions: {report.line(means)}")
+                progress.write(f"step {step}/{steps}  {len(answered)} held-out questions: {report.line(means)}")
                 if stop.requested and step < steps:  # it is measured again, the same
                     break
             if step == steps:
@@ -194,10 +194,10 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             )  # forward and backward, the reference's forward, and the old policy's if needed
             measured |= report.timings(seconds, int(lengths.sum()), sum(useful), places)
             measured |= report.utilization(shape, mesh, useful, passes, seconds["update"]) | report.memory(mesh)
-            measured["time/compilations"] = compilations.new()
+            measured["time/compilations"] = compilations.count_new()
             log.samples(report.sample_rows(step, drawn, advantages))
             log.step(step, measured)
-            progress.show(step + 1, report.line(measured))
+            progress.update(step + 1, report.line(measured))
             guard.updates(step, updates, minis, run, state, frozen)
             guard.measures(step, measured)
             done = step + 1
@@ -207,7 +207,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
         if done:
             checkpoints.save(done, state)
     if writer:
-        progress.keep(report.closing(workdir, len(held_out.questions)) if finished else report.stopped(done, steps))
+        progress.write(report.closing(workdir, len(held_out.questions)) if finished else report.stopped(done, steps))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with processes.join_processes("train", args):
         settings, name = cli.for_platform(args, jax.default_backend())
         workdir = Path(args.workdir or f"runs/{name}")
-        keep_programs(settings.run.compile_cache)
+        enable_compilation_cache(settings.run.compile_cache)
         try:
             with one_line("crpo_jax.train"):
                 if args.replay is None:

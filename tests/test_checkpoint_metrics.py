@@ -26,7 +26,7 @@ from crpo_jax.model.transformer import Qwen2
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.rollout.engine import RolloutProgress
 from crpo_jax.runtime import report
-from crpo_jax.runtime.progress import Progress, clock
+from crpo_jax.runtime.progress import Progress, format_duration
 from crpo_jax.store.checkpoint import START, Checkpoints, Saved
 from crpo_jax.store.logs import LOGS, Log, read_metrics
 from crpo_jax.update.trainer import Trainer, TrainState, trainer
@@ -379,7 +379,7 @@ def test_a_process_that_does_not_write_leaves_nothing(tmp_path: Path):
     ],
 )
 def test_clock(seconds: float, shown: str):
-    assert clock(seconds) == shown
+    assert format_duration(seconds) == shown
 
 
 class Terminal(io.StringIO):
@@ -390,9 +390,9 @@ class Terminal(io.StringIO):
 def test_progress_rewrites_one_line_on_a_terminal():
     screen = Terminal()
     progress = Progress(10, 0, stream=screen)
-    progress.show(1, "reward 1.00")
-    progress.show(2, "reward 2.00")
-    progress.keep("done")
+    progress.update(1, "reward 1.00")
+    progress.update(2, "reward 2.00")
+    progress.write("done")
     text = screen.getvalue()
     assert text.count("\n") == 1
     assert text.endswith("\r\x1b[2Kdone\n")
@@ -403,8 +403,8 @@ def test_progress_keeps_a_file_clean():
     """No escape codes and no passing states where nobody can see them pass."""
     file = io.StringIO()
     progress = Progress(10, 0, stream=file)
-    progress.show(1, "reward 1.00")
-    progress.keep("step 1/10")
+    progress.update(1, "reward 1.00")
+    progress.write("step 1/10")
     assert file.getvalue() == "step 1/10\n"
 
 
@@ -428,7 +428,7 @@ def test_time_left_counts_from_where_a_resumed_run_began():
     screen = Terminal()
     progress = Progress(100, 90, stream=screen)
     progress._started -= 50.0  # 50 seconds ago
-    progress.show(95, "")
+    progress.update(95, "")
     assert screen.getvalue().endswith("0:50 left")
-    progress.show(90, "")
+    progress.update(90, "")
     assert screen.getvalue().endswith("90/100    ")

@@ -21,7 +21,7 @@ from crpo_jax import config
 from crpo_jax.config import Config
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.runtime import limits
-from crpo_jax.runtime.compilations import keep_programs
+from crpo_jax.runtime.compilations import enable_compilation_cache
 from crpo_jax.runtime.limits import Guard
 from crpo_jax.store.logs import read_metrics
 from crpo_jax.store.workdir import check_inputs, open_workdir
@@ -343,9 +343,9 @@ def test_programs_are_kept_apart_by_machine_and_where_the_environment_says(
     asked: Counter[str] = Counter()
     monkeypatch.setattr(jax.config, "update", lambda name, value: asked.update([f"{name}={value}"]))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    keep_programs(str(tmp_path))
+    enable_compilation_cache(str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    keep_programs("")
+    enable_compilation_cache("")
     assert not asked
-    keep_programs(str(tmp_path))
+    enable_compilation_cache(str(tmp_path))
     assert any(re.fullmatch(rf"jax_compilation_cache_dir={tmp_path}/[0-9a-f]{{12}}", name) for name in asked)

@@ -26,7 +26,7 @@ from crpo_jax.parallel.mesh import make_mesh
 from crpo_jax.rollout.engine import Engine, Response
 from crpo_jax.runtime import setup, start
 from crpo_jax.runtime.progress import Progress
-from crpo_jax.runtime.signals import StopSignal, StopRequested
+from crpo_jax.runtime.signals import StopRequested, StopSignal
 from crpo_jax.store.journal import Journal
 
 
@@ -142,7 +142,7 @@ class Tally:
         self._progress = Progress(questions * self._samples, done * self._samples)
         self._done, self._right, self._valid, self._drawn, self._tokens = done * self._samples, 0, 0, 0, 0
         self._said, self._began = self._tenth(), time.monotonic()
-        self._progress.keep(
+        self._progress.write(
             f"{name}: {questions} questions x {self._samples} samples"
             + (f", {done} questions answered before" if done else "")
         )
@@ -158,10 +158,10 @@ class Tally:
         self._tokens += sum(answer.tokens or 0 for answer in answers)
         rate = self._tokens / (time.monotonic() - self._began)
         line = f"{self._name}  accuracy {self._right / self._drawn:.3f}  valid {self._valid / self._drawn:.3f}  {rate:,.0f} tok/s"
-        self._progress.show(self._done, line)
+        self._progress.update(self._done, line)
         if self._tenth() > self._said:
             self._said = self._tenth()
-            self._progress.keep(f"{self._done}/{self._questions * self._samples}  {line}")
+            self._progress.write(f"{self._done}/{self._questions * self._samples}  {line}")
 
     def end(self) -> None:
-        self._progress.keep(f"{self._name}: {self._questions} questions answered")
+        self._progress.write(f"{self._name}: {self._questions} questions answered")

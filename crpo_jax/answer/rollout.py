@@ -16,7 +16,7 @@ from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
 from crpo_jax.rollout.engine import Engine, Response, RolloutProgress
 from crpo_jax.runtime.setup import Text
-from crpo_jax.runtime.signals import StopSignal, StopRequested
+from crpo_jax.runtime.signals import StopRequested, StopSignal
 from crpo_jax.update.losses import chosen_groups
 
 

@@ -79,9 +79,9 @@ def fine_tune(
     done, logged = checkpoints.newest()
     if done:
         state = checkpoints.restore(done, state)
-    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), StopSignal()
+    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, enabled=writer), StopSignal()
     losses = {step: loss for step, loss in fine_tuning_report.held_out_losses(workdir).items() if step < done}
-    progress.keep(fine_tuning_report.opening(settings, shape, mesh, (done, steps, epoch), traces, origin, workdir))
+    progress.write(fine_tuning_report.opening(settings, shape, mesh, (done, steps, epoch), traces, origin, workdir))
 
     finished, skipped = False, 0
     with stop, held, log, checkpoints:
@@ -95,12 +95,12 @@ def fine_tune(
                 if traces.held_out:
                     measured["eval/loss"] = mean_loss(run, run.compute_weights(policy), traces.held_out, settings, mesh)
                     losses |= {step: measured["eval/loss"]} if math.isfinite(measured["eval/loss"]) else {}
-                progress.keep(f"step {step}/{steps}  {fine_tuning_report.line(measured)}")
+                progress.write(f"step {step}/{steps}  {fine_tuning_report.line(measured)}")
                 if previewed:
                     prompts, key = [row.prompt for row in previewed], jax.random.fold_in(seed, PREVIEW)
                     responses = [one for (one,) in engine.generate(gather(policy), prompts, key=key)]
                     log.samples(fine_tuning_report.preview_rows(step, previewed, responses, text))
-                    progress.keep(fine_tuning_report.preview(previewed[0], responses[0], text))
+                    progress.write(fine_tuning_report.preview(previewed[0], responses[0], text))
                 finished = step == steps or patience_is_over(losses, sft.patience)
             if finished:
                 log.step(step, measured)
@@ -127,7 +127,7 @@ def fine_tune(
 
             # ---- keep ----------------------------------------------------------------------------------------------
             log.step(step, measured)
-            progress.show(step + 1, fine_tuning_report.line(measured))
+            progress.update(step + 1, fine_tuning_report.line(measured))
             skipped = 0 if applied else skipped + 1
             if skipped and skipped == settings.run.limits.skipped:
                 raise Fault(
@@ -154,7 +154,7 @@ def fine_tune(
                 state.master, origin, settings, shape, mesh, folder, text.folder
             )  # last: this folder says that all is done
     if writer:
-        progress.keep(fine_tuning_report.closing(workdir, folder) if finished else report.stopped(done, steps))
+        progress.write(fine_tuning_report.closing(workdir, folder) if finished else report.stopped(done, steps))
     return finished
 
 

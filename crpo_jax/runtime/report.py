@@ -24,7 +24,7 @@ from crpo_jax.planner.targets import peak_flops
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored
 from crpo_jax.rollout.engine import Response, RolloutProgress
-from crpo_jax.runtime.progress import Progress, clock
+from crpo_jax.runtime.progress import Progress, format_duration
 from crpo_jax.store.logs import read_metrics, told, whole_lines
 
 SHOWN = {
@@ -59,9 +59,9 @@ def sampling(progress: Progress, step: int) -> Callable[[RolloutProgress], None]
         parts += [
             f"{tally.tokens / tally.seconds:,.0f} tok/s",
             f"mean length {tally.mean_length:.0f}",
-            f"about {clock(tally.seconds_left)} to go",
+            f"about {format_duration(tally.seconds_left)} to go",
         ]
-        progress.show(step, "  ".join(parts))
+        progress.update(step, "  ".join(parts))
 
     return show
 
