@@ -23,7 +23,7 @@ from crpo_jax.data.prompts import instruction, user_turn
 from crpo_jax.data.question import OTHER_HALF, Question, halves
 from crpo_jax.errors import InputError
 from crpo_jax.runtime.progress import Progress
-from crpo_jax.runtime.signals import Stop
+from crpo_jax.runtime.signals import StopSignal
 from crpo_jax.store.journal import Full, Journal, keep, key_of, replace_rows
 from crpo_jax.store.workdir import open_workdir
 
@@ -85,7 +85,9 @@ def fields_of(question: Question) -> dict[str, Any]:
     return own | {name: value for name, value in (("source", question.source), ("split", question.split)) if value}
 
 
-def ask_teacher(settings: Config, wanted: Sequence[Question], journal: Journal, progress: Progress, stop: Stop) -> int:
+def ask_teacher(
+    settings: Config, wanted: Sequence[Question], journal: Journal, progress: Progress, stop: StopSignal
+) -> int:
     """Asks for every question without a right answer on disk, attempt by attempt; how many got no reply in the last round."""
     shape, failed = parameters(settings.distill), 0
     right = {row["key"]: bool(row["right"]) for row in journal.rows}
@@ -100,7 +102,7 @@ def ask_teacher(settings: Config, wanted: Sequence[Question], journal: Journal, 
         attempt, question = item
         if isinstance(reply, GivenUp):
             failed += 1
-            return progress.keep(f"{question.id}: no reply: {reply.why}")
+            return progress.write(f"{question.id}: no reply: {reply.why}")
         key, parts = keys[question.id][attempt], traces.parted(reply.content, reply.reasoning)
         letter = traces.answer_letter(parts[1], question)[0] if parts else None
         told = {
@@ -116,9 +118,9 @@ def ask_teacher(settings: Config, wanted: Sequence[Question], journal: Journal, 
             "letter": letter,
             "right": letter == question.answer,
         }
-        keep(journal, fields_of(question) | told, progress.keep)
+        keep(journal, fields_of(question) | told, progress.write)
         right[key] = letter == question.answer
-        progress.show(
+        progress.update(
             len(right), f"try {attempt + 1}/{rounds}  right {sum(right.values()) / len(right):.2f}  no reply {failed}"
         )
 
@@ -130,14 +132,14 @@ def ask_teacher(settings: Config, wanted: Sequence[Question], journal: Journal, 
                 if keys[question.id][attempt] not in right and not any(map(right.get, keys[question.id]))
             ]
             failed = 0
-            if stop.noted:
+            if stop.received:
                 break
             ask_all(
                 client,
                 [(attempt, question) for question in left],
                 lambda item: teacher_turn(item[1], settings),
                 answered,
-                lambda: stop.noted,
+                lambda: stop.received,
             )
     return failed
 
@@ -177,7 +179,7 @@ def by_rules(trace: Trace, settings: Config) -> traces.Converted:
 
 
 def rewritten(
-    found: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: Stop
+    found: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: StopSignal
 ) -> list[traces.Converted]:
     """The traces with the right answer as the model writes them anew; its replies are kept in rewrites.jsonl."""
     out = [traces.Converted(None, "not rewritten yet")] * len(found)
@@ -211,7 +213,7 @@ def rewritten(
                 "content": reply.content,
                 "reasoning": reply.reasoning,
             }
-            keep(journal, row, progress.keep)
+            keep(journal, row, progress.write)
             use(index, row)
 
         left = []
@@ -221,11 +223,11 @@ def rewritten(
                 left.append((index, turn))
             else:
                 use(index, row)
-        ask_all(client, left, lambda item: item[1], answered, lambda: stop.noted)
+        ask_all(client, left, lambda item: item[1], answered, lambda: stop.received)
     return out
 
 
-def convert(found: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: Stop) -> str:
+def convert(found: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: StopSignal) -> str:
     """Writes converted.jsonl, one right trace per question, and rejected.jsonl; says what came of them."""
     if settings.distill.convert == "rewrite":
         outcomes = rewritten(found, settings, workdir, progress, stop)
@@ -285,21 +287,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with (
             open_workdir(workdir, settings, changes=args.allow_changes),
-            Stop("waiting for the requests under way, asking nothing new") as stop,
+            StopSignal("waiting for the requests under way, asking nothing new") as stop,
         ):
             progress = Progress(len(wanted))
             if foreign is None:
                 with Journal(workdir / "traces.jsonl") as journal:
                     if wanted:
-                        progress.keep(
+                        progress.write(
                             f"{len(wanted)} questions for {settings.distill.model}; {len(journal.rows)} replies on disk: {journal.path}"
                         )
                         failed = ask_teacher(settings, wanted, journal, progress, stop)
                 with Journal(workdir / "traces.jsonl") as journal:
                     foreign = kept_traces(journal.rows)
-            progress.keep(convert(foreign, settings, workdir, progress, stop))
-            if stop.noted:
-                progress.keep("stopped; the same command goes on from there")
+            progress.write(convert(foreign, settings, workdir, progress, stop))
+            if stop.received:
+                progress.write("stopped; the same command goes on from there")
     except (ServerError, Full) as error:
         raise SystemExit(f"crpo_jax.distill: stopped, every reply so far is kept: {error}") from None
     if failed:

@@ -30,7 +30,7 @@ from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.judge import measures, report, table
 from crpo_jax.runtime.progress import Progress
-from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.runtime.signals import StopRequested, StopSignal
 from crpo_jax.store.journal import Full
 from crpo_jax.store.workdir import open_workdir
 
@@ -96,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def judges(
-    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: Stop
+    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: StopSignal
 ) -> dict[str, dict[str, Any]]:
     """By data set: each judge's means, the agreement of two, and of each with the truth where it is known; empty where no judge is named."""
     judge = settings.judge
@@ -109,7 +109,7 @@ def judges(
     verdicts: dict[str, measures.Verdicts] = {}
     for section, endpoint in endpoints.items():
         progress = Progress(8 * sum(map(len, picked.values())))
-        progress.keep(
+        progress.write(
             f"{endpoint.model} judges {sum(map(len, picked.values()))} responses by {len(measures.MEASURES)} measures"
         )
         path = workdir / "judge" / f"{section}.jsonl"
@@ -117,10 +117,10 @@ def judges(
         def show(
             done: int, wanted: int, failed: int, progress: Progress = progress, model: str = endpoint.model
         ) -> None:
-            progress.show(done, f"{model}  no reply {failed}")
+            progress.update(done, f"{model}  no reply {failed}")
 
         label = endpoint.model if endpoint.model not in verdicts else f"{endpoint.model} again"
-        verdicts[label] = measures.judged(picked, endpoint, section, path, progress.keep, show, lambda: stop.noted)
+        verdicts[label] = measures.judged(picked, endpoint, section, path, progress.write, show, lambda: stop.received)
     told: dict[str, dict[str, Any]] = {}
     for name, responses in picked.items():
         told[name] = {"judges": {label: measures.means(one, name, responses) for label, one in verdicts.items()}}
@@ -137,7 +137,7 @@ def judges(
 
 
 def measured(
-    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, dropped: Mapping[str, Any], stop: Stop
+    found: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, dropped: Mapping[str, Any], stop: StopSignal
 ) -> dict[str, Any]:
     """The summary of every data set, judged where a judge is named; kept in summary.json, before the judge is asked and after."""
     effective, path = effective_tokens(settings), workdir / "summary.json"
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     with (
         open_workdir(workdir, settings, changes=args.allow_changes),
-        Stop("finishing this wave of responses, keeping it, then stopping") as stop,
+        StopSignal("finishing this wave of responses, keeping it, then stopping") as stop,
     ):
         if sets:
             from crpo_jax.answer.datasets import answer_data_sets
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 with faults_end_in_one_line("crpo_jax.evaluate"):
                     answer_data_sets(settings, sets, folder, stop)
-            except Stopped:
+            except StopRequested:
                 return print("stopped; the same command goes on from there", file=sys.stderr)
             except Full as error:
                 raise SystemExit(f"crpo_jax.evaluate: stopped, what is answered is kept: {error}") from None

@@ -43,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="of a run with LoRA the adapter alone, for PEFT; without this it is merged",
     )
-    processes.add_flags(parser)
+    processes.add_process_flags(parser)
     args = parser.parse_args(arguments)
     if not args.workdir:
         raise InputError("--workdir: expected the folder of a run, got none")
     workdir, shard_bytes = Path(args.workdir), size_of(args.max_shard_size)
     if not (workdir / "config.yaml").is_file():
         raise InputError(f"--workdir {workdir}: expected a run's folder with config.yaml, got none there")
-    with processes.joined("export", args):
+    with processes.join_processes("export", args):
         export(args, workdir, shard_bytes)
 
 

@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="continue a workdir that holds a run of another config or other traces",
     )
-    processes.add_flags(parser)
+    processes.add_process_flags(parser)
     args = parser.parse_args(arguments)
-    with processes.joined("sft", args), faults_end_in_one_line("crpo_jax.sft"):
+    with processes.join_processes("sft", args), faults_end_in_one_line("crpo_jax.sft"):
         settings, name = cli.load_platform_settings(args, jax.default_backend())
         workdir = Path(args.workdir or f"runs/{name}-sft")
         folder = workdir / "coldstart"

@@ -15,7 +15,7 @@ from crpo_jax.parallel import processes
 from crpo_jax.parallel.mesh import data_size
 from crpo_jax.reward.scorer import Scorer, ScoringError
 from crpo_jax.runtime import report
-from crpo_jax.runtime.compilations import keep_programs
+from crpo_jax.runtime.compilations import enable_compilation_cache
 from crpo_jax.runtime.faults import faults_end_in_one_line
 from crpo_jax.runtime.fine_tuning import cold_start, cold_start_traces
 from crpo_jax.runtime.inputs import model_digests, open_questions, question_digests
@@ -52,7 +52,7 @@ def train(runtime: Runtime, workdir: Path, *, allow_changes: bool = False) -> No
         trainer = runtime.trainer("crpo", steps * updates_per_step)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, settings.run.keep_best)
         with open_run(runtime, workdir, trainer, runtime.start_state(trainer, start), steps, checkpoints) as run:
-            run.progress.keep(report.opening(runtime, run.done, steps, questions, start, workdir))
+            run.progress.write(report.opening(runtime, run.done, steps, questions, start, workdir))
             for step in run.steps():
                 # ---- evaluate: the policy after `step` steps
                 policy, measures = runtime.sampler_weights(run.state.policy), {}
@@ -110,12 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--replay", type=int, metavar="STEP", help="examine the batch of a step that was skipped; trains nothing"
     )
-    processes.add_flags(parser)
+    processes.add_process_flags(parser)
     args = parser.parse_args(arguments)
-    with processes.joined("train", args):
+    with processes.join_processes("train", args):
         settings, name = cli.load_platform_settings(args, jax.default_backend())
         workdir = Path(args.workdir or f"runs/{name}")
-        keep_programs(settings.run.compile_cache)
+        enable_compilation_cache(settings.run.compile_cache)
         try:
             with faults_end_in_one_line("crpo_jax.train"):
                 if args.replay is None:

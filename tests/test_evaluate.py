@@ -86,7 +86,7 @@ def test_every_question_is_answered_and_counted(whole):
 
 def test_a_stop_between_waves_and_a_torn_line_change_no_response(whole, model, tmp_path, capsys):
     """Waves of 8 questions: stopped after the first, a line of it torn, then resumed on another mesh."""
-    real, waves = datasets.Tally.add, []
+    real, waves = datasets.RolloutProgress.add, []
 
     def add(tally, answers):
         real(tally, answers)
@@ -95,7 +95,7 @@ def test_a_stop_between_waves_and_a_torn_line_change_no_response(whole, model, t
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.Tally, "add", add)
+        patch.setattr(datasets.RolloutProgress, "add", add)
         run(tmp_path / "run", model)
     assert "stopped; the same command goes on from there" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()

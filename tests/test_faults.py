@@ -21,7 +21,7 @@ from crpo_jax import config
 from crpo_jax.config import Config
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.runtime import limits
-from crpo_jax.runtime.compilations import keep_programs
+from crpo_jax.runtime.compilations import enable_compilation_cache
 from crpo_jax.runtime.limits import Guard
 from crpo_jax.store.logs import read_metrics
 from crpo_jax.store.workdir import check_inputs, open_workdir
@@ -89,7 +89,7 @@ def test_a_second_run_in_a_workdir_is_refused(ended: dict[str, Any]):
 def test_sigterm_ends_a_run_in_good_order(ended: dict[str, Any]):
     assert ended["SIGTERM"]["code"] == 0
     assert (
-        "SIGTERM: finishing this part of the step, saving, then stopping; once more stops at once"
+        "SIGTERM: finishing this part of the step, saving, then stopping; a second signal exits at once"
         in ended["SIGTERM"]["said"]
     )
     assert re.search(r"stopped after step \d of 4; the same command goes on from there\n$", ended["SIGTERM"]["said"])
@@ -103,7 +103,7 @@ def test_sigterm_ends_a_run_in_good_order(ended: dict[str, Any]):
 def test_a_second_signal_ends_it_at_once(ended: dict[str, Any]):
     assert ended["SIGINT twice"]["code"] == 130
     assert ended["SIGINT twice"]["said"].endswith(
-        "SIGINT again: stopped at once; the same command goes on from what is saved\n"
+        "SIGINT again: exiting at once; the same command resumes from what is saved\n"
     )
 
 
@@ -343,9 +343,9 @@ def test_programs_are_kept_apart_by_machine_and_where_the_environment_says(
     asked: Counter[str] = Counter()
     monkeypatch.setattr(jax.config, "update", lambda name, value: asked.update([f"{name}={value}"]))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    keep_programs(str(tmp_path))
+    enable_compilation_cache(str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    keep_programs("")
+    enable_compilation_cache("")
     assert not asked
-    keep_programs(str(tmp_path))
+    enable_compilation_cache(str(tmp_path))
     assert any(re.fullmatch(rf"jax_compilation_cache_dir={tmp_path}/[0-9a-f]{{12}}", name) for name in asked)

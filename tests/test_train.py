@@ -304,7 +304,7 @@ def test_two_processes_are_one_run_that_outlives_them(whole, tmp_path):
     last = said.strip().splitlines()[-1]
     assert code != 0
     assert last.startswith("crpo_jax.train: process 0 of 2")
-    assert "the same command in every process goes on from the last checkpoint" in last
+    assert "the same command in every process resumes from the last checkpoint" in last
 
     run(workdir, *settings)  # what is left, in one process
     assert_same(read_metrics(workdir), expected)

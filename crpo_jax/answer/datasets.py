@@ -21,18 +21,20 @@ from crpo_jax.model.lora import Policy
 from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime, open_runtime
-from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.runtime.signals import StopRequested, StopSignal
 from crpo_jax.store.files import replace_file, writing
 from crpo_jax.store.journal import Journal
 
 
-def answer_data_sets(settings: Config, data_sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
+def answer_data_sets(
+    settings: Config, data_sets: Mapping[str, Sequence[Question]], folder: Path, stop: StopSignal
+) -> None:
     """Answers every question evaluate.samples times into folder/NAME.jsonl; what is on disk already is not sampled
     again.
 
     A response depends on run.seed, the data set's name, the question's place in it and the sample, not on when or with
     which others it was sampled: a run that was stopped ends with the same responses. Questions longer than
-    data.max_prompt_tokens go into folder/dropped.json. Raises Stopped where `stop` asks for it.
+    data.max_prompt_tokens go into folder/dropped.json. Raises StopRequested where `stop` asks for it.
     """
     evaluate = settings.evaluate
     runtime = open_runtime(
@@ -73,7 +75,7 @@ def answer_missing(
     journal: Journal,
     on_disk: Mapping[str, set[int]],
     status: "Status",
-    stop: Stop,
+    stop: StopSignal,
 ) -> None:
     """Samples the questions at the places `missing`, and writes the responses that are not on disk."""
     vocabulary = runtime.vocabulary
@@ -88,11 +90,11 @@ def answer_missing(
         journal.append(*map(row_of, new))
         status.add(answers)
         if stop.requested:
-            raise Stopped
+            raise StopRequested
 
     key = jax.random.fold_in(runtime.key, zlib.crc32(name.encode()))
     prompts, group = [questions.prompts[int(place)] for place in missing], runtime.settings.evaluate.samples
-    runtime.sampler.generate(weights, prompts, key=key, group=group, ids=missing.tolist(), finished=finished)
+    runtime.sampler.generate(weights, prompts, key=key, group=group, ids=missing.tolist(), on_finished=finished)
 
 
 def samples_on_disk(journal: Journal, questions: Fitting) -> dict[str, set[int]]:
@@ -130,7 +132,7 @@ class Status:
         self._done, self._right, self._valid, self._sampled, self._tokens = done * self._samples, 0, 0, 0, 0
         self._printed, self._began = self._tenth(), time.monotonic()
         resumed = f", {done} questions answered before" if done else ""
-        self._progress.keep(f"{name}: {questions} questions x {self._samples} samples{resumed}")
+        self._progress.write(f"{name}: {questions} questions x {self._samples} samples{resumed}")
 
     def _tenth(self) -> int:
         return 10 * self._done // max(self._questions * self._samples, 1)
@@ -143,10 +145,10 @@ class Status:
         self._tokens += sum(answer.tokens or 0 for answer in answers)
         shares = f"accuracy {self._right / self._sampled:.3f}  valid {self._valid / self._sampled:.3f}"
         line = f"{self._name}  {shares}  {self._tokens / (time.monotonic() - self._began):,.0f} tok/s"
-        self._progress.show(self._done, line)
+        self._progress.update(self._done, line)
         if self._tenth() > self._printed:
             self._printed = self._tenth()
-            self._progress.keep(f"{self._done}/{self._questions * self._samples}  {line}")
+            self._progress.write(f"{self._done}/{self._questions * self._samples}  {line}")
 
     def end(self) -> None:
-        self._progress.keep(f"{self._name}: {self._questions} questions answered")
+        self._progress.write(f"{self._name}: {self._questions} questions answered")

@@ -47,7 +47,7 @@ def evaluate_held_out(
     if run.runtime.writes:
         rows = [Evaluated(*parts) for parts in zip(responses.questions, texts, scores, strict=True)]
         write_evaluation(run.workdir, step, rows)
-    run.progress.keep(f"step {step}/{run.total}  {len(texts)} held-out questions: {step_line(means)}")
+    run.progress.write(f"step {step}/{run.total}  {len(texts)} held-out questions: {step_line(means)}")
     return {f"eval/{name.split('/')[1]}": value for name, value in means.items()}
 
 

@@ -27,7 +27,7 @@ from crpo_jax.planner.planned_run import PlannedRun
 from crpo_jax.planner.targets import compiler_options, make_target_mesh
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import response_slots
-from crpo_jax.rollout.sample import Rows, programs
+from crpo_jax.rollout.sample import RowState, sampling_programs
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Trainer
 
@@ -179,7 +179,7 @@ def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
     settings, shape, rollout = run.settings, run.shape, run.settings.rollout
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, tuple(range(len(rollout.stop))))
     chunk, most = min(rollout.chunk, rollout.max_new_tokens), rollout.max_new_tokens
-    sampler: Any = programs(shape, mesh, sampling, chunk, run.attention)
+    sampler: Any = sampling_programs(shape, mesh, sampling, chunk, run.attention)
     gather = to_sampler(shape, mesh, settings.model.dtype)
     policy = policy_of(abstract_trained(run, mesh, "master"), abstract_frozen(run, mesh))
     placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh))
@@ -189,13 +189,13 @@ def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
 
     p, b, longest = run.wave_prompts * run.data, run.wave_rows * run.data, settings.data.max_prompt_tokens
-    rows = Rows._make([array((b,), ROWS_B)] * len(Rows._fields))
+    rows = RowState._make([array((b,), ROWS_B)] * len(RowState._fields))
     number, key = array((), PartitionSpec()), array((), PartitionSpec(), jax.eval_shape(jax.random.key, 0).dtype)
     begin = (weights, array((p, longest), TOKENS_BT), rows, key)
-    full, _ = jax.eval_shape(lambda *inputs: sampler.start(*inputs, slots=(longest, most)), *begin)
+    full, _ = jax.eval_shape(lambda *inputs: sampler.prefill_and_draw(*inputs, slots=(longest, most)), *begin)
     cache = jax.tree.map(lambda x: array(x.shape, CACHE_BKSH, x.dtype), full)
     return [
         PhaseProgram("sampling copy", gather, (policy,)),
-        PhaseProgram("prefill", sampler.start, begin, (longest, response_slots(chunk, most))),
-        PhaseProgram("decode", sampler.advance, (weights, cache, rows, key, number, number)),
+        PhaseProgram("prefill", sampler.prefill_and_draw, begin, (longest, response_slots(chunk, most))),
+        PhaseProgram("decode", sampler.decode_chunk, (weights, cache, rows, key, number, number)),
     ]

@@ -60,7 +60,7 @@ def fine_tune(runtime: Runtime, workdir: Path, folder: Path, traces: Traces, *, 
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, 1, negated_losses)
         with open_run(runtime, workdir, trainer, runtime.start_state(trainer, start), steps, checkpoints) as run:
             losses = {step: loss for step, loss in held_out_losses(workdir).items() if step < run.done}
-            run.progress.keep(fine_tuning_report.sft_opening(runtime, run.done, steps, epoch, traces, start, workdir))
+            run.progress.write(fine_tuning_report.sft_opening(runtime, run.done, steps, epoch, traces, start, workdir))
             for step in run.steps():
                 # ---- evaluate: the model after `step` steps
                 measures = {"sft/epoch": step / epoch}
@@ -68,7 +68,7 @@ def fine_tune(runtime: Runtime, workdir: Path, folder: Path, traces: Traces, *, 
                     measures |= evaluate_traces(run, traces, step)
                     if math.isfinite(measures.get("eval/loss", math.nan)):
                         losses[step] = measures["eval/loss"]
-                    run.progress.keep(f"step {step}/{steps}  {fine_tuning_report.sft_step_line(measures)}")
+                    run.progress.write(f"step {step}/{steps}  {fine_tuning_report.sft_step_line(measures)}")
                     preview(run, traces, step)
                 if step == steps or (step % epoch == 0 and patience_is_over(losses, sft.patience)):
                     run.finish(step, measures)
@@ -116,7 +116,7 @@ def preview(run: Run, traces: Traces, step: int) -> None:
     key, weights = jax.random.fold_in(runtime.key, PREVIEW), runtime.sampler_weights(run.state.policy)
     responses = [group[0] for group in runtime.sampler.generate(weights, [row.prompt for row in rows], key=key)]
     run.log.samples(fine_tuning_report.preview_rows(step, rows, responses, runtime.vocabulary))
-    run.progress.keep(fine_tuning_report.preview_lines(rows[0], responses[0], runtime.vocabulary))
+    run.progress.write(fine_tuning_report.preview_lines(rows[0], responses[0], runtime.vocabulary))
 
 
 def write_best(run: Run, losses: Mapping[int, float], start: Path | None, folder: Path) -> None:

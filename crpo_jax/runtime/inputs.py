@@ -14,7 +14,7 @@ from crpo_jax.data.batches import Batches, questions_for
 from crpo_jax.data.prompts import Fitting, encode_response, fitting, render_all
 from crpo_jax.data.question import OTHER_HALF, Question, halves, held_out, read
 from crpo_jax.errors import InputError
-from crpo_jax.parallel.processes import gathered, share
+from crpo_jax.parallel.processes import gather_from_processes, process_share
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.update.batches import Row
 
@@ -62,7 +62,7 @@ def open_questions(
 
 def render_shared(questions: Sequence[Question], *how: Any) -> list[list[int]]:
     """Prompt tokens of all questions; each process renders its share of them, and then all hold all."""
-    return gathered(render_all([questions[i] for i in share(len(questions))], *how))
+    return gather_from_processes(render_all([questions[i] for i in process_share(len(questions))], *how))
 
 
 # ---- teacher traces --------------------------------------------------------------------------------------------------

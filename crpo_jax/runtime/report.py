@@ -18,9 +18,9 @@ from crpo_jax.model.shape import forward_flops
 from crpo_jax.model.transformer import parameter_count
 from crpo_jax.parallel.layout import layout_warnings
 from crpo_jax.parallel.mesh import DATA, MODEL
-from crpo_jax.rollout.engine import Response, Tally
+from crpo_jax.rollout.engine import Response, RolloutProgress
 from crpo_jax.runtime.inputs import TrainingQuestions
-from crpo_jax.runtime.progress import clock
+from crpo_jax.runtime.progress import format_duration
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.logs import read_metrics, told, whole_lines
 from crpo_jax.update.batches import Row
@@ -51,11 +51,11 @@ def step_line(values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def rollout_line(tally: Tally) -> str:
+def rollout_line(tally: RolloutProgress) -> str:
     """How far a rollout is."""
     parts = [f"sampling: {tally.prompts:,} prompts, {tally.responses:,} of {tally.total:,} responses done"]
     parts += [f"{tally.tokens / tally.seconds:,.0f} tok/s", f"mean length {tally.mean_length:.0f}"]
-    return "  ".join([*parts, f"about {clock(tally.seconds_left)} left"])
+    return "  ".join([*parts, f"about {format_duration(tally.seconds_left)} left"])
 
 
 def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestions, start: Path, workdir: Path) -> str:

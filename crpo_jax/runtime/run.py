@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from crpo_jax.errors import InputError
-from crpo_jax.rollout.engine import Tally
+from crpo_jax.rollout.engine import RolloutProgress
 from crpo_jax.runtime import report
-from crpo_jax.runtime.compilations import Compilations
+from crpo_jax.runtime.compilations import CompilationCounter
 from crpo_jax.runtime.limits import Limits
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime
-from crpo_jax.runtime.signals import Stop
+from crpo_jax.runtime.signals import StopSignal
 from crpo_jax.store.checkpoint import Checkpoints
 from crpo_jax.store.logs import Log
 from crpo_jax.update.losses import Batch
@@ -43,9 +43,9 @@ class Run:
         self.state = self.restored(self.done, state) if self.done else state
         self.finished, self._saved = False, self.done
         self.log = Log(workdir, self.done, log_sizes, writes=runtime.writes)
-        self.progress = Progress(total, self.done, speaks=runtime.writes)
-        self.limits = Limits(runtime.settings, workdir, self.progress.keep, name)
-        self.stop, self._compilations = Stop(), Compilations()
+        self.progress = Progress(total, self.done, enabled=runtime.writes)
+        self.limits = Limits(runtime.settings, workdir, self.progress.write, name)
+        self.stop, self._compilations = StopSignal(), CompilationCounter()
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, and `total`, at which there is only an evaluation. Ends early where the run is to
@@ -60,9 +60,9 @@ class Run:
         """Whether any process of the run was asked to stop; every process must ask at the same place."""
         return self.stop.requested
 
-    def show_rollout(self, step: int) -> Callable[[Tally], None]:
+    def show_rollout(self, step: int) -> Callable[[RolloutProgress], None]:
         """Shows how far a rollout of this step is."""
-        return lambda tally: self.progress.show(step, report.rollout_line(tally))
+        return lambda tally: self.progress.update(step, report.rollout_line(tally))
 
     def finish(self, step: int, measures: Mapping[str, float]) -> None:
         """The last evaluation: there is no step after it."""
@@ -82,8 +82,8 @@ class Run:
     ) -> None:
         """Logs a step, holds it to the run's limits and saves a checkpoint where one is due."""
         self.log.samples(samples)
-        self.log.step(step, {**measures, "time/compilations": self._compilations.new()})
-        self.progress.show(step + 1, line)
+        self.log.step(step, {**measures, "time/compilations": self._compilations.count_new()})
+        self.progress.update(step + 1, line)
         self.limits.check_updates(step, updates, mini_batches, self.trainer, self.state)
         self.limits.check_measures(step, measures)
         self.done = step + 1
@@ -105,7 +105,7 @@ class Run:
         """The last words: the closing table, or where to resume."""
         if self.runtime.writes:
             stopped = f"stopped after step {self.done} of {self.total}; the same command resumes from there"
-            self.progress.keep(text() if self.finished else stopped)
+            self.progress.write(text() if self.finished else stopped)
 
 
 @contextlib.contextmanager
