@@ -13,7 +13,7 @@ from question_file import write_jsonl
 
 from crpo_jax import distill
 from crpo_jax.chat import client
-from crpo_jax.chat.traces import answer_letter, converted, parted
+from crpo_jax.chat.traces import convert_trace, find_answer_letter, split_reasoning
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question, read
 from crpo_jax.errors import InputError
@@ -192,18 +192,18 @@ def test_the_model_may_write_the_format_itself_and_each_rewriting_is_kept(tmp_pa
     ],
 )
 def test_the_one_answer_is_found_or_none(answer, letter):
-    assert answer_letter(answer, QUESTIONS[0])[0] == letter
+    assert find_answer_letter(answer, QUESTIONS[0])[0] == letter
 
 
 def test_reasoning_and_answer_part_wherever_the_server_puts_them():
-    assert parted("<think>a</think>b") == ("a", "b")
-    assert parted("a</think> b") == ("a", "b")  # templates that open the tag in the prompt
-    assert parted("b", "a") == ("a", "b")
-    assert parted("<think>a") is None
+    assert split_reasoning("<think>a</think>b") == ("a", "b")
+    assert split_reasoning("a</think> b") == ("a", "b")  # templates that open the tag in the prompt
+    assert split_reasoning("b", "a") == ("a", "b")
+    assert split_reasoning("<think>a") is None
 
 
 def test_conversion_adds_no_word_and_drops_none_but_the_bare_answer():
-    done = converted(QUESTIONS[0], THINK, "**Answer: C**", Reward())
+    done = convert_trace(QUESTIONS[0], THINK, "**Answer: C**", Reward())
     assert done.response is not None
     bare = re.sub(r"</?\w+>|\(System [12]: \w+\)|\\boxed\{C\}", " ", done.response)
     assert bare.split() == THINK.split()
@@ -211,11 +211,11 @@ def test_conversion_adds_no_word_and_drops_none_but_the_bare_answer():
 
 def test_conversion_by_rules_refuses_what_it_cannot_read():
     assert (
-        converted(QUESTIONS[0], "Gout.", "C", Reward()).why
-        == "the reasoning is too short to be parted into System 1 and System 2"
+        convert_trace(QUESTIONS[0], "Gout.", "C", Reward()).reason
+        == "the reasoning is too short to be split into System 1 and System 2"
     )
-    assert converted(QUESTIONS[0], THINK + "<|im_end|>", "C", Reward()).why == "the trace spells a special token"
-    tagged = converted(QUESTIONS[0], THINK.replace("Heavy", "</dx> System 2: \\boxed{A} Heavy"), "C", Reward())
+    assert convert_trace(QUESTIONS[0], THINK + "<|im_end|>", "C", Reward()).reason == "the trace spells a special token"
+    tagged = convert_trace(QUESTIONS[0], THINK.replace("Heavy", "</dx> System 2: \\boxed{A} Heavy"), "C", Reward())
     assert tagged.response is not None
     assert tagged.response.count("\\boxed") == 1
 

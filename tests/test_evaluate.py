@@ -11,7 +11,7 @@ import pytest
 
 from crpo_jax import config, evaluate
 from crpo_jax.answer import datasets
-from crpo_jax.answer.records import Answer, row_of
+from crpo_jax.answer.records import Answer, answer_to_row
 from crpo_jax.data.vignettes import teacher_response, vignettes
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
@@ -97,7 +97,7 @@ def test_a_stop_between_waves_and_a_torn_line_change_no_response(whole, model, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.Tally, "add", add)
         run(tmp_path / "run", model)
-    assert "stopped; the same command goes on from there" in capsys.readouterr().err
+    assert "stopped; the same command resumes from there" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
     path = tmp_path / "run" / "responses" / "vignettes.jsonl"
     assert len(rows(tmp_path / "run")) == waves[0] < 80
@@ -127,7 +127,7 @@ def test_responses_to_other_questions_are_refused(whole, model, tmp_path):
 def test_responses_of_another_make_need_no_jax(tmp_path):
     question = vignettes("test", 1)[0]
     (tmp_path / "theirs.jsonl").write_text(
-        json.dumps(row_of(Answer(question, 0, teacher_response(question, 0)))) + "\n", encoding="utf-8"
+        json.dumps(answer_to_row(Answer(question, 0, teacher_response(question, 0)))) + "\n", encoding="utf-8"
     )
     check = (
         "import sys\nfrom crpo_jax import evaluate\nevaluate.main(sys.argv[1:])\n"

@@ -6,11 +6,11 @@ import pytest
 from chat_server import ChatServer, prompt_of, says
 
 from crpo_jax import evaluate
-from crpo_jax.answer.records import Answer, row_of
-from crpo_jax.answer.truth import exact
+from crpo_jax.answer.records import Answer, answer_to_row
+from crpo_jax.answer.truth import count_exactly
 from crpo_jax.chat import client
 from crpo_jax.data.vignettes import teacher_response, vignettes
-from crpo_jax.judge.measures import MEASURES, agreement, asking, chosen, counted
+from crpo_jax.judge.measures import MEASURES, build_judge_turn, measure_agreement, parse_count, select_responses
 
 QUESTIONS = vignettes("test", 6)
 ANSWERS = [
@@ -22,7 +22,7 @@ ANSWERS = [
 def responses(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
     (tmp_path / "vignettes.jsonl").write_text(
-        "".join(json.dumps(row_of(answer)) + "\n" for answer in ANSWERS), encoding="utf-8"
+        "".join(json.dumps(answer_to_row(answer)) + "\n" for answer in ANSWERS), encoding="utf-8"
     )
     return [
         "--responses",
@@ -59,11 +59,11 @@ def told(tmp_path):
     ],
 )
 def test_a_count_is_read_from_its_own_line_or_not_at_all(reply, number):
-    assert counted(reply) == number
+    assert parse_count(reply) == number
 
 
 def test_every_measure_has_a_prompt_of_its_own_with_all_that_is_judged():
-    texts = {measure: asking(measure, ANSWERS[0])[0]["content"] for measure in MEASURES}
+    texts = {measure: build_judge_turn(measure, ANSWERS[0])[0]["content"] for measure in MEASURES}
     assert len(set(texts.values())) == len(MEASURES) == 8
     for text in texts.values():
         assert ANSWERS[0].response in text
@@ -72,7 +72,7 @@ def test_every_measure_has_a_prompt_of_its_own_with_all_that_is_judged():
 
 def test_two_judges_their_agreement_and_the_truth(tmp_path, responses, capsys):
     """The first judge knows the truth, the second counts one too many and mumbles at backtracking, now and then nothing arrives."""
-    truth = {answer.response: exact(answer.question, answer.response) for answer in ANSWERS}
+    truth = {answer.response: count_exactly(answer.question, answer.response) for answer in ANSWERS}
 
     def plan(request, times):
         text = prompt_of(request)
@@ -123,21 +123,21 @@ def test_two_judges_their_agreement_and_the_truth(tmp_path, responses, capsys):
 
 
 def test_a_part_is_the_same_questions_whatever_order_the_responses_ended_in():
-    part = chosen(ANSWERS, 1, 2)
-    assert chosen(ANSWERS[::-1], 1, 2) == part
+    part = select_responses(ANSWERS, 1, 2)
+    assert select_responses(ANSWERS[::-1], 1, 2) == part
     assert [answer.question.id for answer in part] == sorted(question.id for question in QUESTIONS)[:2]
 
 
 def test_agreement_in_numbers():
-    assert agreement([1, 2, 3, None], [1, 3, 5, 7]) == {
+    assert measure_agreement([1, 2, 3, None], [1, 3, 5, 7]) == {
         "both": 3,
         "equal": 1 / 3,
         "within_one": 2 / 3,
         "difference": -1,
         "spearman": pytest.approx(1),
     }
-    assert agreement([1, 1, 1], [1, 2, 3])["spearman"] is None
-    assert agreement([None], [1])["equal"] is None
+    assert measure_agreement([1, 1, 1], [1, 2, 3])["spearman"] is None
+    assert measure_agreement([None], [1])["equal"] is None
 
 
 def test_a_judge_that_refuses_ends_with_the_counts_that_need_none(tmp_path, responses):

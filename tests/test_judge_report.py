@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from crpo_jax import config, evaluate
-from crpo_jax.answer.records import Answer, row_of, summary
+from crpo_jax.answer.records import Answer, answer_to_row
+from crpo_jax.answer.statistics import summarize
 from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import TeacherNoise, teacher_response, vignettes
 from crpo_jax.errors import InputError
@@ -30,9 +31,9 @@ def evaluated(folder, cites: float, seed: int = 0, judges: bool = False) -> str:
     inner = folder / "evaluation"
     (inner / "responses").mkdir(parents=True)
     (inner / "responses" / "vignettes.jsonl").write_text(
-        "".join(json.dumps(row_of(one)) + "\n" for one in found), encoding="utf-8"
+        "".join(json.dumps(answer_to_row(one)) + "\n" for one in found), encoding="utf-8"
     )
-    told = summary(found, SETTINGS)
+    told = summarize(found, SETTINGS)
     if judges:
         count = {"mean": 2.0, "low": 1.0, "high": 3.0, "judged": 21, "unparsed": 4, "missing": 1}
         told["judges"] = {"llama": dict.fromkeys(MEASURES, count)}
@@ -85,21 +86,21 @@ def test_a_report_over_seeds_and_methods(tmp_path, capsys):
     assert not [attrs for _, attrs in tags if any(name.startswith("on") or name == "href" for name in attrs)]
     assert "21 questions x 1 samples" in text
     assert "judge llama: 336 counts, 64 replies unparsed, 16 missing" in text
-    assert text.count("<section>") == report.CASES
+    assert text.count("<section>") == report.MAX_CASES
     assert re.search(r"<mark>\w+</mark> <mark>\w+</mark>", text), "cited findings are marked"
 
 
 def test_text_of_a_model_is_text():
     found = Answer(Question("evil", EVIL, {"A": EVIL, "B": "b"}, "A"), 0, EVIL)
-    row = report.Row("<b>me</b>", [], [], [])
+    row = report.Method("<b>me</b>", [], [], [])
     scored = report.rules.crpo(found.question, found.response, SETTINGS.reward, None, None)
-    shown = report.case_html("d", [(row.name, found, scored), (row.name, found, scored)])
+    shown = report.case_html("d", [report.Sample(row.name, found, scored)] * 2)
     assert {tag for tag, _ in Tags(shown).found} <= {"section", "h3", "p", "ul", "li", "div", "h4", "pre", "mark"}
 
 
 def test_marking_keeps_every_character():
     text = "İstanbul: white ear tophi & <dx> 9.8 mg/dL; WHITE."
-    shown = report.marked(text, {terms.term("white"), terms.term("9.8 mg/dl")})
+    shown = report.mark_citations(text, {terms.term("white"), terms.term("9.8 mg/dl")})
     assert shown.count("<mark>") == 3
     assert report.html.unescape(re.sub("</?mark>", "", shown)) == text
 

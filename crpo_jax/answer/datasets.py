@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from crpo_jax.answer.records import Answer, letter_of, row_of
+from crpo_jax.answer.records import Answer, answer_to_row
+from crpo_jax.answer.statistics import extract_letter
 from crpo_jax.config import Config
 from crpo_jax.data.prompts import Fitting, fitting
 from crpo_jax.data.question import Question
@@ -95,7 +96,7 @@ def ask(
                 Answer(question, response.sample, text.of(response), ids, len(response.tokens), response.stopped)
             )
         journal.append(
-            *(row_of(answer) for answer in answers if answer.sample not in before.get(answer.question.id, ()))
+            *(answer_to_row(answer) for answer in answers if answer.sample not in before.get(answer.question.id, ()))
         )
         tally.add(answers)
         if stop.requested:
@@ -151,7 +152,7 @@ class Tally:
         return 10 * self._done // max(self._questions * self._samples, 1)
 
     def add(self, answers: Sequence[Answer]) -> None:
-        letters: list[Any] = [letter_of(answer, self._settings) for answer in answers]
+        letters: list[Any] = [extract_letter(answer, self._settings) for answer in answers]
         self._done, self._drawn = self._done + len(answers), self._drawn + len(answers)
         self._right += sum(letter == answer.question.answer for letter, answer in zip(letters, answers, strict=True))
         self._valid += sum(letter is not None for letter in letters)

@@ -12,7 +12,7 @@ import pytest
 from chat_server import ChatServer, prompt_of, says
 
 from crpo_jax.chat import client as module
-from crpo_jax.chat.client import Client, GivenUp, Reply, ServerError, ask_all, retry_after
+from crpo_jax.chat.client import Client, GivenUp, Reply, ServerError, ask_all, parse_retry_after
 from crpo_jax.config import Endpoint
 from crpo_jax.errors import InputError
 
@@ -200,6 +200,6 @@ def test_a_bad_address_is_named_before_anything_is_asked(changed, expected):
 
 
 def test_retry_after_reads_seconds_and_dates():
-    assert retry_after("3") == 3
-    assert 50 < (retry_after(email.utils.formatdate(time.time() + 60)) or 0) <= 60
-    assert [retry_after(odd) for odd in (None, "", "soon", "-3")] == [None] * 4
+    assert parse_retry_after("3") == 3
+    assert 50 < (parse_retry_after(email.utils.formatdate(time.time() + 60)) or 0) <= 60
+    assert [parse_retry_after(odd) for odd in (None, "", "soon", "-3")] == [None] * 4

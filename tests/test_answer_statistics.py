@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crpo_jax import config
-from crpo_jax.answer.records import Answer, count, letter_of, majority, read_answers, row_of, share, summary
-from crpo_jax.answer.truth import exact
+from crpo_jax.answer.records import Answer, answer_to_row, read_answers
+from crpo_jax.answer.statistics import estimate_count, estimate_share, extract_letter, majority_vote, summarize
+from crpo_jax.answer.truth import count_exactly
 from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import FINDINGS, TeacherNoise, teacher_response, vignettes
 from crpo_jax.errors import InputError
@@ -35,24 +36,24 @@ def answer(response: str, sample: int = 0, question: Question = QUESTION, **rest
     ],
 )
 def test_an_answer_is_the_only_box_where_its_format_wants_it(response, tagged, anywhere):
-    assert letter_of(answer(response), SETTINGS) == tagged
-    assert letter_of(answer(response), config.load(None, ["evaluate.answer=anywhere"], model=False)) == anywhere
+    assert extract_letter(answer(response), SETTINGS) == tagged
+    assert extract_letter(answer(response), config.load(None, ["evaluate.answer=anywhere"], model=False)) == anywhere
 
 
 def test_the_vote_goes_to_the_most_frequent_and_of_equals_to_the_first():
-    assert majority(["B", "A", "A"]) == "A"
-    assert majority(["B", "A", "A", "B"]) == "B"
-    assert majority([None, None, "A"]) == "A", "what cannot be read has no vote"
-    assert majority([None, None]) is None
+    assert majority_vote(["B", "A", "A"]) == "A"
+    assert majority_vote(["B", "A", "A", "B"]) == "B"
+    assert majority_vote([None, None, "A"]) == "A", "what cannot be read has no vote"
+    assert majority_vote([None, None]) is None
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=30))
 def test_an_interval_holds_its_mean_and_narrows_with_independent_samples_only(groups):
     rows = [[float(value) for value in group] for group in groups]
-    one = share(rows)
+    one = estimate_share(rows)
     assert 0 <= one["low"] <= one["mean"] <= one["high"] <= 1
     assert one["low"] < one["high"]
-    copies = share([row * 2 for row in rows])
+    copies = estimate_share([row * 2 for row in rows])
     assert copies["mean"] == pytest.approx(one["mean"])
     if len({tuple(sorted(row)) for row in rows}) > 1:  # the same answers again are no news
         assert copies["high"] - copies["low"] == pytest.approx(one["high"] - one["low"], rel=0.5)
@@ -61,11 +62,11 @@ def test_an_interval_holds_its_mean_and_narrows_with_independent_samples_only(gr
 def test_intervals_against_hand_worked_values():
     """Wilson's for 8 of 10 is [0.490, 0.943]; ten questions answered the same four times are ten answers, not forty."""
     for samples in (1, 4):
-        found = share([[1.0] * samples] * 8 + [[0.0] * samples] * 2)
+        found = estimate_share([[1.0] * samples] * 8 + [[0.0] * samples] * 2)
         assert found["mean"] == 0.8
         assert found["low"] == pytest.approx(0.490, abs=0.02)
         assert found["high"] == pytest.approx(0.943, abs=0.02)
-    assert count([[1.0], [3.0]]) == {
+    assert estimate_count([[1.0], [3.0]]) == {
         "mean": 2.0,
         "low": pytest.approx(2 - 1.959964),
         "high": pytest.approx(2 + 1.959964),
@@ -77,7 +78,7 @@ def test_rows_are_read_back_as_they_were_and_scored_by_the_score_command(tmp_pat
 
     question = vignettes("test", 1)[0]
     whole = answer(teacher_response(question, 0), 2, question, token_ids=[5, 6], tokens=3, stopped=True)
-    (tmp_path / "responses.jsonl").write_text(json.dumps(row_of(whole)) + "\n", encoding="utf-8")
+    (tmp_path / "responses.jsonl").write_text(json.dumps(answer_to_row(whole)) + "\n", encoding="utf-8")
     assert read_answers(tmp_path / "responses.jsonl") == [whole]
     assert (
         score.main(
@@ -92,7 +93,7 @@ def test_responses_of_another_make_are_numbered_and_bad_ones_named(tmp_path):
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(bare) + "\n" for _ in range(3)), encoding="utf-8")
     found = read_answers(tmp_path / "r.jsonl")
     assert [(one.sample, one.tokens) for one in found] == [(0, None), (1, None), (2, None)]
-    assert summary(found, SETTINGS)["length"]["unit"] == "words"
+    assert summarize(found, SETTINGS)["length"]["unit"] == "words"
     (tmp_path / "r.jsonl").write_text(json.dumps(bare | {"response": None}) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"r.jsonl:1: response: expected a text, got None"):
         read_answers(tmp_path / "r.jsonl")
@@ -106,7 +107,7 @@ def test_a_summary_counts_what_is_there():
     ]
     right, wrong = ("<dx>d</dx><conclusion>\\boxed{A}</conclusion>", "<dx>d</dx><conclusion>\\boxed{B}</conclusion>")
     given_ = [(0, right), (0, right), (1, right), (1, wrong), (2, "?"), (2, right)]
-    found = summary(
+    found = summarize(
         [answer(text, index % 2, questions[n], tokens=4, stopped=index > 0) for index, (n, text) in enumerate(given_)],
         SETTINGS,
     )
@@ -130,7 +131,7 @@ PERFECT = TeacherNoise(0, 0, 0, 1, 0, 0, 0, 0)
 
 def test_a_perfect_teacher_says_nothing_but_the_truth():
     for question in vignettes("train", 200):
-        found = exact(question, teacher_response(question, 0, PERFECT))
+        found = count_exactly(question, teacher_response(question, 0, PERFECT))
         shown = len(question.columns["findings"])
         assert found["findings_invented"] == found["false_claims"] == 0
         assert found["case_findings"] == shown
@@ -148,15 +149,17 @@ def test_each_untruth_shows_in_its_own_count():
     shown = question.columns["findings"]
     hidden = next(finding for finding in FINDINGS["gout"] if finding not in shown)
     own = FINDINGS["pseudogout"][0]
-    assert exact(question, f"{hidden} can mean gout")["findings_invented"] == 1
-    assert exact(question, f"{hidden} can mean gout. {hidden} can mean gout")["true_claims"] == 1
-    assert exact(question, f"{shown[0]} can mean pseudogout") | {"x": 0} == dict.fromkeys(
+    assert count_exactly(question, f"{hidden} can mean gout")["findings_invented"] == 1
+    assert count_exactly(question, f"{hidden} can mean gout. {hidden} can mean gout")["true_claims"] == 1
+    assert count_exactly(question, f"{shown[0]} can mean pseudogout") | {"x": 0} == dict.fromkeys(
         ("true_claims", "valid_rejections", "findings_invented", "conclusion_findings", "x"), 0
     ) | {"case_findings": 1, "false_claims": 1}
-    assert exact(question, f"A) pseudogout would need {own}")["valid_rejections"] == 1
-    assert exact(question, f"A) pseudogout would need {own}")["findings_invented"] == 0, (
+    assert count_exactly(question, f"A) pseudogout would need {own}")["valid_rejections"] == 1
+    assert count_exactly(question, f"A) pseudogout would need {own}")["findings_invented"] == 0, (
         "to miss a finding is not to claim it"
     )
-    assert exact(question, f"A) pseudogout would need {hidden}")["false_claims"] == 1
-    assert exact(question, f"A) gout would need {hidden}")["valid_rejections"] == 0, "the right option is no distractor"
-    assert not math.isnan(sum(exact(question, "").values()))
+    assert count_exactly(question, f"A) pseudogout would need {hidden}")["false_claims"] == 1
+    assert count_exactly(question, f"A) gout would need {hidden}")["valid_rejections"] == 0, (
+        "the right option is no distractor"
+    )
+    assert not math.isnan(sum(count_exactly(question, "").values()))
