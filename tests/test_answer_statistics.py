@@ -1,4 +1,4 @@
-"""What is counted of responses: answers, votes, intervals, subjects, and the truth of the embedded world."""
+"""Responses on disk and their statistics: letters, votes, intervals, subjects, and the embedded world's truth."""
 
 import json
 import math
@@ -50,22 +50,22 @@ def test_the_vote_goes_to_the_most_frequent_and_of_equals_to_the_first():
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=30))
 def test_an_interval_holds_its_mean_and_narrows_with_independent_samples_only(groups):
     rows = [[float(value) for value in group] for group in groups]
-    one = estimate_share(rows)
-    assert 0 <= one["low"] <= one["mean"] <= one["high"] <= 1
-    assert one["low"] < one["high"]
+    interval = estimate_share(rows)
+    assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1
+    assert interval["low"] < interval["high"]
     copies = estimate_share([row * 2 for row in rows])
-    assert copies["mean"] == pytest.approx(one["mean"])
+    assert copies["mean"] == pytest.approx(interval["mean"])
     if len({tuple(sorted(row)) for row in rows}) > 1:  # the same answers again are no news
-        assert copies["high"] - copies["low"] == pytest.approx(one["high"] - one["low"], rel=0.5)
+        assert copies["high"] - copies["low"] == pytest.approx(interval["high"] - interval["low"], rel=0.5)
 
 
 def test_intervals_against_hand_worked_values():
     """Wilson's for 8 of 10 is [0.490, 0.943]; ten questions answered the same four times are ten answers, not forty."""
     for samples in (1, 4):
-        found = estimate_share([[1.0] * samples] * 8 + [[0.0] * samples] * 2)
-        assert found["mean"] == 0.8
-        assert found["low"] == pytest.approx(0.490, abs=0.02)
-        assert found["high"] == pytest.approx(0.943, abs=0.02)
+        result = estimate_share([[1.0] * samples] * 8 + [[0.0] * samples] * 2)
+        assert result["mean"] == 0.8
+        assert result["low"] == pytest.approx(0.490, abs=0.02)
+        assert result["high"] == pytest.approx(0.943, abs=0.02)
     assert estimate_count([[1.0], [3.0]]) == {
         "mean": 2.0,
         "low": pytest.approx(2 - 1.959964),
@@ -91,9 +91,9 @@ def test_rows_are_read_back_as_they_were_and_scored_by_the_score_command(tmp_pat
 def test_responses_of_another_make_are_numbered_and_bad_ones_named(tmp_path):
     bare = {"id": "q", "question": "Which?", "options": {"A": "gout", "B": "flu"}, "answer": "A", "response": "x"}
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(bare) + "\n" for _ in range(3)), encoding="utf-8")
-    found = read_answers(tmp_path / "r.jsonl")
-    assert [(one.sample, one.tokens) for one in found] == [(0, None), (1, None), (2, None)]
-    assert summarize(found, SETTINGS)["length"]["unit"] == "words"
+    result = read_answers(tmp_path / "r.jsonl")
+    assert [(answer.sample, answer.tokens) for answer in result] == [(0, None), (1, None), (2, None)]
+    assert summarize(result, SETTINGS)["length"]["unit"] == "words"
     (tmp_path / "r.jsonl").write_text(json.dumps(bare | {"response": None}) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"r.jsonl:1: response: expected a text, got None"):
         read_answers(tmp_path / "r.jsonl")
@@ -106,24 +106,30 @@ def test_a_summary_counts_what_is_there():
         for n in range(3)
     ]
     right, wrong = ("<dx>d</dx><conclusion>\\boxed{A}</conclusion>", "<dx>d</dx><conclusion>\\boxed{B}</conclusion>")
-    given_ = [(0, right), (0, right), (1, right), (1, wrong), (2, "?"), (2, right)]
-    found = summarize(
-        [answer(text, index % 2, questions[n], tokens=4, stopped=index > 0) for index, (n, text) in enumerate(given_)],
+    responses = [(0, right), (0, right), (1, right), (1, wrong), (2, "?"), (2, right)]
+    result = summarize(
+        [
+            answer(text, index % 2, questions[n], tokens=4, stopped=index > 0)
+            for index, (n, text) in enumerate(responses)
+        ],
         SETTINGS,
     )
-    assert (found["questions"], found["samples"], found["responses"], found["unscored"]) == (3, 2, 6, 0)
-    assert found["accuracy"]["mean"] == pytest.approx(4 / 6)
-    assert found["valid"]["mean"] == pytest.approx(5 / 6)
-    assert found["majority"]["mean"] == 1.0, "ties go to the first, and only readable answers vote"
-    assert found["length"] == {
+    assert (result["questions"], result["samples"], result["responses"], result["unscored"]) == (3, 2, 6, 0)
+    assert result["accuracy"]["mean"] == pytest.approx(4 / 6)
+    assert result["valid"]["mean"] == pytest.approx(5 / 6)
+    assert result["majority"]["mean"] == 1.0, "ties go to the first, and only readable answers vote"
+    assert result["length"] == {
         "unit": "tokens",
         "mean": 4.0,
         "median": 4.0,
         "p95": 4.0,
         "truncated": pytest.approx(1 / 6),
     }
-    assert {name: one["questions"] for name, one in found["subjects"]["subject_name"].items()} == {"x": 2, "y": 1}
-    assert "exact" not in found
+    assert {name: subject["questions"] for name, subject in result["subjects"]["subject_name"].items()} == {
+        "x": 2,
+        "y": 1,
+    }
+    assert "exact" not in result
 
 
 PERFECT = TeacherNoise(0, 0, 0, 1, 0, 0, 0, 0)
@@ -131,27 +137,27 @@ PERFECT = TeacherNoise(0, 0, 0, 1, 0, 0, 0, 0)
 
 def test_a_perfect_teacher_says_nothing_but_the_truth():
     for question in vignettes("train", 200):
-        found = count_exactly(question, teacher_response(question, 0, PERFECT))
-        shown = len(question.columns["findings"])
-        assert found["findings_invented"] == found["false_claims"] == 0
-        assert found["case_findings"] == shown
-        assert found["valid_rejections"] == 3
-        assert found["true_claims"] == shown + 3
-        assert found["conclusion_findings"] == 2
+        result = count_exactly(question, teacher_response(question, 0, PERFECT))
+        findings = len(question.columns["findings"])
+        assert result["findings_invented"] == result["false_claims"] == 0
+        assert result["case_findings"] == findings
+        assert result["valid_rejections"] == 3
+        assert result["true_claims"] == findings + 3
+        assert result["conclusion_findings"] == 2
 
 
 def test_each_untruth_shows_in_its_own_count():
     question = next(
-        one
-        for one in vignettes("train", 500)
-        if one.columns["condition"] == "gout" and "pseudogout" in one.options.values()
+        case
+        for case in vignettes("train", 500)
+        if case.columns["condition"] == "gout" and "pseudogout" in case.options.values()
     )
-    shown = question.columns["findings"]
-    hidden = next(finding for finding in FINDINGS["gout"] if finding not in shown)
+    findings = question.columns["findings"]
+    hidden = next(finding for finding in FINDINGS["gout"] if finding not in findings)
     own = FINDINGS["pseudogout"][0]
     assert count_exactly(question, f"{hidden} can mean gout")["findings_invented"] == 1
     assert count_exactly(question, f"{hidden} can mean gout. {hidden} can mean gout")["true_claims"] == 1
-    assert count_exactly(question, f"{shown[0]} can mean pseudogout") | {"x": 0} == dict.fromkeys(
+    assert count_exactly(question, f"{findings[0]} can mean pseudogout") | {"x": 0} == dict.fromkeys(
         ("true_claims", "valid_rejections", "findings_invented", "conclusion_findings", "x"), 0
     ) | {"case_findings": 1, "false_claims": 1}
     assert count_exactly(question, f"A) pseudogout would need {own}")["valid_rejections"] == 1

@@ -1,4 +1,4 @@
-"""The evaluate command: a small model end to end, stopped and resumed; files of others without a model or jax."""
+"""The evaluate command: a small model end to end, stopped and resumed; someone else's responses without jax."""
 
 import json
 import shutil
@@ -63,8 +63,8 @@ def rows(workdir: Path) -> list[dict]:
     ]
 
 
-def by_sample(found: list[dict]) -> dict[tuple[str, int], str]:
-    return {(row["id"], row["sample"]): row["response"] for row in found}
+def by_sample(responses: list[dict]) -> dict[tuple[str, int], str]:
+    return {(row["id"], row["sample"]): row["response"] for row in responses}
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def whole(tmp_path_factory, model, compiled_once) -> Path:
 
 def test_every_question_is_answered_and_counted(whole):
     assert len(rows(whole)) == len(by_sample(rows(whole))) == 80
-    found = json.loads((whole / "summary.json").read_text(encoding="utf-8"))["data"]["vignettes"]
-    assert (found["questions"], found["samples"], found["responses"], found["dropped"]) == (40, 2, 80, 0)
-    assert found["length"]["unit"] == "tokens"
-    assert found["consistency_by"] == "tokens"
-    assert set(found["exact"]) >= {"true_claims", "case_findings", "valid_rejections", "findings_invented"}
+    summary = json.loads((whole / "summary.json").read_text(encoding="utf-8"))["data"]["vignettes"]
+    assert (summary["questions"], summary["samples"], summary["responses"], summary["dropped"]) == (40, 2, 80, 0)
+    assert summary["length"]["unit"] == "tokens"
+    assert summary["consistency_by"] == "tokens"
+    assert set(summary["exact"]) >= {"true_claims", "case_findings", "valid_rejections", "findings_invented"}
     assert len({row["response"] for row in rows(whole)}) > 60, "samples differ"
 
 
