@@ -127,6 +127,7 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
 
 
 def answer_data_sets(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
+    """Generates the responses of settings.model into `folder`; raises Stopped at the end of a wave if asked to stop."""
     from crpo_jax.answer.datasets import examine
     from crpo_jax.parallel.processes import self_test
     from crpo_jax.runtime.limits import one_line
@@ -185,7 +186,7 @@ def load_effective_table(settings: Config) -> Any:
 def run_judges(
     answers: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: Stop
 ) -> dict[str, dict[str, Any]]:
-    """By data set: each judge's means, the agreement of two, and of each with the truth; empty if no judge is set."""
+    """The judges' part of every data set's summary; empty if no judge is set."""
     judge = settings.judge
     if not judge.base_url and not judge.model:
         return {}
@@ -210,16 +211,7 @@ def run_judges(
         verdicts[label] = measures.judge_responses(
             selected, endpoint, section, path, progress.keep, show, lambda: stop.noted
         )
-    results: dict[str, dict[str, Any]] = {}
-    for name, responses in selected.items():
-        labelled = verdicts.items()
-        results[name] = {"judges": {label: measures.summarize_counts(v, name, responses) for label, v in labelled}}
-        if len(verdicts) == 2:
-            first, second = (v.counts[name] for v in verdicts.values())
-            results[name]["agreement"] = {m: measures.measure_agreement(first[m], second[m]) for m in measures.MEASURES}
-        truth = {label: measures.compare_to_truth(v, name, responses) for label, v in labelled}
-        results[name]["judges_and_truth"] = truth
-    return results
+    return {name: measures.summarize_verdicts(verdicts, name, responses) for name, responses in selected.items()}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -69,7 +69,7 @@ class Client:
     """One endpoint: its URL, its key and the pause its rate limit imposes. A context manager; `ask` is thread-safe.
 
     The key comes from the environment variable that the settings name. It is sent in the Authorization header of
-    requests to this URL and nowhere else: redirects are not followed, and messages have it removed.
+    requests to this URL and nowhere else: redirects are not followed, and a reply that repeats it has it removed.
     """
 
     def __init__(self, settings: Endpoint, section: str) -> None:
@@ -107,7 +107,7 @@ class Client:
             try:
                 return self._send(body)
             except FailedTry as failure:
-                reason, retry_after = self._without_key(str(failure)), failure.retry_after
+                reason, retry_after = str(failure), failure.retry_after
             if attempt < self.settings.retries:
                 if retry_after is not None and retry_after > LONGEST_RETRY_AFTER:
                     return GivenUp(f"{reason}; the server asks to wait {retry_after:.0f} seconds")
@@ -140,11 +140,13 @@ class Client:
         except httpx2.TimeoutException:
             raise FailedTry(late) from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise FailedTry(f"{type(error).__name__}: {error}") from None
+            text = f"{type(error).__name__}: {error}"  # which quotes a key that is no valid header
+            raise FailedTry(text.replace(self._key, "[key]") if self._key else text) from None
+        reply = bytes(data).replace(self._key.encode(), b"[key]") if self._key else bytes(data)
         status = response.status_code
         if status == 200:
-            return parse_completion(bytes(data))
-        text = self._without_key(f"HTTP {status}: {' '.join(bytes(data[:300]).decode('utf-8', 'replace').split())}")
+            return parse_completion(reply)
+        text = f"HTTP {status}: {' '.join(reply[:300].decode('utf-8', 'replace').split())}"
         if status in RETRYABLE_STATUSES or status >= 500:
             raise FailedTry(text, parse_retry_after(response.headers.get("retry-after")))
         if status in REJECTED_STATUSES:
@@ -152,9 +154,6 @@ class Client:
         variable = self.settings.key_variable
         key = f"the key in {variable}" if self._key else f"no key in {variable or 'any variable'}"
         raise ServerError(f"{self.url}, model {self.settings.model}, {key}: {text}")
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
 
 
 def completions_url(base_url: str, section: str) -> str:

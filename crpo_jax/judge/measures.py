@@ -180,6 +180,15 @@ def select_responses(responses: Sequence[Answer], samples: int, questions: int) 
     return [responses[index] for group in groups[: questions or len(groups)] for index in group[:samples]]
 
 
+def summarize_verdicts(verdicts: Mapping[str, Verdicts], name: str, responses: Sequence[Answer]) -> dict[str, Any]:
+    """A data set's means by judge, the agreement of two judges, and of each judge with the truth if it is known."""
+    summary: dict[str, Any] = {"judges": {j: summarize_counts(v, name, responses) for j, v in verdicts.items()}}
+    if len(verdicts) == 2:
+        first, second = (verdict.counts[name] for verdict in verdicts.values())
+        summary["agreement"] = {measure: measure_agreement(first[measure], second[measure]) for measure in MEASURES}
+    return summary | {"judges_and_truth": {j: compare_to_truth(v, name, responses) for j, v in verdicts.items()}}
+
+
 def summarize_counts(verdicts: Verdicts, name: str, responses: Sequence[Answer]) -> dict[str, Any]:
     """Mean and interval of every measure over the parsed replies, and how many are unparsed or missing."""
     summary: dict[str, Any] = {}
