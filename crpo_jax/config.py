@@ -684,3 +684,13 @@ def config_folder() -> Path:
 def default_config(platform: str) -> Path:
     """The config of a command that is given none: the embedded world on a CPU, the paper's run on accelerators."""
     return config_folder() / ("tiny.yaml" if platform == "cpu" else "clinical_r1_3b.yaml")
+
+
+def replaced(settings: Config, changed: dict[str, Any]) -> Config:
+    """The settings with others in the place of some, by dotted key."""
+    for key, value in changed.items():
+        nested: Any = value
+        for name in reversed(key.split(".")):
+            nested = {name: nested}
+        settings = build(Config, nested, "changed", base=settings)
+    return settings

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from crpo_jax import cli
 from crpo_jax.answer.records import question_to_row
-from crpo_jax.chat.client import Client, GivenUp, Reply, ServerError, ask_all, request_parameters
+from crpo_jax.chat.client import Client, GivenUp, Reply, ask_all, request_parameters
 from crpo_jax.chat.traces import (
     CUT_OFF,
     Conversion,
@@ -30,7 +30,7 @@ from crpo_jax.config import Config
 from crpo_jax.data import question as questions
 from crpo_jax.data.prompts import instruction, user_turn
 from crpo_jax.data.question import OTHER_HALF, Question, halves
-from crpo_jax.errors import InputError
+from crpo_jax.errors import Fault, InputError
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import Stop
 from crpo_jax.store.journal import Full, Journal, keep, key_of, replace_rows
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.keep(convert_traces(traces, settings, workdir, progress, stop))
             if stop.noted:
                 progress.keep("stopped; the same command resumes from there")
-    except (ServerError, Full) as error:
+    except (Fault, Full) as error:
         raise SystemExit(f"crpo_jax.distill: stopped, every reply so far is on disk: {error}") from None
     if given_up:
         raise SystemExit(f"crpo_jax.distill: {given_up} questions without a reply; the same command sends them again")

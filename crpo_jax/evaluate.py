@@ -15,7 +15,6 @@ agreement with the first.
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,16 +24,16 @@ from typing import Any
 from crpo_jax import cli, config
 from crpo_jax.answer.records import Answer, read_answers
 from crpo_jax.answer.statistics import summarize
-from crpo_jax.chat.client import ServerError
 from crpo_jax.config import Config, Endpoint
 from crpo_jax.data import question as questions
 from crpo_jax.data.question import Question
-from crpo_jax.errors import InputError
+from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
 from crpo_jax.judge.report import write_report
 from crpo_jax.judge.table import format_summary
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.store.files import replace_file, writing
 from crpo_jax.store.journal import Full
 from crpo_jax.store.workdir import open_workdir
 
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         if sets:
             try:
-                answer_data_sets(settings, sets, folder, stop)
+                generate_responses(settings, sets, folder, stop)
             except Stopped:
                 return print("stopped; the same command resumes from there", file=sys.stderr)
         if foreign:
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         answers = foreign or {path.stem: read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
         try:
             summary = summarize_and_judge(answers, settings, workdir, stop)
-        except (ServerError, Full) as error:
+        except (Fault, Full) as error:
             raise SystemExit(f"crpo_jax.evaluate: stopped, every reply of the judge is on disk: {error}") from None
     print(format_summary(summary, settings))
 
@@ -126,16 +125,16 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
     return sets
 
 
-def answer_data_sets(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
+def generate_responses(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
     """Generates the responses of settings.model into `folder`; raises Stopped at the end of a wave if asked to stop."""
-    from crpo_jax.answer.datasets import examine
+    from crpo_jax.answer.datasets import answer_data_sets
     from crpo_jax.parallel.processes import self_test
-    from crpo_jax.runtime.limits import one_line
+    from crpo_jax.runtime.faults import faults_end_in_one_line
 
     self_test()
     try:
-        with one_line("crpo_jax.evaluate"):
-            examine(settings, sets, folder, stop)
+        with faults_end_in_one_line("crpo_jax.evaluate"):
+            answer_data_sets(settings, sets, folder, stop)
     except Full as error:
         raise SystemExit(f"crpo_jax.evaluate: stopped, the responses so far are on disk: {error}") from None
 
@@ -164,11 +163,16 @@ def summarize_and_judge(
         judged = {key: previous.get(name, {}).get(key) for key in ("judges", "agreement", "judges_and_truth")}
         sets[name] |= {key: value for key, value in judged.items() if value is not None}
     summary = {"model": settings.model.path, "data": sets}
-    write_json(path, summary)
+    write_summary(path, summary)
     for name, results in run_judges(answers, settings, workdir, stop).items():
         sets[name] |= results
-    write_json(path, summary)
+    write_summary(path, summary)
     return summary
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    with writing(path, hint=""):
+        replace_file(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
 def load_effective_table(settings: Config) -> Any:
@@ -212,15 +216,6 @@ def run_judges(
             selected, endpoint, section, path, progress.keep, show, lambda: stop.noted
         )
     return {name: measures.summarize_verdicts(verdicts, name, responses) for name, responses in selected.items()}
-
-
-def write_json(path: Path, value: Any) -> None:
-    fresh = path.with_name(path.name + ".new")
-    try:
-        fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise SystemExit(f"crpo_jax.evaluate: {path}: cannot write: {error.strerror}") from None
 
 
 if __name__ == "__main__":

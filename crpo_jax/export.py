@@ -6,17 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from crpo_jax import cli
 from crpo_jax.errors import InputError
-from crpo_jax.model import huggingface, lora, peft
-from crpo_jax.model.transformer import abstract
+from crpo_jax.model.huggingface import model_folder
+from crpo_jax.model.peft import save_adapters
+from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel import processes
-from crpo_jax.parallel.mesh import make_mesh
-from crpo_jax.runtime import fine_tuning, fine_tuning_report, setup, start
+from crpo_jax.runtime.fine_tuning import is_cold_start
+from crpo_jax.runtime.fine_tuning_report import best_step, held_out_losses
+from crpo_jax.runtime.runtime import open_runtime
 from crpo_jax.store.checkpoint import Checkpoints
-from crpo_jax.update.trainer import trainer
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -56,53 +55,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def export(args: argparse.Namespace, workdir: Path, shard_bytes: int) -> None:
     dtype = args.dtype or ("float32" if args.adapter else "bfloat16")
-    settings = cli.from_arguments(args, workdir / "config.yaml")
-    tuned = fine_tuning.is_cold_start(workdir)
-    adapters, optimizer = (settings.sft.lora, settings.sft.optimizer) if tuned else (settings.lora, settings.optimizer)
-    mesh = make_mesh(settings.parallel.mesh)
-    settings, shape = setup.shape_for(settings, mesh)
-    text = setup.text_for(settings, shape)
-    origin = (
-        huggingface.model_folder(settings.model.path)
-        if settings.model.path
-        else None
-        if tuned
-        else workdir / "coldstart"
-    )
-    if args.adapter and not adapters.rank:
+    runtime = open_runtime(cli.from_arguments(args, workdir / "config.yaml"))
+    settings, fine_tuned = runtime.settings, is_cold_start(workdir)
+    if settings.model.path:
+        start = model_folder(settings.model.path)
+    else:
+        start = None if fine_tuned else workdir / "coldstart"
+    trainer = runtime.trainer("supervised" if fine_tuned else "crpo", 1)
+    state = trainer.abstract_state()
+    if args.adapter and isinstance(state.master, Transformer):
         raise InputError(f"--adapter: expected a run with LoRA, got {workdir}, which trained every parameter")
     if args.adapter and (
-        origin is None or settings.model.adapter
-    ):  # an adapter means something only on the weights it was trained on
-        began = f"with model.adapter={settings.model.adapter} merged in" if origin else "from weights drawn at random"
+        start is None or settings.model.adapter
+    ):  # adapters belong to the weights they were trained on
+        base = f"with model.adapter={settings.model.adapter} merged in" if start else "from random weights"
         raise InputError(
-            f"--adapter: expected a run that started from a model folder as it stands, got {workdir}, which began {began}"
+            f"--adapter: expected a run that started from a model folder, got {workdir}, which began {base}"
         )
     with Checkpoints(workdir / "checkpoints", settings.run.keep) as checkpoints:
         best = (
-            fine_tuning_report.best_of(
-                fine_tuning_report.held_out_losses(workdir), [step for step in checkpoints.steps() if step]
-            )
-            if tuned
-            else None
+            best_step(held_out_losses(workdir), [step for step in checkpoints.steps() if step]) if fine_tuned else None
         )
         step = checkpoints.chosen(best if args.step is None else args.step)
-        run = trainer(shape, mesh, settings, optimizer, 1, loss="supervised" if tuned else "crpo", adapters=adapters)
-        made = jax.eval_shape(run.begin, lora.abstract(shape, adapters) if adapters.rank else abstract(shape))
-        like = jax.tree.map(
-            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), made, run.states
-        )
-        trained = checkpoints.restore(step, like).master
+        trained = checkpoints.restore(step, state).master
     if args.adapter:
-        peft.save(trained, shape, args.out, base=settings.model.path or str(origin), dtype=dtype)
+        save_adapters(trained, runtime.shape, args.out, base=settings.model.path or str(start), dtype=dtype)
     else:
-        start.write(
-            trained, origin, settings, shape, mesh, args.out, text.folder, dtype=dtype, max_shard_bytes=shard_bytes
-        )
-    print(
-        f"the {'adapter' if args.adapter else 'model'} after step {step} of {workdir}, {dtype}: {args.out}",
-        file=sys.stderr,
-    )
+        runtime.export(trained, start, args.out, dtype=dtype, max_shard_bytes=shard_bytes)
+    what = "adapter" if args.adapter else "model"
+    print(f"the {what} after step {step} of {workdir}, {dtype}: {args.out}", file=sys.stderr)
 
 
 def size_of(text: str) -> int:

@@ -1,6 +1,5 @@
 """Cold start: fine-tuning on teacher traces, the loss on the response. `python -m crpo_jax.sft --help` lists every setting."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +8,11 @@ import jax
 
 from crpo_jax import cli
 from crpo_jax.parallel import processes
-from crpo_jax.parallel.mesh import make_mesh
-from crpo_jax.runtime import fine_tuning, fine_tuning_report, setup
-from crpo_jax.runtime.limits import one_line
+from crpo_jax.runtime import fine_tuning_report
+from crpo_jax.runtime.faults import faults_end_in_one_line
+from crpo_jax.runtime.fine_tuning import fine_tune
+from crpo_jax.runtime.inputs import open_traces
+from crpo_jax.runtime.runtime import open_runtime
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,25 +20,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--allow-changes",
         action="store_true",
-        help="go on in a workdir that holds a run of another config or other traces",
+        help="continue a workdir that holds a run of another config or other traces",
     )
     processes.add_flags(parser)
     args = parser.parse_args(arguments)
-    with processes.joined("sft", args), one_line("crpo_jax.sft"):
-        fine_tune(args)
-
-
-def fine_tune(args: argparse.Namespace) -> None:
-    settings, name = cli.for_platform(args, jax.default_backend())
-    workdir = Path(args.workdir or f"runs/{name}-sft")
-    mesh = make_mesh(settings.parallel.mesh)
-    settings, shape = setup.shape_for(settings, mesh)
-    text = setup.text_for(settings, shape)
-    folder = workdir / "coldstart"
-    if not folder.is_dir():
-        fine_tuning.fine_tune(settings, shape, mesh, text, workdir, folder, changes=args.allow_changes)
-    elif jax.process_index() == 0:
-        print(f"{fine_tuning_report.closing(workdir, folder)}\nfinished before, nothing to do", file=sys.stderr)
+    with processes.joined("sft", args), faults_end_in_one_line("crpo_jax.sft"):
+        settings, name = cli.for_platform(args, jax.default_backend())
+        workdir = Path(args.workdir or f"runs/{name}-sft")
+        folder = workdir / "coldstart"
+        runtime = open_runtime(settings)
+        if not folder.is_dir():
+            fine_tune(runtime, workdir, folder, open_traces(runtime), allow_changes=args.allow_changes)
+        elif runtime.writes:
+            print(
+                f"{fine_tuning_report.closing(workdir, folder)}\nthis run is finished, nothing to do", file=sys.stderr
+            )
 
 
 if __name__ == "__main__":

@@ -63,8 +63,9 @@ from hypothesis import settings
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
+from crpo_jax.model.architecture import Weight
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import Qwen2
+from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.mesh import DATA, MODEL
 
 settings.register_profile("same examples every time", derandomize=True, database=None, deadline=None)
@@ -82,17 +83,18 @@ def mesh_of(data: int, model: int) -> Mesh:
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
-def random_model(shape: Shape, seed: int = 0) -> Qwen2:
+def random_weights(shape: Shape, seed: int = 0) -> Transformer:
     """Float32 weights of a size at which every one of them matters, biases and norms included."""
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
-    def make(name: str, dims: str) -> jax.Array:
-        return jnp.asarray(draw.normal(size=shape.dims(dims)) * 0.3 + ("norm" in name), jnp.float32)
+    def make(weight: Weight) -> jax.Array:
+        values = rng.normal(size=shape.dims(weight.stacked_dims)) * 0.3 + ("norm" in weight.name)
+        return jnp.asarray(values, jnp.float32)
 
-    return Qwen2(make, tied=shape.tied)
+    return Transformer(shape, make)
 
 
-def placed(model: Qwen2, shardings: Qwen2) -> Qwen2:
+def placed(model: Transformer, shardings: Transformer) -> Transformer:
     """A copy of the model, which may be donated without the original being lost."""
     return jax.tree.map(lambda weight, to: jax.device_put(np.array(weight), to), model, shardings)
 
@@ -132,8 +134,8 @@ def shape() -> Shape:
 
 
 @pytest.fixture(scope="session")
-def model() -> Qwen2:
-    return random_model(SHAPE)
+def model() -> Transformer:
+    return random_weights(SHAPE)
 
 
 @pytest.fixture(scope="module", params=MESHES, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")

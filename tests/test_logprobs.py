@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHAPE, random_model
+from conftest import SHAPE, random_weights
 from jax.test_util import check_grads
 
 from crpo_jax.model.transformer import Qwen2, logits
@@ -109,7 +109,7 @@ def test_extreme_logits_stay_finite(model: Qwen2, hidden: jax.Array, targets: ja
 
 def test_bfloat16_weights_give_float32_log_probs(hidden: jax.Array, targets: jax.Array):
     """The same numbers as float32 arithmetic on the rounded weights, not log-probs rounded to 8 bits."""
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_model(SHAPE))
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_weights(SHAPE))
     found, _ = by_chunks(4)(narrow, hidden.astype(jnp.bfloat16), targets)
     assert found.dtype == jnp.float32
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)

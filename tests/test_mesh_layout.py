@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import SHAPE, mesh_of, random_model
+from conftest import SHAPE, mesh_of, random_weights
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -353,7 +353,7 @@ def test_sizes_of_the_test_shape_are_all_different():
     """Else a spec on the wrong dim could fit by chance, here and in every test that uses it."""
     assert len({getattr(SHAPE, letter) for letter in "dnkhfvl"}) == 7
     assert math.prod(SHAPE.dims("nh")) != SHAPE.d
-    assert random_model(SHAPE).blocks.q_dnh[...].shape == SHAPE.dims("ldnh")
+    assert random_weights(SHAPE).blocks.q_dnh[...].shape == SHAPE.dims("ldnh")
 
 
 def test_importing_the_mesh_starts_no_backend():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHAPE, mesh_of, placed, random_model
+from conftest import SHAPE, mesh_of, placed, random_weights
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -205,9 +205,9 @@ def test_a_model_from_scratch_follows_from_its_key():
 
 def test_tied_models_have_one_matrix_for_both_ends():
     shape = dataclasses.replace(SHAPE, tied=True)
-    model = random_model(shape)
+    model = random_weights(shape)
     assert model.tied
-    assert not random_model(SHAPE).tied
+    assert not random_weights(SHAPE).tied
     assert len(jax.tree.leaves(abstract(shape))) == len(jax.tree.leaves(abstract(SHAPE))) - 1
     x = jnp.float32(np.random.default_rng(0).normal(size=(3, SHAPE.d)))
     np.testing.assert_allclose(logits(model, x), x @ model.embed_vd[...].T, rtol=1e-5, atol=1e-5)

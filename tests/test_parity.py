@@ -202,7 +202,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(config: dict[str, Any], seed: int) -> Any:
+def random_weights(config: dict[str, Any], seed: int) -> Any:
     """Every parameter random: transformers' own start has zero biases and unit norms, which would hide their keys."""
     torch, transformers = torch_and_transformers()
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, **config)).eval()
@@ -217,7 +217,7 @@ def random_model(config: dict[str, Any], seed: int) -> Any:
 def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Path):
     """A folder that transformers wrote, whole or in shards; right-padded rows, and groups that share their prompt's keys."""
     torch, _ = torch_and_transformers()
-    theirs = random_model(MODELS[name], seed=1)
+    theirs = random_weights(MODELS[name], seed=1)
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors.index.json").is_file() == (max_shard_size == "100KB")
     shape, model = load(str(tmp_path), one_device(), TENSOR)
@@ -244,7 +244,7 @@ def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Pat
 def test_transformers_loads_what_we_export(name: str, dtype: str, tmp_path: Path):
     """transformers -> load -> save -> transformers: the same parameters bit for bit, the same logits, no key over."""
     torch, transformers = torch_and_transformers()
-    random_model(MODELS[name], seed=3).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
+    random_weights(MODELS[name], seed=3).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
     before = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto")
     shape, model = load(str(tmp_path / "theirs"), one_device(), TENSOR)
     save(

@@ -1,136 +1,121 @@
-"""A model answers whole data sets, wave by wave, each wave's responses on disk before the next begins."""
+"""A model answers whole data sets: responses are on disk as they end, and a stopped run continues with what is missing."""
 
-import dataclasses
 import json
 import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from crpo_jax.answer.records import Answer, answer_to_row
 from crpo_jax.answer.statistics import extract_letter
-from crpo_jax.config import Config
+from crpo_jax.config import Config, replaced
 from crpo_jax.data.prompts import Fitting, fitting
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
-from crpo_jax.model import huggingface
-from crpo_jax.model.decode import Weights
-from crpo_jax.model.placement import to_sampling
-from crpo_jax.model.shape import Shape
-from crpo_jax.parallel.layout import LAYOUTS
-from crpo_jax.parallel.mesh import make_mesh
-from crpo_jax.rollout.engine import Engine, Response
-from crpo_jax.runtime import setup, start
+from crpo_jax.model.decode import SamplerWeights
+from crpo_jax.model.huggingface import model_folder
+from crpo_jax.model.lora import Policy
+from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.progress import Progress
+from crpo_jax.runtime.runtime import Runtime, open_runtime
 from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.store.files import replace_file, writing
 from crpo_jax.store.journal import Journal
 
 
-def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
-    """Answers every question evaluate.samples times into folder/NAME.jsonl; what stands there already is not asked again.
+def answer_data_sets(settings: Config, data_sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
+    """Answers every question evaluate.samples times into folder/NAME.jsonl; what is on disk already is not sampled again.
 
     A response depends on run.seed, the data set's name, the question's place in it and the sample, not on when or with
-    which others it was drawn: a run that was stopped ends with the same responses. Questions longer than
+    which others it was sampled: a run that was stopped ends with the same responses. Questions longer than
     data.max_prompt_tokens go into folder/dropped.json. Raises Stopped where `stop` asks for it.
     """
     evaluate = settings.evaluate
-    drawn = {"temperature": evaluate.temperature, "top_p": evaluate.top_p, "max_new_tokens": evaluate.max_new_tokens}
-    settings = dataclasses.replace(settings, rollout=dataclasses.replace(settings.rollout, **drawn))
-    mesh = make_mesh(settings.parallel.mesh)
-    settings, shape = setup.shape_for(settings, mesh)
-    text = setup.text_for(settings, shape)
-    fitted = {name: fitting(questions, settings.data, text.tokenizer) for name, questions in sets.items()}
-    engine, weights = setup.sampler(settings, shape, mesh, text), None
-    for name, asked in fitted.items():
+    runtime = open_runtime(
+        replaced(
+            settings,
+            {
+                "rollout.temperature": evaluate.temperature,
+                "rollout.top_p": evaluate.top_p,
+                "rollout.max_new_tokens": evaluate.max_new_tokens,
+            },
+        )
+    )
+    tokenizer, weights = runtime.vocabulary.tokenizer, None
+    prompted = {name: fitting(questions, settings.data, tokenizer) for name, questions in data_sets.items()}
+    for name, questions in prompted.items():
         with Journal(folder / f"{name}.jsonl") as journal:
-            before = samples_on_disk(journal, asked)
-            complete = np.array([len(before.get(question.id, ())) >= evaluate.samples for question in asked.questions])
-            weights = weights or (None if complete.all() else sampling_weights(settings, shape, mesh))
-            tally = Tally(name, settings, len(asked.questions), int(complete.sum()))
-            if weights:
-                ask(
-                    engine,
-                    weights,
-                    asked,
-                    np.flatnonzero(~complete),
-                    text,
-                    settings,
-                    name,
-                    journal,
-                    before,
-                    tally,
-                    stop,
-                )
-            tally.end()
-    if any(asked.dropped for asked in fitted.values()):
-        kept = folder / "dropped.json"
-        dropped = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        kept.write_text(json.dumps(dropped | {name: asked.dropped for name, asked in fitted.items()}), encoding="utf-8")
+            on_disk = samples_on_disk(journal, questions)
+            answered = [len(on_disk.get(question.id, ())) >= evaluate.samples for question in questions.questions]
+            missing = np.flatnonzero(~np.array(answered, bool))
+            status = Status(name, runtime.settings, len(answered), sum(answered))
+            if missing.size:
+                weights = weights or evaluated_weights(runtime)
+                answer_missing(runtime, weights, questions, missing, name, journal, on_disk, status, stop)
+            status.end()
+    if any(questions.dropped for questions in prompted.values()):
+        path = folder / "dropped.json"
+        dropped = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        with writing(path):
+            replace_file(path, json.dumps(dropped | {name: fits.dropped for name, fits in prompted.items()}))
 
 
-def ask(
-    engine: Engine,
-    weights: Weights,
-    asked: Fitting,
-    left: np.ndarray,
-    text: setup.Text,
-    settings: Config,
+def answer_missing(
+    runtime: Runtime,
+    weights: SamplerWeights,
+    questions: Fitting,
+    missing: np.ndarray,
     name: str,
     journal: Journal,
-    before: Mapping[str, set[int]],
-    tally: "Tally",
+    on_disk: Mapping[str, set[int]],
+    status: "Status",
     stop: Stop,
 ) -> None:
-    """Draws the samples of the questions at the places `left`, and keeps those that are not on disk."""
+    """Samples the questions at the places `missing`, and writes the responses that are not on disk."""
+    vocabulary = runtime.vocabulary
 
     def finished(responses: list[Response]) -> None:
         answers = []
         for response in responses:
-            question, ids = asked.questions[int(left[response.prompt])], text.body(response)
-            answers.append(
-                Answer(question, response.sample, text.of(response), ids, len(response.tokens), response.stopped)
-            )
-        journal.append(
-            *(answer_to_row(answer) for answer in answers if answer.sample not in before.get(answer.question.id, ()))
-        )
-        tally.add(answers)
+            question, ids = questions.questions[int(missing[response.prompt])], vocabulary.content_ids(response)
+            text, tokens = vocabulary.decode(response), len(response.tokens)
+            answers.append(Answer(question, response.sample, text, ids, tokens, response.stopped))
+        new = [answer for answer in answers if answer.sample not in on_disk.get(answer.question.id, ())]
+        journal.append(*map(answer_to_row, new))
+        status.add(answers)
         if stop.requested:
             raise Stopped
 
-    key = jax.random.fold_in(jax.random.key(settings.run.seed), zlib.crc32(name.encode()))
-    prompts = [asked.prompts[int(place)] for place in left]
-    engine.generate(weights, prompts, key=key, group=settings.evaluate.samples, ids=left.tolist(), finished=finished)
+    key = jax.random.fold_in(runtime.key, zlib.crc32(name.encode()))
+    prompts, group = [questions.prompts[int(place)] for place in missing], runtime.settings.evaluate.samples
+    runtime.sampler.generate(weights, prompts, key=key, group=group, ids=missing.tolist(), finished=finished)
 
 
-def samples_on_disk(journal: Journal, asked: Fitting) -> dict[str, set[int]]:
+def samples_on_disk(journal: Journal, questions: Fitting) -> dict[str, set[int]]:
     """The samples that the file holds of each question; a file of other questions is refused."""
-    wanted = {question.id: question for question in asked.questions}
-    found: dict[str, set[int]] = {}
+    by_id = {question.id: question for question in questions.questions}
+    samples: dict[str, set[int]] = {}
     for row in journal.rows:
-        question = wanted.get(row.get("id", ""))
+        question = by_id.get(row.get("id", ""))
         if question is None or row.get("question") != question.question:
             raise InputError(
-                f"{journal.path}: expected responses to the questions of --data, got one to {row.get('id')!r}; take another --workdir"
+                f"{journal.path}: expected responses to the questions of --data, got a response to {row.get('id')!r}; "
+                "take another --workdir"
             )
-        found.setdefault(question.id, set()).add(int(row["sample"]))
-    return found
+        samples.setdefault(question.id, set()).add(int(row["sample"]))
+    return samples
 
 
-def sampling_weights(settings: Config, shape: Shape, mesh: Mesh) -> Weights:
+def evaluated_weights(runtime: Runtime) -> SamplerWeights:
     """The model's weights in their sampling form, never held in more than model.dtype."""
-    table = LAYOUTS[settings.parallel.layout].master
-    loaded = start.start_model(
-        huggingface.model_folder(settings.model.path), settings, shape, mesh, table, settings.model.dtype
-    )
-    return to_sampling(shape, mesh, settings.model.dtype)(loaded)
+    folder, dtype = model_folder(runtime.settings.model.path), runtime.settings.model.dtype
+    return runtime.sampler_weights(Policy(runtime.start_weights(folder, runtime.layout.master, dtype)))
 
 
-class Tally:
+class Status:
     """What a person sees while a data set is answered: how far, how well, how fast, how long still."""
 
     def __init__(self, name: str, settings: Config, questions: int, done: int) -> None:
@@ -141,27 +126,25 @@ class Tally:
             settings.evaluate.samples,
         )
         self._progress = Progress(questions * self._samples, done * self._samples)
-        self._done, self._right, self._valid, self._drawn, self._tokens = done * self._samples, 0, 0, 0, 0
-        self._said, self._began = self._tenth(), time.monotonic()
-        self._progress.keep(
-            f"{name}: {questions} questions x {self._samples} samples"
-            + (f", {done} questions answered before" if done else "")
-        )
+        self._done, self._right, self._valid, self._sampled, self._tokens = done * self._samples, 0, 0, 0, 0
+        self._printed, self._began = self._tenth(), time.monotonic()
+        resumed = f", {done} questions answered before" if done else ""
+        self._progress.keep(f"{name}: {questions} questions x {self._samples} samples{resumed}")
 
     def _tenth(self) -> int:
         return 10 * self._done // max(self._questions * self._samples, 1)
 
     def add(self, answers: Sequence[Answer]) -> None:
-        letters: list[Any] = [extract_letter(answer, self._settings) for answer in answers]
-        self._done, self._drawn = self._done + len(answers), self._drawn + len(answers)
+        letters = [extract_letter(answer, self._settings) for answer in answers]
+        self._done, self._sampled = self._done + len(answers), self._sampled + len(answers)
         self._right += sum(letter == answer.question.answer for letter, answer in zip(letters, answers, strict=True))
         self._valid += sum(letter is not None for letter in letters)
         self._tokens += sum(answer.tokens or 0 for answer in answers)
-        rate = self._tokens / (time.monotonic() - self._began)
-        line = f"{self._name}  accuracy {self._right / self._drawn:.3f}  valid {self._valid / self._drawn:.3f}  {rate:,.0f} tok/s"
+        shares = f"accuracy {self._right / self._sampled:.3f}  valid {self._valid / self._sampled:.3f}"
+        line = f"{self._name}  {shares}  {self._tokens / (time.monotonic() - self._began):,.0f} tok/s"
         self._progress.show(self._done, line)
-        if self._tenth() > self._said:
-            self._said = self._tenth()
+        if self._tenth() > self._printed:
+            self._printed = self._tenth()
             self._progress.keep(f"{self._done}/{self._questions * self._samples}  {line}")
 
     def end(self) -> None:

@@ -1,68 +1,82 @@
-"""Held-out questions answered by the policy and scored by the run's own reward."""
+"""Held-out questions answered by the policy and scored by the run's reward, and the means of what was measured."""
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from crpo_jax.answer.rollout import respond
+from crpo_jax.answer.rollout import respond, score_fields
 from crpo_jax.data.prompts import Fitting
 from crpo_jax.data.question import Question
-from crpo_jax.model.decode import Weights
+from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
-from crpo_jax.rollout.engine import Engine, Response, Tally
-from crpo_jax.runtime.setup import Text
+from crpo_jax.rollout.engine import Response
+from crpo_jax.runtime.report import step_line
+from crpo_jax.runtime.run import Run
+from crpo_jax.store.logs import told
+
+EVALUATION = 2**31 - 1
+"""Stands for the step in the keys of held-out evaluations: all of them draw the same random numbers."""
 
 
-class Answered(NamedTuple):
-    """A question, the policy's response and its score."""
+class Evaluated(NamedTuple):
+    """A held-out question, the policy's response and its score."""
 
     question: Question
     response: str
     score: Scored
 
 
-def answer(
-    engine: Engine,
-    weights: Weights,
-    asked: Fitting,
-    scorer: Scorer,
-    text: Text,
-    key: jax.Array,
-    progress: Callable[[Tally], None] | None = None,
-) -> tuple[list[Answered], dict[str, float]]:
-    """One response per question, and the means of its measures.
+def evaluate_held_out(
+    run: Run, weights: SamplerWeights, questions: Fitting, scorer: Scorer, step: int
+) -> dict[str, float]:
+    """One response per held-out question, written to the run's report; the means of their measures, as eval/....
 
     The same key draws the same random numbers before and after training, so that two evaluations differ by the policy alone.
     """
-    found = respond(engine, weights, asked.questions, asked.prompts, scorer, text, key, progress=progress)
-    texts, scored = found.scores()
-    answered = [Answered(*parts) for parts in zip(found.questions, texts, scored, strict=True)]
-    return answered, {**reward_means(scored), **response_means(found.responses)}
+    key, progress = jax.random.fold_in(run.runtime.key, EVALUATION), run.show_rollout(step)
+    responses = respond(run.runtime, weights, questions.questions, questions.prompts, scorer, key, progress=progress)
+    texts, scores = responses.scores()
+    means = {**reward_means(scores), **response_means(responses.responses)}
+    if run.runtime.writes:
+        rows = [Evaluated(*parts) for parts in zip(responses.questions, texts, scores, strict=True)]
+        write_evaluation(run.workdir, step, rows)
+    run.progress.keep(f"step {step}/{run.total}  {len(texts)} held-out questions: {step_line(means)}")
+    return {f"eval/{name.split('/')[1]}": value for name, value in means.items()}
 
 
-def reward_means(scored: Sequence[Scored]) -> dict[str, float]:
+def write_evaluation(workdir: Path, step: int, rows: Sequence[Evaluated]) -> None:
+    """The held-out responses after `step` steps, in report/held_out_<step>.jsonl."""
+    path = workdir / "report" / f"held_out_{step:06d}.jsonl"
+    with told(path):
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for question, response, score in rows:
+                row: dict[str, Any] = {
+                    "id": question.id,
+                    "question": question.question,
+                    "options": dict(question.options),
+                }
+                row |= {"answer": question.answer, "response": response, **score_fields(score)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def reward_means(scores: Sequence[Scored]) -> dict[str, float]:
     """Means over the responses that could be scored, and the share that could not."""
-    good = [one for one in scored if isinstance(one, Score)]
-    names = ("accuracy", "format", "cross_reference", "consistency")
-    means = {f"reward/{name}": mean([getattr(one, name) for one in good]) for name in names}
-    summed = (
-        sorted({name for one in good for name in one.components})
-        if any(len(one.components) > 1 for one in good)
-        else []
-    )
-    for name in summed:  # a design that sums several rewards: each on its own, before its weight
-        means[f"reward/component/{name}"] = mean(
-            [value for one in good if (value := one.components.get(name)) is not None]
-        )
-    return {
-        "reward/mean": mean([one.total for one in good]),
-        **means,
-        "reward/failed": 1 - len(good) / max(len(scored), 1),
-    }
+    good = [score for score in scores if isinstance(score, Score)]
+    means = {"reward/mean": mean([score.total for score in good])}
+    for name in ("accuracy", "format", "cross_reference", "consistency"):
+        means[f"reward/{name}"] = mean([getattr(score, name) for score in good])
+    if any(len(score.components) > 1 for score in good):  # a sum of several rewards: each on its own, before its weight
+        for name in sorted({name for score in good for name in score.components}):
+            values = [value for score in good if (value := score.components.get(name)) is not None]
+            means[f"reward/component/{name}"] = mean(values)
+    return {**means, "reward/failed": 1 - len(good) / max(len(scores), 1)}
 
 
 def response_means(responses: Sequence[Response]) -> dict[str, float]:
@@ -74,8 +88,3 @@ def response_means(responses: Sequence[Response]) -> dict[str, float]:
 
 def mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
-
-
-def standard_error(share: float, count: int) -> float:
-    """Of a share measured on `count` independent responses."""
-    return math.sqrt(max(share * (1 - share), 0) / max(count, 1))

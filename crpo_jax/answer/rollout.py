@@ -1,23 +1,25 @@
-"""Questions put to the policy: responses sampled and, as they end, handed to the scorer, which works while others are decoded."""
+"""Responses sampled and scored: the sampler decodes the longest ones while those that ended are scored."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from crpo_jax.config import Crpo
 from crpo_jax.data.question import Question
-from crpo_jax.model.decode import Weights
+from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.parallel.processes import gathered, share
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
-from crpo_jax.rollout.engine import Engine, Response, Tally
-from crpo_jax.runtime.setup import Text
-from crpo_jax.runtime.signals import Stop, Stopped
-from crpo_jax.update.losses import chosen_groups
+from crpo_jax.rollout.engine import Response, Tally
+from crpo_jax.runtime.inputs import TrainingQuestions
+from crpo_jax.runtime.run import Run
+from crpo_jax.runtime.runtime import Runtime
+from crpo_jax.runtime.signals import Stopped
+from crpo_jax.update.batches import Row
+from crpo_jax.update.losses import choose_groups
 
 
 class Responses(NamedTuple):
@@ -25,18 +27,16 @@ class Responses(NamedTuple):
 
     questions: list[Question]
     responses: list[Response]
-    scores: Callable[
-        [], tuple[list[str], list[Scored]]
-    ]  # texts and scores of all, once the last is scored; every process must ask
+    scores: Callable[[], tuple[list[str], list[Scored]]]
+    """Waits for the texts and scores of all responses; every process must call it."""
 
 
 def respond(
-    engine: Engine,
-    weights: Weights,
+    runtime: Runtime,
+    weights: SamplerWeights,
     questions: Sequence[Question],
     prompts: Sequence[Sequence[int]],
     scorer: Scorer,
-    text: Text,
     key: jax.Array,
     *,
     ids: Sequence[int] | None = None,
@@ -45,96 +45,146 @@ def respond(
 ) -> Responses:
     """`group` responses to each question; `ids` and `group` are `Engine.generate`'s.
 
-    Each process decodes and scores the responses to its share of the questions, and then all hold all: what follows from the
-    scores is the same in every process, and the first one can write every response.
+    Each process decodes and scores the responses to its share of the questions, and then all have all of them: what follows
+    from the scores is the same in every process, and the first one can write every response.
     """
-    asked = [question for question in questions for _ in range(group)]
-    prompts_here = share(len(questions))
-    first, last = prompts_here.start * group, prompts_here.stop * group
-    texts, scoring = [""] * (last - first), scorer.expect(asked[first:last])
+    repeated = [question for question in questions for _ in range(group)]
+    local = share(len(questions))
+    first, last = local.start * group, local.stop * group
+    texts, pending = [""] * (last - first), scorer.expect(repeated[first:last])
 
     def score(ended: list[Response]) -> None:
-        here = [response for response in ended if response.prompt in prompts_here]
-        rows = [response.prompt * group + response.sample - first for response in here]
-        for row, response in zip(rows, here, strict=True):
-            texts[row] = text.of(response)
+        mine = [response for response in ended if response.prompt in local]
+        rows = [response.prompt * group + response.sample - first for response in mine]
+        for row, response in zip(rows, mine, strict=True):
+            texts[row] = runtime.vocabulary.decode(response)
         if rows:
-            scorer.add(scoring, rows, [texts[row] for row in rows], [text.body(response) for response in here])
+            ids = [runtime.vocabulary.content_ids(response) for response in mine]
+            scorer.add(pending, rows, [texts[row] for row in rows], ids)
 
     def scores() -> tuple[list[str], list[Scored]]:
-        both = gathered(list(zip(texts, scorer.collect(scoring), strict=True)))
-        return [said for said, _ in both], [scored for _, scored in both]
+        pairs = gathered(list(zip(texts, scorer.collect(pending), strict=True)))
+        return [text for text, _ in pairs], [score for _, score in pairs]
 
-    groups = engine.generate(weights, prompts, key=key, group=group, ids=ids, finished=score, progress=progress)
-    return Responses(asked, [response for responses in groups for response in responses], scores)
+    groups = runtime.sampler.generate(
+        weights, prompts, key=key, group=group, ids=ids, finished=score, progress=progress
+    )
+    return Responses(repeated, [response for responses in groups for response in responses], scores)
 
 
-class Drawn(NamedTuple):
-    """What a step learns from: `b` responses, a group of `g` to each of `p` prompts."""
+class Rollout(NamedTuple):
+    """What a step learns from: b responses, prompt-major, a group of g to each of p prompts."""
 
     questions: list[Question]  # of each response
     responses: list[Response]
     texts: list[str]
-    scored: list[Scored]
-    rewards: Float[np.ndarray, "p g"]
-    valid: Bool[np.ndarray, "p g"]  # whether it could be scored
+    scores: list[Scored]
+    rewards: Float[np.ndarray, "p g"]  # 0 where a response could not be scored
+    valid: Bool[np.ndarray, "p g"]  # whether it could be
     trained: Int[np.ndarray, " t"]  # the responses that go into mini-batches, in order
     seconds: dict[str, float]
 
+    def rows(self, questions: TrainingQuestions) -> list[Row]:
+        """The trained responses after their prompts, as token ids."""
+        return [Row(questions.prompt_of[self.questions[i].id], self.responses[i].tokens.tolist()) for i in self.trained]
 
-def draw(
-    engine: Engine,
-    weights: Weights,
-    turn_of: Callable[[int], list[Question]],
-    prompt_of: Mapping[str, Sequence[int]],
+    def counted(self, *, truncated: bool) -> Bool[np.ndarray, " t"]:
+        """Which of the trained responses carry gradient: those that were scored, and cut ones only where `truncated`."""
+        stopped = np.array([response.stopped for response in self.responses])
+        return (self.valid.reshape(-1) & (stopped | truncated))[self.trained]
+
+
+def sample_rollout(
+    runtime: Runtime,
+    weights: SamplerWeights,
+    questions: TrainingQuestions,
     scorer: Scorer,
-    text: Text,
-    key: jax.Array,
-    crpo: Crpo,
-    *,
-    stop: Stop,
-    progress: Callable[[Tally], None],
-) -> Drawn | None:
-    """The responses of a step with their rewards; None where the run was asked to stop before they were drawn.
+    run: Run,
+    step: int,
+) -> Rollout | None:
+    """The responses of a step with their rewards; None where the run was asked to stop before they were complete.
 
-    `turn_of(0)` are the step's questions. While fewer than crpo.prompts_per_step groups differ in reward, further turns follow,
-    crpo.dynamic_sampling of them at most (DAPO, arXiv 2503.14476).
+    While fewer than crpo.prompts_per_step groups differ in reward, further questions follow, crpo.dynamic_sampling batches of
+    them at most (DAPO, arXiv 2503.14476).
     """
+    crpo, key, show = runtime.settings.crpo, jax.random.fold_in(runtime.key, step), run.show_rollout(step)
 
-    def looked(tally: Tally) -> None:
-        progress(tally)
-        if stop.requested:
+    def progress(tally: Tally) -> None:
+        show(tally)
+        if run.stopping:
             raise Stopped
 
-    questions, responses, texts, scored = list[Question](), list[Response](), list[str](), list[Scored]()
-    seconds, turn = {"rollout": 0.0, "score": 0.0}, 0
+    repeated, responses, texts, scores = list[Question](), list[Response](), list[str](), list[Scored]()
+    seconds = {"rollout": 0.0, "score": 0.0}
+    turn = 0
     while True:
-        began, asked = time.perf_counter(), turn_of(turn)
-        prompts, ids = [prompt_of[question.id] for question in asked], range(turn * len(asked), (turn + 1) * len(asked))
+        began, batch = time.perf_counter(), questions.batch(step, turn, crpo.dynamic_sampling)
+        prompts, ids = (
+            [questions.prompt_of[question.id] for question in batch],
+            range(turn * len(batch), (turn + 1) * len(batch)),
+        )
         try:
             new = respond(
-                engine, weights, asked, prompts, scorer, text, key, ids=ids, group=crpo.group_size, progress=looked
+                runtime, weights, batch, prompts, scorer, key, ids=ids, group=crpo.group_size, progress=progress
             )
         except Stopped:
             return None
         sampled = time.perf_counter()
-
-        said, marks = new.scores()  # most were scored while the longest responses were decoded
-        questions, responses, texts, scored = (
-            questions + new.questions,
-            responses + new.responses,
-            texts + said,
-            scored + marks,
-        )
-        valid = np.array([isinstance(one, Score) for one in scored]).reshape(-1, crpo.group_size)
-        rewards = np.array([one.total if isinstance(one, Score) else 0.0 for one in scored]).reshape(
-            -1, crpo.group_size
-        )
-        chosen, varied = chosen_groups(rewards, valid, crpo.prompts_per_step)
+        new_texts, new_scores = new.scores()  # most were scored while the longest responses were decoded
+        repeated, responses = repeated + new.questions, responses + new.responses
+        texts, scores = texts + new_texts, scores + new_scores
+        valid = np.array([isinstance(score, Score) for score in scores]).reshape(-1, crpo.group_size)
+        totals = [score.total if isinstance(score, Score) else 0.0 for score in scores]
+        rewards = np.array(totals).reshape(-1, crpo.group_size)
+        groups, varied = choose_groups(rewards, valid, crpo.prompts_per_step)
         seconds["rollout"] += sampled - began
         seconds["score"] += time.perf_counter() - sampled
         if varied == crpo.prompts_per_step or turn == crpo.dynamic_sampling:
             break
         turn += 1
-    trained = (chosen[:, None] * crpo.group_size + np.arange(crpo.group_size)).reshape(-1)
-    return Drawn(questions, responses, texts, scored, rewards, valid, trained, seconds)
+    trained = (groups[:, None] * crpo.group_size + np.arange(crpo.group_size)).reshape(-1)
+    return Rollout(repeated, responses, texts, scores, rewards, valid, trained, seconds)
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """What the rewards of a step's groups say besides their means: spread, and how much conclusions cite and repeat."""
+    scores = [score for score in rollout.scores if isinstance(score, Score)]
+    reasons = [score.why.get("cross_reference") for score in scores]
+    cited = [why for why in reasons if why and "cited" in why]
+    return {
+        "reward/std": float(np.std(rollout.rewards)),
+        "reward/zero_variance_groups": float(np.mean(np.ptp(rollout.rewards, axis=1) == 0)),
+        "reward/cited_terms": float(np.mean([len(why["cited"]) for why in cited])) if cited else 0.0,
+        "reward/repeated_terms": float(np.mean([why["repeats"] for why in cited])) if cited else 0.0,
+    }
+
+
+def sample_rows(step: int, rollout: Rollout, advantages: np.ndarray) -> list[dict[str, Any]]:
+    """What samples.jsonl records of a step: every response with its reward, or with the error that left it out.
+
+    `trained` says whether it was in a mini-batch: all are, unless dynamic sampling replaced their group.
+    """
+    trained, rows = set(rollout.trained.tolist()), []
+    responses = zip(rollout.questions, rollout.responses, rollout.texts, rollout.scores, strict=True)
+    for place, (question, response, text, score) in enumerate(responses):
+        row: dict[str, Any] = {"step": step, "id": question.id, "sample": response.sample}
+        row |= {"tokens": len(response.tokens), "stopped": response.stopped}
+        row |= {"advantage": round(float(advantages[place]), 5), "trained": place in trained}
+        rows.append(row | {"answer": question.answer, "response": text} | score_fields(score))
+    return rows
+
+
+def score_fields(score: Scored) -> dict[str, Any]:
+    if not isinstance(score, Score):
+        return {"error": score.error, "traceback": score.traceback}
+    names = (
+        "total",
+        "accuracy",
+        "format",
+        "cross_reference",
+        "clinical_reasoning",
+        "consistency",
+        "answer_found",
+        "why",
+    )
+    return {name: getattr(score, name) for name in names}

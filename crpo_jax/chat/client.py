@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import httpx2
 
 from crpo_jax.config import Endpoint
-from crpo_jax.errors import InputError
+from crpo_jax.errors import Fault, InputError
 
 Request = TypeVar("Request")
 
@@ -53,7 +53,7 @@ class GivenUp:
 STOPPED = GivenUp("stopped")  # not sent: no failure of the server's
 
 
-class ServerError(Exception):
+class ServerError(Fault):
     """No request to this server can succeed: the run ends, and every reply so far stays on disk."""
 
 

@@ -1,12 +1,12 @@
-"""Qwen2 as the sampler runs it: a buffer per layer, projections of one input fused, the cache an explicit argument and result.
+"""The transformer as the sampler runs it: a buffer per layer, projections of one input fused, the cache an explicit argument and result.
 
 Everything here is manual inside `shard_map`: each model shard holds its own heads, ffn columns and vocabulary rows, and a
 collective is written where it happens. Blocks are unrolled, because scanning over stacked weights inside the token loop
 would copy every layer's weights each token.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,19 @@ from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import dot, rms_norm, rope
 
 
-class Layer(NamedTuple):
-    """A block's weights. What reads the same input stands side by side, one model shard after the other: `qkv` [d, (n + 2k) * h] has
-    a shard's query heads, then its key heads, then its value heads; `gate_up` [d, 2f] its gate columns, then its up columns."""
+class SamplerWeights(NamedTuple):
+    """A model in its sampling form: the weights outside the blocks by name, and every layer's buffers by name.
 
-    attn_norm_d: Array
-    qkv: Array
-    qkv_bias: Array
-    o_nhd: Array
-    mlp_norm_d: Array
-    gate_up: Array
-    down_fd: Array
+    What reads the same input stands side by side, one model shard after the other: `qkv` [d, (n + 2k) * h] has a shard's query
+    heads, then its key heads, then its value heads; `gate_up` [d, 2f] its gate columns, then its up columns.
+    """
 
+    ends: dict[str, Array]
+    layers: tuple[dict[str, Array], ...]
 
-class Weights(NamedTuple):
-    """A model in its sampling form; `unembed_dv` is None where the embedding serves both ends."""
-
-    embed_vd: Array
-    layers: tuple[Layer, ...]
-    final_norm_d: Array
-    unembed_dv: Array | None
+    @property
+    def dtype(self) -> Any:
+        return self.ends["embed_vd"].dtype
 
 
 class Cache(NamedTuple):
@@ -75,31 +68,31 @@ def embed(table_vd: Float[Array, "v d"], tokens: Int[Array, "..."], shard: Shard
     return shard.sum(jnp.where(held[..., None], table_vd[jnp.where(held, local, 0)], 0))
 
 
-def qkv(
-    layer: Layer, x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape
+def fused_qkv(
+    layer: Mapping[str, Array], x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape
 ) -> tuple[Array, Array, Array]:
-    """Rotated queries [..., n, h] and keys [..., k, h], and values [..., k, h], of the block's normed input."""
-    both = dot(rms_norm(x, layer.attn_norm_d, shape.norm_eps), layer.qkv) + layer.qkv_bias
-    heads = both.reshape(*x.shape[:-1], -1, shape.h)
-    n = layer.o_nhd.shape[0]
+    """Rotated queries [..., n, h] and keys [..., k, h], and values [..., k, h], of the block's input."""
+    buffer = dot(rms_norm(x, layer["attn_norm_d"], shape.norm_eps), layer["qkv"]) + layer["qkv_bias"]
+    heads = buffer.reshape(*x.shape[:-1], -1, shape.h)
+    n = layer["o_nhd"].shape[0]
     k = (heads.shape[-2] - n) // 2
     rotated = rope(heads[..., : n + k, :], positions, shape.rope_theta)
     return rotated[..., :n, :], rotated[..., n:, :], heads[..., n + k :, :]
 
 
-def mlp(layer: Layer, x: Float[Array, "... d"], shape: Shape) -> Float[Array, "... d"]:
-    gate, up = jnp.split(dot(rms_norm(x, layer.mlp_norm_d, shape.norm_eps), layer.gate_up), 2, axis=-1)
-    return dot(jax.nn.silu(gate) * up, layer.down_fd)
+def fused_mlp(layer: Mapping[str, Array], x: Float[Array, "... d"], shape: Shape) -> Float[Array, "... d"]:
+    gate, up = jnp.split(dot(rms_norm(x, layer["mlp_norm_d"], shape.norm_eps), layer["gate_up"]), 2, axis=-1)
+    return dot(jax.nn.silu(gate) * up, layer["down_fd"])
 
 
-def logits(weights: Weights, x: Float[Array, "b d"], shape: Shape) -> Float[Array, "b v"]:
+def last_logits(weights: SamplerWeights, x: Float[Array, "b d"], shape: Shape) -> Float[Array, "b v"]:
     """Float32 logits of the last block's output (this device's part of v)."""
-    last = weights.embed_vd.T if weights.unembed_dv is None else weights.unembed_dv
-    return dot(rms_norm(x, weights.final_norm_d, shape.norm_eps), last, out=jnp.float32)
+    unembed = weights.ends["embed_vd"].T if shape.tied else weights.ends["unembed_dv"]
+    return dot(rms_norm(x, weights.ends["final_norm_d"], shape.norm_eps), unembed, out=jnp.float32)
 
 
 def prefill(
-    weights: Weights,
+    weights: SamplerWeights,
     tokens: Int[Array, "p t"],
     lengths: Int[Array, " p"],
     shape: Shape,
@@ -111,7 +104,7 @@ def prefill(
     The keys and values come right-aligned, so that a response's stand next to its prompt's whatever that one's length.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, kept = embed(weights.embed_vd, tokens, shard), []
+    x, kept = embed(weights.ends["embed_vd"], tokens, shard), []
 
     def aligned(x_ptkh: Array) -> Array:
         return jax.vmap(lambda x, shift: jnp.roll(x, shift, axis=1))(
@@ -119,16 +112,16 @@ def prefill(
         )
 
     for layer in weights.layers:
-        q, k, v = qkv(layer, x, positions, shape)
+        q, k, v = fused_qkv(layer, x, positions, shape)
         kept.append((aligned(k), aligned(v)))
-        x = x + shard.sum(dot(causal_attention(q, k, v, attention), layer.o_nhd, 2))
-        x = x + shard.sum(mlp(layer, x, shape))
+        x = x + shard.sum(dot(causal_attention(q, k, v, attention), layer["o_nhd"], 2))
+        x = x + shard.sum(fused_mlp(layer, x, shape))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return logits(weights, last, shape), kept
+    return last_logits(weights, last, shape), kept
 
 
 def decode(
-    weights: Weights,
+    weights: SamplerWeights,
     tokens: Int[Array, " b"],
     positions: Int[Array, " b"],
     prompt_lengths: Int[Array, " p"],
@@ -144,13 +137,13 @@ def decode(
     t, s = cache[0].prompt_k_pkth.shape[2], cache[0].k_bksh.shape[2]
     own_seen: Bool[Array, "b s"] = (jnp.arange(s) >= cursor - positions[:, None]) & (jnp.arange(s) <= cursor)
     prompt_seen: Bool[Array, "p t"] = jnp.arange(t) >= t - prompt_lengths[:, None]
-    x, new = embed(weights.embed_vd, tokens, shard), []
+    x, new = embed(weights.ends["embed_vd"], tokens, shard), []
     for layer, old in zip(weights.layers, cache, strict=True):
-        q, k, v = qkv(layer, x, positions, shape)
+        q, k, v = fused_qkv(layer, x, positions, shape)
         k_bksh = jax.lax.dynamic_update_slice_in_dim(old.k_bksh, k[:, :, None], cursor, axis=2)
         v_bksh = jax.lax.dynamic_update_slice_in_dim(old.v_bksh, v[:, :, None], cursor, axis=2)
         new.append(Cache(old.prompt_k_pkth, old.prompt_v_pkth, k_bksh, v_bksh))
         mixed = decode_attention(q, old.prompt_k_pkth, old.prompt_v_pkth, prompt_seen, k_bksh, v_bksh, own_seen)
-        x = x + shard.sum(dot(mixed, layer.o_nhd, 2))
-        x = x + shard.sum(mlp(layer, x, shape))
-    return logits(weights, x, shape), new
+        x = x + shard.sum(dot(mixed, layer["o_nhd"], 2))
+        x = x + shard.sum(fused_mlp(layer, x, shape))
+    return last_logits(weights, x, shape), new

@@ -1,13 +1,14 @@
 """Hugging Face folders, in and out: one key table both ways, one tensor in host memory at a time.
 
-`load` reads each tensor of the safetensors once, puts its pieces on the devices that hold them and only then reads the
-next, so the host never holds the model. `save` goes the other way, also tensor by tensor, and ends in one rename. Export
+`load_model` reads each tensor of the safetensors once, puts its pieces on the devices that hold them and only then reads the
+next, so the host never holds the model. `save_model` goes the other way, also tensor by tensor, and ends in one rename. Export
 then import gives the same bits. Weights are only ever read from safetensors: a pickle (`pytorch_model.bin`) runs code.
 """
 
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -25,29 +26,10 @@ from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
 from crpo_jax.errors import InputError
+from crpo_jax.model.architecture import ARCHITECTURES, Weight
 from crpo_jax.model.shape import Shape, read_shape
-from crpo_jax.model.transformer import Qwen2, dims_of
-from crpo_jax.parallel.layout import WeightTable, spec
-
-HF_KEYS: Mapping[str, tuple[str, str]] = {
-    "embed_vd": ("model.embed_tokens.weight", "v d"),
-    "attn_norm_d": ("model.layers.{l}.input_layernorm.weight", "d"),
-    "q_dnh": ("model.layers.{l}.self_attn.q_proj.weight", "nh d"),
-    "q_bias_nh": ("model.layers.{l}.self_attn.q_proj.bias", "nh"),
-    "k_dkh": ("model.layers.{l}.self_attn.k_proj.weight", "kh d"),
-    "k_bias_kh": ("model.layers.{l}.self_attn.k_proj.bias", "kh"),
-    "v_dkh": ("model.layers.{l}.self_attn.v_proj.weight", "kh d"),
-    "v_bias_kh": ("model.layers.{l}.self_attn.v_proj.bias", "kh"),
-    "o_nhd": ("model.layers.{l}.self_attn.o_proj.weight", "d nh"),
-    "mlp_norm_d": ("model.layers.{l}.post_attention_layernorm.weight", "d"),
-    "gate_df": ("model.layers.{l}.mlp.gate_proj.weight", "f d"),
-    "up_df": ("model.layers.{l}.mlp.up_proj.weight", "f d"),
-    "down_fd": ("model.layers.{l}.mlp.down_proj.weight", "d f"),
-    "final_norm_d": ("model.norm.weight", "d"),
-    "unembed_dv": ("lm_head.weight", "v d"),
-}
-"""Our weight -> the key in the safetensors, and the axes stored there: "nh d" is a matrix [n * h, d]. Letters and the
-dims that our name spells give the reshape and the transpose, both ways."""
+from crpo_jax.model.transformer import Transformer
+from crpo_jax.parallel.layout import Axes, weight_spec
 
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Buffers that old folders hold and rope_theta replaces; the only extra keys that are accepted, with a line that says so."""
@@ -74,7 +56,7 @@ class Tensor(NamedTuple):
     """A tensor of the safetensors and the weight it is (a layer of)."""
 
     key: str
-    name: str
+    weight: Weight
     layer: int | None
     sizes: tuple[int, ...]
 
@@ -87,21 +69,21 @@ class Header(NamedTuple):
     dtype: str
 
 
-def stored_letters(name: str) -> str:
-    """The dims of a weight in the order of the safetensors: "q_dnh" -> "nhd"."""
-    return HF_KEYS[name][1].replace(" ", "")
+def stored_sizes(weight: Weight, shape: Shape) -> tuple[int, ...]:
+    """[n * h, d] for a weight stored as "nh d"."""
+    return tuple(math.prod(shape.dims(axis)) for axis in weight.stored.split())
 
 
-def tensors(shape: Shape) -> list[Tensor]:
+def model_tensors(shape: Shape) -> list[Tensor]:
     """Every tensor that the safetensors of a model must hold, no more and no fewer, layer by layer."""
+    per_layer = [weight for weight in shape.weights if weight.stacked]
+    first = shape.weights.index(per_layer[0])
 
-    def make(name: str, layer: int | None = None) -> Tensor:
-        key, axes = HF_KEYS[name]
-        return Tensor(key.format(l=layer), name, layer, tuple(int(np.prod(shape.dims(axis))) for axis in axes.split()))
+    def tensor(weight: Weight, layer: int | None = None) -> Tensor:
+        return Tensor(weight.key.format(l=layer), weight, layer, stored_sizes(weight, shape))
 
-    per_layer = [name for name, (key, _) in HF_KEYS.items() if "{l}" in key]
-    layers = [make(name, layer) for layer in range(shape.l) for name in per_layer]
-    return [make("embed_vd"), *layers, make("final_norm_d"), *([] if shape.tied else [make("unembed_dv")])]
+    ends = [tensor(weight) for weight in shape.weights if not weight.stacked]
+    return [*ends[:first], *(tensor(weight, layer) for layer in range(shape.l) for weight in per_layer), *ends[first:]]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -137,7 +119,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: expected JSON, got: {error}") from None
 
 
-def headers_of(file: Path) -> dict[str, Header]:
+def read_header(file: Path) -> dict[str, Header]:
     """The header of one safetensors file; the library checks that the file is as long as its header says."""
     try:
         with safe_open(file, framework="numpy") as source:
@@ -155,7 +137,7 @@ def read_headers(folder: Path) -> tuple[Path, dict[str, Header]]:
     """Every tensor of a folder, and the file that lists them: the single safetensors, or the index, which must not err."""
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
-        return single, headers_of(single)
+        return single, read_header(single)
     if not index.is_file():
         found = sorted(
             path.name
@@ -179,7 +161,7 @@ def read_headers(folder: Path) -> tuple[Path, dict[str, Header]]:
         keys, file = {key for key, value in listed.items() if value == name}, folder / name
         if Path(name).name != name or not file.is_file():
             raise InputError(f"{index}: {min(keys)}: expected in {name}, which is not in this folder")
-        held = headers_of(file)
+        held = read_header(file)
         for key in sorted(keys - held.keys()):
             raise InputError(f"{file}: {key}: missing; {INDEX} expects it here")
         for key in sorted(held.keys() - keys):
@@ -190,7 +172,7 @@ def read_headers(folder: Path) -> tuple[Path, dict[str, Header]]:
 
 def check_keys(shape: Shape, listing: Path, headers: Mapping[str, Header]) -> None:
     """Refuses missing, extra, mis-shaped and mis-typed tensors, before any is read."""
-    expected = {tensor.key: tensor for tensor in tensors(shape)}
+    expected = {tensor.key: tensor for tensor in model_tensors(shape)}
     extra = [
         key
         for key in headers
@@ -202,7 +184,7 @@ def check_keys(shape: Shape, listing: Path, headers: Mapping[str, Header]) -> No
             wanted = (
                 f"shape {list(expected[keys[0]].sizes)}"
                 if kind == "missing"
-                else f"no such key in this {shape.l}-layer Qwen2"
+                else f"no such key in this {shape.l}-layer {shape.model_type} model"
             )
             untied = ", since config.json does not set tie_word_embeddings" if keys[0] == "lm_head.weight" else ""
             got = f", got shape {list(headers[keys[0]].sizes)}" if kind == "extra" else ""
@@ -219,7 +201,7 @@ def check_keys(shape: Shape, listing: Path, headers: Mapping[str, Header]) -> No
 
 def check_tied(headers: Mapping[str, Header]) -> None:
     """Refuses an lm_head.weight that differs from the embedding it is tied to; compared in blocks of rows."""
-    key, other = "lm_head.weight", HF_KEYS["embed_vd"][0]
+    key, other = "lm_head.weight", "model.embed_tokens.weight"
     if key not in headers:
         return
     head, embedding = headers[key], headers[other]
@@ -236,8 +218,8 @@ def check_tied(headers: Mapping[str, Header]) -> None:
         )
 
 
-def load(path: str, mesh: Mesh, table: WeightTable, dtype: Any = jnp.float32) -> tuple[Shape, Qwen2]:
-    """The model of a folder or hub id as `table` places it on the mesh, converted to `dtype` on the devices.
+def load_model(path: str, mesh: Mesh, axes: Axes, dtype: Any = jnp.float32) -> Transformer:
+    """The model of a folder or hub id as `axes` place it on the mesh, converted to `dtype` on the devices.
 
     The host holds one stored tensor at a time, and its pieces on their way to the devices. On a mesh of several processes
     every process calls this and puts only what its own devices hold. The mesh must split the shape (`check_layout`).
@@ -258,32 +240,29 @@ def load(path: str, mesh: Mesh, table: WeightTable, dtype: Any = jnp.float32) ->
             file=sys.stderr,
         )
 
-    wanted = {tensor.key: tensor for tensor in tensors(shape)}
-    names = list(dict.fromkeys(tensor.name for tensor in wanted.values()))
-    weights: dict[str, jax.Array | None] = dict.fromkeys(names)
-    place = {name: placing(name, shape, mesh, table, jnp.dtype(dtype)) for name in names}
+    tensors = {tensor.key: tensor for tensor in model_tensors(shape)}
+    weights: dict[str, jax.Array | None] = {}
+    insert = {weight.name: insertion(weight, shape, mesh, axes, jnp.dtype(dtype)) for weight in shape.weights}
     for file in dict.fromkeys(header.file for header in headers.values()):
         with safe_open(file, framework="numpy") as source:
             for key in source.offset_keys():  # the order on disk
-                if key in wanted:
-                    name, layer = wanted[key].name, wanted[key].layer
-                    weights[name] = place[name](weights[name], source.get_tensor(key), layer)
+                if key in tensors:
+                    name, layer = tensors[key].weight.name, tensors[key].layer
+                    weights[name] = insert[name](weights.get(name), source.get_tensor(key), layer)
                     jax.block_until_ready(
                         weights[name]
                     )  # else later tensors are read while earlier ones wait in host memory
-    return shape, Qwen2(lambda name, _: weights[name], tied=shape.tied)
+    return Transformer(shape, lambda weight: weights[weight.name])
 
 
 @functools.cache
-def placing(
-    name: str, shape: Shape, mesh: Mesh, table: WeightTable, dtype: Any
+def insertion(
+    weight: Weight, shape: Shape, mesh: Mesh, axes: Axes, dtype: Any
 ) -> Callable[[jax.Array | None, np.ndarray, int | None], jax.Array]:
-    """`(weight so far, stored tensor, layer) -> weight` with that tensor in it; the stack is made once, and then donated."""
-    letters, dims = stored_letters(name), dims_of(name)
-    by_letter = dict(zip(dims, spec(table, name, mesh, shape.k, stacked=False), strict=True))
-    arriving = NamedSharding(mesh, P(*(by_letter[letter] for letter in letters)))
-    stacked = "{l}" in HF_KEYS[name][0]
-    final = NamedSharding(mesh, spec(table, name, mesh, shape.k, stacked=stacked))
+    """`(weight so far, stored tensor, layer) -> weight` with that tensor in it; the stack is allocated once, then donated."""
+    letters, dims = weight.stored.replace(" ", ""), weight.dims
+    arriving = NamedSharding(mesh, weight_spec(axes, letters, mesh, shape.k))
+    final = NamedSharding(mesh, weight_spec(axes, weight.stacked_dims, mesh, shape.k))
 
     def converted(x: jax.Array) -> jax.Array:
         return x.transpose([letters.index(letter) for letter in dims]).astype(dtype)
@@ -295,11 +274,11 @@ def placing(
     insert = jax.jit(inserted, out_shardings=final, donate_argnums=0)
     empty = jax.jit(lambda: jnp.zeros(shape.dims("l" + dims), dtype), out_shardings=final)
 
-    def put(weight: jax.Array | None, stored: np.ndarray, layer: int | None) -> jax.Array:
+    def put(stack: jax.Array | None, stored: np.ndarray, layer: int | None) -> jax.Array:
         stored = stored.reshape(shape.dims(letters))
         # Not device_put: to a sharding over several processes it would first compare the values of all of them.
         x = jax.make_array_from_callback(stored.shape, arriving, lambda index: stored[index])
-        return whole(x) if layer is None else insert(empty() if weight is None else weight, x, np.int32(layer))
+        return whole(x) if layer is None else insert(empty() if stack is None else stack, x, np.int32(layer))
 
     return put
 
@@ -315,7 +294,7 @@ def config_of(
     No pad_token_id, as there: transformers would make it the embedding's padding_idx, a row that gets no gradient.
     """
     return {
-        "architectures": ["Qwen2ForCausalLM"],
+        "architectures": [ARCHITECTURES[shape.model_type].class_name],
         "attention_dropout": 0.0,
         **{key: token_ids[key] for key in ("bos_token_id", "eos_token_id") if key in token_ids},
         **({} if shape.h * shape.n == shape.d else {"head_dim": shape.h}),
@@ -324,7 +303,7 @@ def config_of(
         "initializer_range": 0.02,
         "intermediate_size": shape.f,
         "max_position_embeddings": max_position_embeddings,
-        "model_type": "qwen2",
+        "model_type": shape.model_type,
         "num_attention_heads": shape.n,
         "num_hidden_layers": shape.l,
         "num_key_value_heads": shape.k,
@@ -338,7 +317,7 @@ def config_of(
     }
 
 
-def token_ids_of(folder: Path) -> dict[str, int]:
+def special_token_ids(folder: Path) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id of a tokenizer, as far as it names them."""
     settings, tokenizer = read_json(folder / "tokenizer_config.json"), read_json(folder / "tokenizer.json")
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
@@ -383,32 +362,31 @@ def safetensors_header(shard: Sequence[Tensor], dtype: str, width: int) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def gathering(model: Qwen2, shape: Shape, dtype: str) -> Callable[[Tensor], jax.Array]:
+def stored_tensors(model: Transformer, dtype: str) -> Callable[[Tensor], jax.Array]:
     """`tensor -> its values` as they are stored, whole on every device; each of a mesh's processes must call it."""
 
     @functools.cache
-    def gather(name: str) -> Any:
-        weight, letters, dims = weight_of(model, name), stored_letters(name), dims_of(name)
-        here = weight.sharding if isinstance(weight.sharding, NamedSharding) else None
+    def gather(weight: Weight) -> Any:
+        letters, dims = weight.stored.replace(" ", ""), weight.dims
+        placed = model[weight.name].sharding
+        placed = placed if isinstance(placed, NamedSharding) else None
 
-        def stored(weight: jax.Array, layer: jax.Array | None) -> jax.Array:
+        def stored(values: jax.Array, layer: jax.Array | None) -> jax.Array:
             if layer is not None:
-                weight = jax.lax.dynamic_index_in_dim(weight, layer, 0, keepdims=False)
-                if here:  # or the compiler may gather the whole stack to take one layer of it
-                    parts = tuple(here.spec) + (None,) * (weight.ndim + 1 - len(here.spec))
-                    weight = jax.lax.with_sharding_constraint(weight, NamedSharding(here.mesh, P(*parts[1:])))
-            sizes = [int(np.prod(shape.dims(axis))) for axis in HF_KEYS[name][1].split()]
-            return weight.astype(dtype).transpose([dims.index(letter) for letter in letters]).reshape(sizes)
+                values = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
+                if placed:  # or the compiler may gather the whole stack to take one layer of it
+                    parts = tuple(placed.spec) + (None,) * (values.ndim + 1 - len(placed.spec))
+                    values = jax.lax.with_sharding_constraint(values, NamedSharding(placed.mesh, P(*parts[1:])))
+            values = values.astype(dtype).transpose([dims.index(letter) for letter in letters])
+            return values.reshape(stored_sizes(weight, model.shape))
 
-        return jax.jit(stored, out_shardings=NamedSharding(here.mesh, P()) if here else None)
+        return jax.jit(stored, out_shardings=NamedSharding(placed.mesh, P()) if placed else None)
 
-    return lambda tensor: gather(tensor.name)(
-        weight_of(model, tensor.name), None if tensor.layer is None else np.int32(tensor.layer)
-    )
+    def values(tensor: Tensor) -> jax.Array:
+        layer = None if tensor.layer is None else np.int32(tensor.layer)
+        return gather(tensor.weight)(model[tensor.weight.name], layer)
 
-
-def weight_of(model: Qwen2, name: str) -> jax.Array:
-    return getattr(model.blocks if "{l}" in HF_KEYS[name][0] else model, name)[...]
+    return values
 
 
 @contextlib.contextmanager
@@ -439,17 +417,16 @@ def free_folder(folder: str | Path) -> Path:
     return folder
 
 
-def inherited(folder: Path) -> dict[str, Any]:
-    """What a model folder says beside its shape and its weights, as `save` takes it."""
+def inherited_settings(folder: Path) -> dict[str, Any]:
+    """What a model folder says beside its shape and its weights, as `save_model` takes it."""
     longest = read_json(folder / "config.json").get("max_position_embeddings")
     generation = folder / "generation_config.json"
     found = {"max_position_embeddings": longest} if isinstance(longest, int) else {}
     return {**found, "generation": read_json(generation)} if generation.is_file() else found
 
 
-def save(
-    model: Qwen2,
-    shape: Shape,
+def save_model(
+    model: Transformer,
     folder: str | Path,
     *,
     dtype: Literal["float32", "bfloat16"],
@@ -458,7 +435,7 @@ def save(
     generation: Mapping[str, Any] | None = None,
     max_position_embeddings: int = 32768,
 ) -> None:
-    """Writes a model with stacked blocks as a folder that transformers, vLLM and `load` read; refuses one that holds files.
+    """Writes a model as a folder that transformers, vLLM and `load_model` read; refuses one that holds files.
 
     `generation` is the content of generation_config.json, whose bos and eos ids config.json repeats; None: the tokenizer's ids.
     The folder appears whole or not at all. The host holds one tensor at a time. On a mesh of several processes every
@@ -467,20 +444,21 @@ def save(
     writer = jax.process_index() == 0
     tokenizer = None if tokenizer_folder is None else Path(tokenizer_folder)
     if generation is None:
-        generation = token_ids_of(tokenizer) if tokenizer else {}
+        generation = special_token_ids(tokenizer) if tokenizer else {}
     if tokenizer and not (tokenizer / "tokenizer.json").is_file():
         raise InputError(f"{tokenizer}: expected a folder with a tokenizer.json")
     folder = free_folder(folder)
     width = jnp.dtype(dtype).itemsize
-    shards = shards_of(tensors(shape), width, max_shard_bytes)
-    gather = gathering(model, shape, dtype)
+    shape = model.shape
+    shards = shards_of(model_tensors(shape), width, max_shard_bytes)
+    values_of = stored_tensors(model, dtype)
     with written_at_once(folder) if writer else contextlib.nullcontext() as temporary:
         for name, shard in shards.items():
             with open(temporary / name, "wb") if temporary else contextlib.nullcontext() as file:
                 if file:
                     file.write(safetensors_header(shard, dtype, width))
                 for tensor in shard:
-                    values = jax.block_until_ready(gather(tensor))
+                    values = jax.block_until_ready(values_of(tensor))
                     if file:
                         file.write(np.ascontiguousarray(values.addressable_data(0)).reshape(-1).view(np.uint8).data)
         if temporary:

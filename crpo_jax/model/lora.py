@@ -1,148 +1,153 @@
 """Low-rank adapters: a frozen weight W acts as W + scale * A B, and only A [in..., r] and B [r, out...] are trained.
 
-In training the two products stay apart, x W + scale * (x A) B, and are rounded as one sum: what is below half a step of a
-bf16 weight would vanish in it for every token alike. The sampler and an export get one matrix, W + scale * A B, added in
-float32 and then cast: in float32 both forms agree to rounding; in bf16 the sampler's log-probs differ from the trainer's by
-that one cast, which `policy/sampler_difference_*` shows.
+In training the two products stay apart, x W + scale * (x A) B, and are rounded as one sum: a change of less than half a step
+of a bf16 weight would otherwise vanish. The sampler and an export get one matrix, W + scale * A B, added in float32 and then
+cast: in float32 both forms agree to rounding; in bf16 the sampler's log-probs differ from the trainer's by that cast, which
+`policy/sampler_difference_*` shows.
 
-Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), section 4.1.
+Whether a run trains adapters or every weight is decided here alone: the rest of the program holds a `Policy` and a tree of
+trained arrays. Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), section 4.1.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from crpo_jax import config
+from crpo_jax.config import Lora
+from crpo_jax.model.architecture import Weight
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import Qwen2, dims_of
-from crpo_jax.parallel.layout import WeightTable, spec
+from crpo_jax.model.transformer import Transformer, model_shapes
+from crpo_jax.parallel.layout import Axes, weight_spec
 
-TARGETS: Mapping[str, tuple[str, str]] = {
-    "q_proj": ("q_dnh", "d"),
-    "k_proj": ("k_dkh", "d"),
-    "v_proj": ("v_dkh", "d"),
-    "o_proj": ("o_nhd", "nh"),
-    "gate_proj": ("gate_df", "d"),
-    "up_proj": ("up_df", "d"),
-    "down_proj": ("down_fd", "f"),
-}
-"""A linear layer by the name that users and PEFT know: its weight, and the weight's dims on the side of the input."""
-
-INPUTS: Mapping[str, str] = dict(TARGETS.values())
-
-Make = Callable[[str, str, str], Any]
-"""What a matrix becomes, from its name, its dims and the name of the weight it adapts: ("o_a_nhr", "lnhr", "o_nhd")."""
-
-
-def halves(weight: str) -> tuple[str, str]:
-    """The names of A and B beside a weight: "o_nhd" -> ("o_a_nhr", "o_b_rd")."""
-    stem, inputs = weight.rsplit("_", 1)[0], INPUTS[weight]
-    return f"{stem}_a_{inputs}r", f"{stem}_b_r{dims_of(weight)[len(inputs) :]}"
+MakeMatrix = Callable[[str, Weight], Any]
+"""What stands for A or B, from its stacked dims and the weight it adapts: ("lnhr", o_nhd)."""
 
 
 class Adapters(nnx.Module):
-    """A and B of every adapted weight, each name spelling its dims; `stacked` gives every one a leading dim l."""
+    """A and B of every adapted weight, named after it with the dims they have: `o_a_nhr` and `o_b_rd` adapt `o_nhd`."""
 
-    def __init__(self, make: Make, weights: Sequence[str], scale: float, stacked: bool = True) -> None:
+    def __init__(self, weights: Sequence[Weight], scale: float, make: MakeMatrix) -> None:
         self.weights, self.scale = tuple(weights), scale
         for weight in weights:
-            for name in halves(weight):
-                setattr(self, name, nnx.Param(make(name, ("l" if stacked else "") + dims_of(name), weight)))
+            for name in matrix_names(weight):
+                setattr(self, name, nnx.Param(make("l" + name.rsplit("_", 1)[1], weight)))
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the adapted weights."""
+        return frozenset(weight.name for weight in self.weights)
 
     @property
     def rank(self) -> int:
-        return int(self.pair(self.weights[0])[0].shape[-1])
+        return int(self.pair(self.weights[0].name)[0].shape[-1])
 
-    def pair(self, weight: str) -> tuple[Array, Array]:
+    def pair(self, name: str) -> tuple[Array, Array]:
         """A and B of an adapted weight."""
-        a, b = halves(weight)
+        weight = next(weight for weight in self.weights if weight.name == name)
+        a, b = matrix_names(weight)
         return getattr(self, a)[...], getattr(self, b)[...]
 
 
-class Adapted(NamedTuple):
-    """A frozen model and the adapters trained on top of it."""
+class Policy(NamedTuple):
+    """A model as it computes: its weights, with adapters on them where it has any."""
 
-    base: Qwen2
-    adapters: Adapters
-
-
-def policy(trained: Any, frozen: Qwen2 | None) -> Any:
-    """What is trained, as a model: the weights themselves, or the frozen ones with the adapters on them."""
-    return Adapted(frozen, trained) if isinstance(trained, Adapters) and frozen is not None else trained
+    model: Transformer
+    adapters: Adapters | None = None
 
 
-# --- making -----------------------------------------------------------------------------------------------------------
+def policy_of(trained: Any, frozen: Transformer | None) -> Policy:
+    """What is trained as a policy: the weights themselves, or adapters on the frozen ones."""
+    if not isinstance(trained, Adapters):
+        return Policy(trained)
+    assert frozen is not None
+    return Policy(frozen, trained)
 
 
-def described(lora: config.Lora, make: Make) -> Adapters:
-    """The adapters that the settings ask for, every matrix by `make`."""
-    return Adapters(
-        make, [weight for target, (weight, _) in TARGETS.items() if target in lora.targets], lora.alpha / lora.rank
+def matrix_names(weight: Weight) -> tuple[str, str]:
+    stem = weight.name.rsplit("_", 1)[0]
+    return f"{stem}_a_{weight.inputs}r", f"{stem}_b_r{weight.outputs}"
+
+
+def linear_layers(shape: Shape) -> dict[str, Weight]:
+    """The weights that may be adapted, by the names that users and PEFT know."""
+    return {weight.layer_name: weight for weight in shape.weights if weight.inputs}
+
+
+def matrix_sizes(shape: Shape, rank: int, dims: str) -> tuple[int, ...]:
+    return tuple(rank if dim == "r" else getattr(shape, dim) for dim in dims)
+
+
+# --- what a run trains: every weight, or with lora.rank > 0 adapters ------------------------------------------------------
+
+
+def make_adapters(shape: Shape, lora: Lora, make: MakeMatrix) -> Adapters:
+    chosen = [weight for name, weight in linear_layers(shape).items() if name in lora.targets]
+    return Adapters(chosen, lora.alpha / lora.rank, make)
+
+
+def trained_shapes(shape: Shape, lora: Lora) -> Any:
+    """The float32 arrays that are trained, without their memory."""
+    if not lora.rank:
+        return model_shapes(shape)
+    return make_adapters(
+        shape, lora, lambda dims, _: jax.ShapeDtypeStruct(matrix_sizes(shape, lora.rank, dims), jnp.float32)
     )
 
 
-def sizes(shape: Shape, rank: int, dims: str) -> tuple[int, ...]:
-    return tuple(rank if letter == "r" else getattr(shape, letter) for letter in dims)
+def trained_shardings(shape: Shape, lora: Lora, axes: Axes, mesh: Mesh) -> Any:
+    """A NamedSharding for each of them. A and B are split as the dims of their weight are."""
+
+    def place(dims: str) -> NamedSharding:
+        return NamedSharding(mesh, weight_spec(axes, dims, mesh, shape.k))
+
+    if not lora.rank:
+        return Transformer(shape, lambda weight: place(weight.stacked_dims))
+    return make_adapters(shape, lora, lambda dims, _: place(dims))
 
 
-def abstract(shape: Shape, lora: config.Lora) -> Adapters:
-    """The adapters' shapes, float32, without their memory."""
-    return described(lora, lambda _, dims, weight: jax.ShapeDtypeStruct(sizes(shape, lora.rank, dims), jnp.float32))
-
-
-def initial(shape: Shape, lora: config.Lora, key: Array) -> Adapters:
+def initial_adapters(shape: Shape, lora: Lora, key: Array) -> Adapters:
     """Float32 adapters that change nothing yet: A uniform in +- 1 / sqrt(inputs), as PEFT draws it, and B zero."""
-    count = iter(range(10**6))
 
-    def make(_: str, dims: str, weight: str) -> Array:
-        made, here = sizes(shape, lora.rank, dims), jax.random.fold_in(key, next(count))
-        bound = math.prod(shape.dims(INPUTS[weight])) ** -0.5
-        return jax.random.uniform(here, made, minval=-bound, maxval=bound) if dims[-1] == "r" else jnp.zeros(made)
+    def make(dims: str, weight: Weight) -> Array:
+        sizes, bound = matrix_sizes(shape, lora.rank, dims), math.prod(shape.dims(weight.inputs)) ** -0.5
+        own_key = jax.random.fold_in(key, zlib.crc32(weight.name.encode()))
+        return jax.random.uniform(own_key, sizes, minval=-bound, maxval=bound) if dims[-1] == "r" else jnp.zeros(sizes)
 
-    return described(lora, make)
-
-
-def adapter_spec(table: WeightTable, weight: str, dims: str, mesh: Mesh, kv_heads: int) -> P:
-    """A and B split as their weight's own dims are; r and l never."""
-    by_letter = dict(zip(dims_of(weight), spec(table, weight, mesh, kv_heads, stacked=False), strict=True))
-    return P(*(by_letter.get(letter) for letter in dims))
-
-
-def shardings(shape: Shape, lora: config.Lora, table: WeightTable, mesh: Mesh) -> Adapters:
-    """A NamedSharding in the place of every stacked matrix."""
-    return described(
-        lora, lambda _, dims, weight: NamedSharding(mesh, adapter_spec(table, weight, dims, mesh, shape.k))
-    )
+    return make_adapters(shape, lora, make)
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def merged(weight: Array, a: Array, b: Array, scale: float) -> Array:
+def merged_weight(weight: Array, a: Array, b: Array, scale: float) -> Array:
     """W + scale * A B of one layer, added in float32 whatever W's type is, and cast back to it."""
     wide = [part.astype(jnp.float32) for part in (weight, a, b)]
     change = wide[1].reshape(-1, a.shape[-1]) @ wide[2].reshape(b.shape[0], -1)
     return (wide[0] + scale * change.reshape(weight.shape)).astype(weight.dtype)
 
 
-def merge(adapted: Adapted) -> Qwen2:
-    """The model with its adapters merged into stacked weights, in place: the base is used up."""
+def merge_adapters(policy: Policy) -> Transformer:
+    """The model with its adapters merged into the stacked weights, in place: the base is used up."""
+    model, adapters = policy
+    if adapters is None:
+        return model
+    scale = adapters.scale
 
     def stack(weight: Array, a: Array, b: Array) -> Array:
         def layer(index: Array, weight: Array) -> Array:
-            return weight.at[index].set(merged(weight[index], a[index], b[index], adapted.adapters.scale))
+            return weight.at[index].set(merged_weight(weight[index], a[index], b[index], scale))
 
         return jax.lax.fori_loop(0, weight.shape[0], layer, weight)
 
-    for name in adapted.adapters.weights:
-        weight = getattr(adapted.base.blocks, name)[...]
-        whole = jax.jit(stack, donate_argnums=0, out_shardings=weight.sharding)(weight, *adapted.adapters.pair(name))
-        setattr(adapted.base.blocks, name, nnx.Param(whole))
-    return adapted.base
+    for name in sorted(adapters.adapted):
+        weight = model[name]
+        merged = jax.jit(stack, donate_argnums=0, out_shardings=weight.sharding)(weight, *adapters.pair(name))
+        setattr(model.blocks, name, nnx.Param(merged))
+    return model

@@ -6,7 +6,7 @@ An adapted layer's key in the model, `model.layers.0.self_attn.q_proj.weight`, g
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from crpo_jax.errors import InputError
-from crpo_jax.model.huggingface import DTYPES, HF_KEYS, free_folder, headers_of, read_json, written_at_once
-from crpo_jax.model.lora import INPUTS, TARGETS, Adapters, adapter_spec
+from crpo_jax.model.architecture import Weight
+from crpo_jax.model.huggingface import DTYPES, free_folder, read_header, read_json, written_at_once
+from crpo_jax.model.lora import Adapters, linear_layers, matrix_sizes
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import dims_of
-from crpo_jax.parallel.layout import WeightTable
+from crpo_jax.parallel.layout import Axes, weight_spec
 from crpo_jax.parallel.mesh import fetch, put
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,19 +43,28 @@ OFF += ("layer_replication", "alora_invocation_tokens", "trainable_token_indices
 """What a config must say, and what it must leave empty: each changes what the matrices mean, or adds others."""
 
 
-def stored(weight: str, half: str, layer: int) -> str:
-    """The key of one layer's "A" or "B"."""
-    return f"base_model.model.{HF_KEYS[weight][0].format(l=layer).removesuffix('weight')}lora_{half}.weight"
+def adapter_tensors(
+    weights: Sequence[Weight], shape: Shape, rank: int
+) -> dict[str, tuple[Weight, str, int, tuple[int, int]]]:
+    """Every key of the safetensors with its weight, "A" or "B", layer and sizes."""
+    return {
+        f"base_model.model.{weight.key.format(l=layer).removesuffix('weight')}lora_{half}.weight": (
+            weight,
+            half,
+            layer,
+            sizes,
+        )
+        for layer in range(shape.l)
+        for weight in weights
+        for half, sizes in (
+            ("A", (rank, math.prod(shape.dims(weight.inputs)))),
+            ("B", (math.prod(shape.dims(weight.outputs)), rank)),
+        )
+    }
 
 
-def stored_sizes(weight: str, shape: Shape, rank: int) -> dict[str, tuple[int, int]]:
-    inputs = INPUTS[weight]
-    outputs = dims_of(weight)[len(inputs) :]
-    return {"A": (rank, math.prod(shape.dims(inputs))), "B": (math.prod(shape.dims(outputs)), rank)}
-
-
-def load(path: str | Path, shape: Shape, mesh: Mesh, table: WeightTable) -> Adapters:
-    """The float32 adapters of a folder, placed beside the weights that `table` places; their scale is the folder's own.
+def load_adapters(path: str | Path, shape: Shape, mesh: Mesh, axes: Axes) -> Adapters:
+    """The float32 adapters of a folder, placed as `axes` place the weights they adapt; their scale is the folder's own.
 
     Raises InputError, naming file and key, for a setting that this model does not implement and for a tensor that is
     missing, extra or mis-shaped. Weights are read from safetensors only.
@@ -65,39 +74,33 @@ def load(path: str | Path, shape: Shape, mesh: Mesh, table: WeightTable) -> Adap
         raise InputError(
             f"model.adapter: {folder}: expected {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them"
         )
-    settings, headers = read_json(folder / CONFIG), headers_of(folder / WEIGHTS)
+    settings, headers = read_json(folder / CONFIG), read_header(folder / WEIGHTS)
     rank, scale = check_config(folder / CONFIG, settings)
-    weights = [weight for target, (weight, _) in TARGETS.items() if any(f".{target}." in key for key in headers)]
-    wanted = {
-        stored(weight, half, layer): size
-        for layer in range(shape.l)
-        for weight in weights
-        for half, size in stored_sizes(weight, shape, rank).items()
-    }
-    for key in [*sorted(wanted.keys() - headers.keys()), *sorted(headers.keys() - wanted.keys())]:
-        kind, expected = (
-            ("missing", f"shape {list(wanted[key])}")
-            if key in wanted
-            else ("extra", f"none such on a {shape.l}-layer Qwen2")
+    layers = linear_layers(shape)
+    weights = [weight for name, weight in layers.items() if any(f".{name}." in key for key in headers)]
+    tensors = adapter_tensors(weights, shape, rank)
+    for key in [*sorted(tensors.keys() - headers.keys()), *sorted(headers.keys() - tensors.keys())]:
+        if key in tensors:
+            raise InputError(f"{folder / WEIGHTS}: {key}: missing; expected shape {list(tensors[key][3])}")
+        raise InputError(
+            f"{folder / WEIGHTS}: {key}: extra; expected no such key on a {shape.l}-layer {shape.model_type} model"
         )
-        raise InputError(f"{folder / WEIGHTS}: {key}: {kind}; expected {expected}")
     for key, header in headers.items():
-        if header.sizes != wanted[key] or header.dtype not in DTYPES:
-            raise InputError(
-                f"{folder / WEIGHTS}: {key}: expected shape {list(wanted[key])} of {', '.join(DTYPES)}, got {list(header.sizes)} {header.dtype}"
-            )
+        if header.sizes != tensors[key][3] or header.dtype not in DTYPES:
+            expected = f"shape {list(tensors[key][3])} of {', '.join(DTYPES)}"
+            raise InputError(f"{folder / WEIGHTS}: {key}: expected {expected}, got {list(header.sizes)} {header.dtype}")
     if not weights:
-        raise InputError(f"{folder / WEIGHTS}: expected adapters of some of {', '.join(TARGETS)}, got none")
+        raise InputError(f"{folder / WEIGHTS}: expected adapters of some of {', '.join(layers)}, got none")
 
     with safe_open(folder / WEIGHTS, framework="numpy") as source:
 
-        def make(_: str, dims: str, weight: str) -> jax.Array:
+        def make(dims: str, weight: Weight) -> jax.Array:
             half = "A" if dims[-1] == "r" else "B"
-            layers = [source.get_tensor(stored(weight, half, layer)).astype(np.float32).T for layer in range(shape.l)]
-            sizes = [rank if letter == "r" else getattr(shape, letter) for letter in dims]
-            return put(np.stack(layers).reshape(sizes), mesh, adapter_spec(table, weight, dims, mesh, shape.k))
+            keys = [key for key, tensor in tensors.items() if tensor[:2] == (weight, half)]
+            stacked = np.stack([source.get_tensor(key).astype(np.float32).T for key in keys])
+            return put(stacked.reshape(matrix_sizes(shape, rank, dims)), mesh, weight_spec(axes, dims, mesh, shape.k))
 
-        return Adapters(make, weights, scale)
+        return Adapters(weights, scale, make)
 
 
 def check_config(file: Path, settings: Any) -> tuple[int, float]:
@@ -120,22 +123,18 @@ def check_config(file: Path, settings: Any) -> tuple[int, float]:
     return rank, alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
-def save(adapters: Adapters, shape: Shape, folder: str | Path, *, base: str, dtype: Any = "float32") -> None:
-    """Writes adapters for PEFT, `base` being the model they belong on; refuses a folder that holds files.
+def save_adapters(adapters: Adapters, shape: Shape, folder: str | Path, *, base: str, dtype: Any = "float32") -> None:
+    """Writes adapters for PEFT, `base` being the model they belong to; refuses a folder that holds files.
 
     The folder appears whole or not at all. On a mesh of several processes every process calls this; the first one writes.
     """
     folder, rank = free_folder(folder), adapters.rank
-    found: Adapters = fetch(adapters)
+    on_host: Adapters = fetch(adapters)
     if jax.process_index() == 0:
         tensors = {}
-        for weight in adapters.weights:
-            sizes = stored_sizes(weight, shape, rank)
-            for half, values in zip(("A", "B"), found.pair(weight), strict=True):
-                for layer, each in enumerate(np.asarray(values)):
-                    tensors[stored(weight, half, layer)] = np.ascontiguousarray(
-                        each.reshape(sizes[half][::-1]).T
-                    ).astype(jnp.dtype(dtype))
+        for key, (weight, half, layer, sizes) in adapter_tensors(adapters.weights, shape, rank).items():
+            values = np.asarray(on_host.pair(weight.name)[half == "B"])[layer]
+            tensors[key] = np.ascontiguousarray(values.reshape(sizes[::-1]).T).astype(jnp.dtype(dtype))
         settings = {
             "base_model_name_or_path": base,
             "bias": "none",
@@ -147,7 +146,7 @@ def save(adapters: Adapters, shape: Shape, folder: str | Path, *, base: str, dty
             "modules_to_save": None,
             "peft_type": "LORA",
             "r": rank,
-            "target_modules": [target for target, (weight, _) in TARGETS.items() if weight in adapters.weights],
+            "target_modules": [weight.layer_name for weight in adapters.weights],
             "task_type": "CAUSAL_LM",
             "use_dora": False,
             "use_rslora": False,

@@ -1,4 +1,4 @@
-"""A model on a mesh: the shardings of its weights, the constraints of its forward, its form for the sampler."""
+"""A model on a mesh: the shardings of its weights, the constraints of its forward pass, its form for the sampler."""
 
 import functools
 import math
@@ -10,70 +10,85 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crpo_jax.model.architecture import Weight
 from crpo_jax.model.attention import Implementation, causal_attention
-from crpo_jax.model.decode import Layer, Weights
-from crpo_jax.model.lora import Adapted, Adapters, adapter_spec, merged
+from crpo_jax.model.decode import SamplerWeights
+from crpo_jax.model.lora import Adapters, Policy, merged_weight
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import Block, Placement, Qwen2, abstract, dims_of
-from crpo_jax.parallel.layout import HIDDEN_BTD, KV_BTKH, LAYOUTS, Q_BTNH, TENSOR, Layout, WeightTable, kv_copies, spec
+from crpo_jax.model.transformer import Block, Placement, Transformer
+from crpo_jax.parallel.layout import (
+    HIDDEN_BTD,
+    KV_BTKH,
+    LAYOUTS,
+    Q_BTNH,
+    TENSOR,
+    Axes,
+    Layout,
+    kv_copies,
+    weight_spec,
+)
 from crpo_jax.parallel.mesh import MODEL, model_size
 
 
-def weight_shardings(shape: Shape, table: WeightTable, mesh: Mesh) -> Qwen2:
+def weight_shardings(shape: Shape, axes: Axes, mesh: Mesh) -> Transformer:
     """A NamedSharding in the place of every stacked weight."""
-
-    def make(name: str, dims: str) -> NamedSharding:
-        return NamedSharding(mesh, spec(table, name, mesh, shape.k, stacked=dims[0] == "l"))
-
-    return Qwen2(make, tied=shape.tied)
+    return Transformer(shape, lambda weight: NamedSharding(mesh, weight_spec(axes, weight.stacked_dims, mesh, shape.k)))
 
 
 def resident_bytes(shape: Shape, layout: Layout, mesh: Mesh, dtype: str) -> int:
-    """What training keeps on each device between micro-batches: float32 masters, two moments and gradients, compute and reference weights."""
+    """What training keeps on each device between micro-batches: float32 masters, two moments and gradients, compute and
+    reference weights."""
 
-    def bytes_of(table: WeightTable, width: int) -> int:
-        weights, shardings = jax.tree.leaves(abstract(shape)), jax.tree.leaves(weight_shardings(shape, table, mesh))
-        return sum(
-            math.prod(to.shard_shape(weight.shape)) * width for weight, to in zip(weights, shardings, strict=True)
-        )
+    def numbers(axes: Axes) -> int:
+        placed = [
+            (weight.stacked_dims, weight_spec(axes, weight.stacked_dims, mesh, shape.k)) for weight in shape.weights
+        ]
+        return sum(math.prod(NamedSharding(mesh, spec).shard_shape(shape.dims(dims))) for dims, spec in placed)
 
     narrow = jnp.dtype(dtype).itemsize
-    return bytes_of(layout.master, 16) + bytes_of(layout.compute, narrow) + bytes_of(layout.reference, narrow)
+    return 16 * numbers(layout.master) + narrow * (numbers(layout.compute) + numbers(layout.reference))
 
 
 def automatic_layout(shape: Shape, mesh: Mesh, dtype: str, memory: int | None) -> str:
     """parallel.layout=auto: zero1, which moves weights once per optimizer step, while what it keeps leaves half of a device's
-    `memory` in bytes (None: not known) to activations and logits; fsdp, which moves them per block, where it does not."""
-    return "zero1" if memory is None or resident_bytes(shape, LAYOUTS["zero1"], mesh, dtype) <= memory / 2 else "fsdp"
+    `memory` in bytes (None: not known) to activations and logits; otherwise fsdp, which moves them per block."""
+    fits = memory is None or resident_bytes(shape, LAYOUTS["zero1"], mesh, dtype) <= memory / 2
+    return "zero1" if fits else "fsdp"
 
 
 def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xla") -> Placement:
-    """The constraints of the training forward: a block's weights are gathered to the tensor-parallel table before use,
-    rows stay split over the data axis, and KV heads are repeated until every model shard has its own.
+    """The constraints of the training forward: a block's weights are gathered to TENSOR before use, rows stay split over the
+    data axis, and KV heads are repeated until every model shard has its own.
 
     An attention kernel runs on each device's rows and heads by itself; XLA's attention the compiler splits the same way.
     """
     copies = kv_copies(mesh, shape.k)
 
-    def constrain(x: Any, to: P) -> Any:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, to))
+    def constrain(x: Any, spec: P) -> Any:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    def weights(block: Block) -> Block:
-        return Block(
-            lambda name, _: constrain(getattr(block, name)[...], spec(TENSOR, name, mesh, shape.k, stacked=False)),
-            stacked=False,
-        )
+    def gather(x: Any, dims: str) -> Any:
+        return constrain(x, weight_spec(TENSOR, dims, mesh, shape.k))
+
+    def block(block: Block) -> Block:
+        return Block(shape, lambda weight: gather(block[weight.name], weight.dims))
 
     def low_rank(adapters: Adapters) -> Adapters:
-        def make(name: str, dims: str, weight: str) -> Any:
-            return constrain(getattr(adapters, name)[...], adapter_spec(TENSOR, weight, dims, mesh, shape.k))
+        """One layer's: without the dim l."""
 
-        return Adapters(make, adapters.weights, adapters.scale, stacked=False)
+        def make(dims: str, weight: Any) -> Any:
+            a, b = adapters.pair(weight.name)
+            return gather(a if dims[-1] == "r" else b, dims[1:])
 
-    def ends(model: Qwen2) -> Qwen2:
-        return _with(
-            model, lambda name, value: constrain(value, spec(TENSOR, name, mesh, shape.k, stacked=False)), model.blocks
-        )
+        return Adapters(adapters.weights, adapters.scale, make)
+
+    def ends(model: Transformer) -> Transformer:
+        gathered = nnx.clone(model)
+        for weight in shape.weights:
+            if not weight.stacked:
+                setattr(gathered, weight.name, nnx.Param(gather(model[weight.name], weight.dims)))
+        gathered.blocks = model.blocks
+        return gathered
 
     def kv_heads(x_btkh: Any) -> Any:
         return constrain(jnp.repeat(x_btkh, copies, axis=2) if copies > 1 else x_btkh, KV_BTKH)
@@ -82,90 +97,70 @@ def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xl
         if attention == "xla":
             return causal_attention(q, k, v, attention)
         local = functools.partial(causal_attention, implementation=attention)
-        return jax.shard_map(local, mesh=mesh, in_specs=(Q_BTNH, KV_BTKH, KV_BTKH), out_specs=Q_BTNH, check_vma=False)(
-            q, k, v
-        )
+        specs = (Q_BTNH, KV_BTKH, KV_BTKH)
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=Q_BTNH, check_vma=False)(q, k, v)
 
-    return Placement(
-        block=weights,
-        adapters=low_rank,
-        ends=ends,
-        activations=lambda x: constrain(x, HIDDEN_BTD),
-        kv_heads=kv_heads,
-        attend=attend,
-    )
+    return Placement(block, low_rank, ends, lambda x: constrain(x, HIDDEN_BTD), kv_heads, attend)
 
 
-def _with(model: Qwen2, change: Any, blocks: Any) -> Qwen2:
-    """The model with its embedding, last norm and output changed, and these blocks."""
-    new = nnx.clone(model)
-    for name in ("embed_vd", "final_norm_d") + (() if model.tied else ("unembed_dv",)):
-        setattr(new, name, nnx.Param(change(name, getattr(model, name)[...])))
-    new.blocks = blocks
-    return new
+# --- the sampler's form -----------------------------------------------------------------------------------------------
 
 
-def sampling_form(policy: Qwen2 | Adapted, shape: Shape, mesh: Mesh, dtype: Any) -> Weights:
-    """The weights as the sampler wants them: adapters merged, cast, a buffer per layer, projections of one input side by side, KV
-    heads repeated past their number; call under `jit`."""
+def sampler_buffers(shape: Shape) -> dict[str, list[Weight]]:
+    """The buffers of a layer in the sampler: a weight, or those that read the same input side by side."""
+    buffers: dict[str, list[Weight]] = {}
+    for weight in shape.weights:
+        if weight.stacked:
+            buffers.setdefault(weight.fused or weight.name, []).append(weight)
+    return buffers
+
+
+def sampler_form(policy: Policy, mesh: Mesh, dtype: Any) -> SamplerWeights:
+    """The weights as the sampler wants them: adapters merged, cast, one set of buffers per layer, KV heads repeated where
+    there are more model shards; call under `jit`."""
+    model, adapters = policy
+    shape = model.shape
     copies, shards = kv_copies(mesh, shape.k), model_size(mesh)
-    model, adapters = policy if isinstance(policy, Adapted) else (policy, None)
 
-    def beside(*parts: Any, leading: int) -> Any:
-        """The parts' last dims as one, in which every model shard has its piece of each part in turn."""
-        split = [part.reshape(*part.shape[:leading], shards, -1) for part in parts]
-        return jnp.concatenate(split, axis=-1).reshape(*parts[0].shape[:leading], -1)
+    def one_layer(weight: Weight, index: int) -> Any:
+        value = model[weight.name][index]
+        if adapters is not None and weight.name in adapters.adapted:
+            a, b = adapters.pair(weight.name)
+            value = merged_weight(value, a[index], b[index], adapters.scale)
+        value = value.astype(dtype)
+        repeated = copies > 1 and "k" in weight.dims
+        return jnp.repeat(value, copies, axis=weight.dims.index("k")) if repeated else value
 
-    def layer(index: int) -> Layer:
-        def weight(name: str) -> Any:
-            value = getattr(model.blocks, name)[index]
-            if adapters is not None and name in adapters.weights:
-                a, b = adapters.pair(name)
-                value = merged(value, a[index], b[index], adapters.scale)
-            value = value.astype(dtype)
-            return (
-                jnp.repeat(value, copies, axis=dims_of(name).index("k"))
-                if copies > 1 and "k" in dims_of(name)
-                else value
-            )
+    def buffer(weights: list[Weight], index: int) -> Any:
+        parts = [one_layer(weight, index) for weight in weights]
+        if not weights[0].fused:
+            return parts[0]
+        inputs = parts[0].shape[: len(weights[0].inputs)]
+        split = [part.reshape(*inputs, shards, -1) for part in parts]  # every model shard has its piece of each part
+        return jnp.concatenate(split, axis=-1).reshape(*inputs, -1)
 
-        return Layer(
-            attn_norm_d=weight("attn_norm_d"),
-            qkv=beside(weight("q_dnh"), weight("k_dkh"), weight("v_dkh"), leading=1),
-            qkv_bias=beside(weight("q_bias_nh"), weight("k_bias_kh"), weight("v_bias_kh"), leading=0),
-            o_nhd=weight("o_nhd"),
-            mlp_norm_d=weight("mlp_norm_d"),
-            gate_up=beside(weight("gate_df"), weight("up_df"), leading=1),
-            down_fd=weight("down_fd"),
-        )
-
-    return Weights(
-        embed_vd=model.embed_vd[...].astype(dtype),
-        layers=tuple(layer(index) for index in range(shape.l)),
-        final_norm_d=model.final_norm_d[...].astype(dtype),
-        unembed_dv=None if model.tied else model.unembed_dv[...].astype(dtype),
+    buffers = sampler_buffers(shape)
+    layers = tuple({name: buffer(weights, i) for name, weights in buffers.items()} for i in range(shape.l))
+    return SamplerWeights(
+        {weight.name: model[weight.name].astype(dtype) for weight in shape.weights if not weight.stacked}, layers
     )
 
 
-def sampling_shardings(shape: Shape, mesh: Mesh, *, specs: bool = False) -> Weights:
-    """The NamedSharding (or, for `shard_map`, the spec) of every weight in its sampling form: the tensor-parallel table."""
+def sampler_specs(shape: Shape, mesh: Mesh) -> SamplerWeights:
+    """The spec of every buffer of the sampler, for `shard_map`: TENSOR, with a fused buffer split along its last dim."""
 
-    fused = {"qkv": P(None, MODEL), "qkv_bias": P(MODEL), "gate_up": P(None, MODEL)}
+    def spec(weights: list[Weight]) -> P:
+        if weights[0].fused:
+            return P(*(None,) * len(weights[0].inputs), MODEL)
+        return P(*(getattr(TENSOR, dim) if weights[0].dims != "d" else None for dim in weights[0].dims))
 
-    def place(name: str) -> Any:
-        here = fused.get(name) or P(*getattr(TENSOR, name))
-        return here if specs else NamedSharding(mesh, here)
-
-    layer = Layer._make(map(place, Layer._fields))
-    return Weights(
-        place("embed_vd"), (layer,) * shape.l, place("final_norm_d"), None if shape.tied else place("unembed_dv")
-    )
+    layer: Any = {name: spec(weights) for name, weights in sampler_buffers(shape).items()}
+    ends: Any = {weight.name: spec([weight]) for weight in shape.weights if not weight.stacked}
+    return SamplerWeights(ends, (layer,) * shape.l)
 
 
 @functools.cache
-def to_sampling(shape: Shape, mesh: Mesh, dtype: str) -> Any:
-    """The jitted gather from the training layout into the sampling layout, once per rollout."""
-    return jax.jit(
-        lambda model: sampling_form(model, shape, mesh, jnp.dtype(dtype)),
-        out_shardings=sampling_shardings(shape, mesh),
-    )
+def to_sampler(shape: Shape, mesh: Mesh, dtype: str) -> Any:
+    """The jitted gather of a `Policy` from the training layout into the sampler's form, once per rollout."""
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh))
+    return jax.jit(lambda policy: sampler_form(policy, mesh, jnp.dtype(dtype)), out_shardings=placed)

@@ -1,5 +1,6 @@
-"""The dimensions of a Qwen2, read from its config.json."""
+"""The dimensions of a model, read from its config.json."""
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crpo_jax.errors import InputError
+from crpo_jax.model.architecture import ARCHITECTURES, Weight
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,20 @@ class Shape:
     tied: bool
     rope_theta: float
     norm_eps: float
+    model_type: str = "qwen2"
 
     def dims(self, letters: str) -> tuple[int, ...]:
         """Sizes of the dims that `letters` spell, such as "dnh"."""
         return tuple(getattr(self, letter) for letter in letters)
+
+    @functools.cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """Every weight of such a model; where the embedding serves both ends (tied) there is no output projection."""
+        declared = ARCHITECTURES[self.model_type].weights
+        return tuple(weight for weight in declared if not (self.tied and weight.name == "unembed_dv"))
+
+    def weight(self, name: str) -> Weight:
+        return next(weight for weight in self.weights if weight.name == name)
 
 
 def forward_flops(shape: Shape, length: int) -> float:

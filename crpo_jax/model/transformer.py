@@ -1,12 +1,12 @@
-"""Qwen2 and Qwen2.5 in Flax: one declaration per weight, each name spelling its dims.
+"""The decoder-only transformer as training runs it: a scan over stacked blocks, which the compiler splits by the layout.
 
-`hidden_states` is the training forward: a scan over stacked blocks under `jit`, where the compiler splits the work by
-the layout. The sampler's forward, over weights of another form, is in `decode.py`.
-
-Source: "Qwen2.5 Technical Report" (arXiv 2412.15115); parity with transformers' Qwen2ForCausalLM is a test.
+The weights are those that `model/architecture.py` declares. The sampler's forward pass, over weights of another form, is in
+`decode.py`. Parity with transformers is a test.
 """
 
-from collections.abc import Callable, Sequence
+import math
+import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -14,87 +14,141 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from crpo_jax.model.architecture import Weight
 from crpo_jax.model.attention import causal_attention
 from crpo_jax.model.shape import Shape
 
 if TYPE_CHECKING:
     from crpo_jax.model.lora import Adapters
 
-Make = Callable[[str, str], Any]
-"""What a weight becomes, from its name and its dims: an array, a ShapeDtypeStruct, a sharding."""
+MakeWeight = Callable[[Weight], Any]
+"""What stands for a weight: an array, a ShapeDtypeStruct, a sharding."""
 
 
 class Block(nnx.Module):
-    """A transformer block; `stacked` gives every weight a leading dim l, one entry per layer."""
+    """A layer: attention and a gated feed-forward network, each added to the residual stream. `block[name]` is a weight."""
 
-    def __init__(self, make: Make, stacked: bool) -> None:
-        def weight(name: str) -> nnx.Param:
-            return nnx.Param(make(name, ("l" if stacked else "") + dims_of(name)))
+    def __init__(self, shape: Shape, make: MakeWeight) -> None:
+        self.shape = shape
+        for weight in shape.weights:
+            if weight.stacked:
+                setattr(self, weight.name, nnx.Param(make(weight)))
 
-        self.attn_norm_d = weight("attn_norm_d")
-        self.q_dnh = weight("q_dnh")
-        self.q_bias_nh = weight("q_bias_nh")
-        self.k_dkh = weight("k_dkh")
-        self.k_bias_kh = weight("k_bias_kh")
-        self.v_dkh = weight("v_dkh")
-        self.v_bias_kh = weight("v_bias_kh")
-        self.o_nhd = weight("o_nhd")
-        self.mlp_norm_d = weight("mlp_norm_d")
-        self.gate_df = weight("gate_df")
-        self.up_df = weight("up_df")
-        self.down_fd = weight("down_fd")
+    def __getitem__(self, name: str) -> Array:
+        return getattr(self, name)[...]
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"],
+        adapters: "Adapters | None" = None,
+        placement: "Placement | None" = None,
+    ) -> Float[Array, "b t d"]:
+        """`adapters` are one layer's."""
+        place = placement or Placement()
+        with jax.named_scope("attention"):
+            q, k, v = self.qkv(x, positions, adapters)
+            mixed = place.attend(q, place.kv_heads(k), place.kv_heads(v))
+            x = place.activations(x + self.linear("o_nhd", mixed, adapters))
+        with jax.named_scope("mlp"):
+            return place.activations(x + self.mlp(x, adapters))
+
+    def qkv(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], adapters: "Adapters | None"
+    ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
+        """Rotated queries and keys, and values, of the block's input."""
+        x = rms_norm(x, self["attn_norm_d"], self.shape.norm_eps)
+        q = self.linear("q_dnh", x, adapters) + self["q_bias_nh"]
+        k = self.linear("k_dkh", x, adapters) + self["k_bias_kh"]
+        v = self.linear("v_dkh", x, adapters) + self["v_bias_kh"]
+        return rope(q, positions, self.shape.rope_theta), rope(k, positions, self.shape.rope_theta), v
+
+    def mlp(self, x: Float[Array, "b t d"], adapters: "Adapters | None") -> Float[Array, "b t d"]:
+        x = rms_norm(x, self["mlp_norm_d"], self.shape.norm_eps)
+        gated = jax.nn.silu(self.linear("gate_df", x, adapters)) * self.linear("up_df", x, adapters)
+        return self.linear("down_fd", gated, adapters)
+
+    def linear(self, name: str, x: Array, adapters: "Adapters | None") -> Array:
+        """x W, and where that weight is adapted x W + scale * (x A) B, rounded once as one sum."""
+        weight, contracted = self[name], len(self.shape.weight(name).inputs)
+        if adapters is None or name not in adapters.adapted:
+            return dot(x, weight, contracted)
+        a, b = adapters.pair(name)
+        low_rank = adapters.scale * dot(dot(x, a, contracted), b, out=jnp.float32)
+        return (dot(x, weight, contracted, out=jnp.float32) + low_rank).astype(x.dtype)
 
 
-class Qwen2(nnx.Module):
-    """The weights of a model; `unembed_dv` is absent where the embedding serves both ends (tied)."""
+class Transformer(nnx.Module):
+    """A model: embedding, stacked blocks, final norm and, unless the embedding is tied, the output projection."""
 
-    def __init__(self, make: Make, *, tied: bool, stacked: bool = True, layers: int = 0) -> None:
-        self.embed_vd = nnx.Param(make("embed_vd", "vd"))
-        self.blocks: Any = (
-            Block(make, stacked=True) if stacked else nnx.List([Block(make, stacked=False) for _ in range(layers)])
-        )
-        self.final_norm_d = nnx.Param(make("final_norm_d", "d"))
-        if not tied:
-            self.unembed_dv = nnx.Param(make("unembed_dv", "dv"))
+    def __init__(self, shape: Shape, make: MakeWeight) -> None:
+        self.shape = shape
+        for weight in shape.weights:
+            if not weight.stacked:
+                setattr(self, weight.name, nnx.Param(make(weight)))
+        self.blocks = Block(shape, make)
 
-    @property
-    def tied(self) -> bool:
-        return not hasattr(self, "unembed_dv")
+    def __getitem__(self, name: str) -> Array:
+        """A weight by its name; those of the blocks have a leading dim l."""
+        return getattr(self, name)[...] if hasattr(self, name) else self.blocks[name]
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        adapters: "Adapters | None" = None,
+        placement: "Placement | None" = None,
+        remat: bool = False,
+        unroll: bool = False,
+    ) -> Float[Array, "b t d"]:
+        """The normed hidden state of every token of right-padded rows, in the type of the weights."""
+        place = placement or Placement()
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+        def layer(x: Array, weights: "tuple[Block, Adapters | None]") -> tuple[Array, None]:
+            low_rank = None if weights[1] is None else place.adapters(weights[1])
+            return place.block(weights[0])(x, positions, low_rank, place), None
+
+        with jax.named_scope("embed"):
+            x = place.activations(self["embed_vd"][tokens])
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, adapters), unroll=unroll)
+        return rms_norm(x, self["final_norm_d"], self.shape.norm_eps)
+
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
+        """Float32 logits of normed hidden states."""
+        with jax.named_scope("unembed"):
+            return dot(hidden, self["embed_vd"].T if self.shape.tied else self["unembed_dv"], out=jnp.float32)
 
 
-def dims_of(name: str) -> str:
-    """The dims that a weight's name spells: `q_bias_nh` -> "nh"."""
-    return name.rsplit("_", 1)[1]
+class Placement(NamedTuple):
+    """How a mesh splits the training forward: functions that constrain the weights of a block, its adapters, activations
+    [b, t, d] and KV heads [b, t, k, h], and attention [b, t, n, h] as the mesh computes it."""
+
+    block: Callable[[Block], Block] = lambda block: block
+    adapters: Callable[["Adapters"], "Adapters"] = lambda adapters: adapters
+    ends: Callable[[Transformer], Transformer] = lambda model: model
+    activations: Callable[[Array], Array] = lambda x: x
+    kv_heads: Callable[[Array], Array] = lambda x: x
+    attend: Callable[[Array, Array, Array], Array] = lambda q, k, v: causal_attention(q, k, v, "xla")
 
 
-def abstract(shape: Shape, dtype: Any = jnp.float32) -> Qwen2:
+def model_shapes(shape: Shape, dtype: Any = jnp.float32) -> Transformer:
     """The model's shapes without its memory."""
-    return Qwen2(lambda name, dims: jax.ShapeDtypeStruct(shape.dims(dims), dtype), tied=shape.tied)
+    return Transformer(shape, lambda weight: jax.ShapeDtypeStruct(shape.dims(weight.stacked_dims), dtype))
 
 
-def initial(shape: Shape, key: Array) -> Qwen2:
-    """A model from scratch in float32: matrices normal with deviation d^-1/2, those that write the residual stream smaller by
-    depth, norms 1, biases 0. An embedding of its own (untied) has deviation 1, so that the first blocks do not drown it."""
-    count, scale = iter(range(10**6)), shape.d**-0.5
-    deviations = {
-        "o_nhd": scale / (2 * shape.l) ** 0.5,
-        "down_fd": scale / (2 * shape.l) ** 0.5,
-        "embed_vd": scale if shape.tied else 1.0,
-    }
+def random_model(shape: Shape, key: Array) -> Transformer:
+    """A float32 model from scratch. Each weight's key follows from its name, not from the order of the declarations."""
 
-    def make(name: str, dims: str) -> Array:
-        sizes, here = shape.dims(dims), jax.random.fold_in(key, next(count))
-        if "norm" in name:
-            return jnp.ones(sizes)
-        if "bias" in name:
-            return jnp.zeros(sizes)
-        return jax.random.normal(here, sizes) * deviations.get(name, scale)
+    def make(weight: Weight) -> Array:
+        own_key = jax.random.fold_in(key, zlib.crc32(weight.name.encode()))
+        return weight.initializer(own_key, shape.dims(weight.stacked_dims), shape)
 
-    return Qwen2(make, tied=shape.tied)
+    return Transformer(shape, make)
 
 
 def parameter_count(shape: Shape) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract(shape)))
+    return sum(math.prod(shape.dims(weight.stacked_dims)) for weight in shape.weights)
 
 
 def rms_norm(x: Float[Array, "... d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "... d"]:
@@ -120,91 +174,6 @@ def dot(x: Array, weight: Array, contracted: int = 1, *, out: Any = None) -> Arr
     XLA on CPU runs the same contraction of three or four dims at half the speed.
     """
     rows, inner = x.shape[: x.ndim - contracted], weight.shape[:contracted]
-    flat = jnp.dot(x.reshape(-1, _product(inner)), weight.reshape(_product(inner), -1), preferred_element_type=out)
+    size = math.prod(inner)
+    flat = jnp.dot(x.reshape(-1, size), weight.reshape(size, -1), preferred_element_type=out)
     return flat.reshape(*rows, *weight.shape[contracted:])
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-def linear(x: Array, block: Block, weight: str, adapters: "Adapters | None" = None, contracted: int = 1) -> Array:
-    """x W, and where the weight of that name is adapted x W + scale * (x A) B."""
-    if adapters is None or weight not in adapters.weights:
-        return dot(x, getattr(block, weight)[...], contracted)
-    a, b = adapters.pair(weight)
-    whole = dot(x, getattr(block, weight)[...], contracted, out=jnp.float32)  # rounded once, with what the adapters add
-    return (whole + adapters.scale * dot(dot(x, a, contracted), b, out=jnp.float32)).astype(x.dtype)
-
-
-def qkv(
-    block: Block,
-    x: Float[Array, "... d"],
-    positions: Int[Array, "..."],
-    shape: Shape,
-    adapters: "Adapters | None" = None,
-) -> tuple[Array, Array, Array]:
-    """Rotated queries [..., n, h] and keys [..., k, h], and values [..., k, h], of the block's normed input."""
-    x = rms_norm(x, block.attn_norm_d[...], shape.norm_eps)
-    q = linear(x, block, "q_dnh", adapters) + block.q_bias_nh[...]
-    k = linear(x, block, "k_dkh", adapters) + block.k_bias_kh[...]
-    v = linear(x, block, "v_dkh", adapters) + block.v_bias_kh[...]
-    return rope(q, positions, shape.rope_theta), rope(k, positions, shape.rope_theta), v
-
-
-def mlp(
-    block: Block, x: Float[Array, "... d"], shape: Shape, adapters: "Adapters | None" = None
-) -> Float[Array, "... d"]:
-    x = rms_norm(x, block.mlp_norm_d[...], shape.norm_eps)
-    return linear(
-        jax.nn.silu(linear(x, block, "gate_df", adapters)) * linear(x, block, "up_df", adapters),
-        block,
-        "down_fd",
-        adapters,
-    )
-
-
-def logits(model: Qwen2, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
-    """Float32 logits of normed hidden states."""
-    weight = model.embed_vd[...].T if model.tied else model.unembed_dv[...]
-    return dot(hidden, weight, out=jnp.float32)
-
-
-class Placement(NamedTuple):
-    """How the training forward is split: functions that constrain weights, [b, t, d] activations and [b, t, k, h] KV heads, and
-    attention [b, t, n, h] as a mesh computes it."""
-
-    block: Callable[[Block], Block] = lambda block: block
-    adapters: Callable[["Adapters"], "Adapters"] = lambda adapters: adapters
-    ends: Callable[[Qwen2], Qwen2] = lambda model: model
-    activations: Callable[[Array], Array] = lambda x: x
-    kv_heads: Callable[[Array], Array] = lambda x: x
-    attend: Callable[[Array, Array, Array], Array] = lambda q, k, v: causal_attention(q, k, v, "xla")
-
-
-def hidden_states(
-    model: Qwen2,
-    tokens: Int[Array, "b t"],
-    shape: Shape,
-    *,
-    adapters: "Adapters | None" = None,
-    placement: Placement = Placement(),
-    remat: bool = False,
-    unroll: bool = False,
-) -> Float[Array, "b t d"]:
-    """The normed hidden state of every token of right-padded rows, in the type of the weights; `adapters` are stacked as they are."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-
-    def one(x: Array, layer: tuple[Block, "Adapters | None"]) -> tuple[Array, None]:
-        block, low = placement.block(layer[0]), None if layer[1] is None else placement.adapters(layer[1])
-        q, k, v = qkv(block, x, positions, shape, low)
-        x = x + linear(placement.attend(q, placement.kv_heads(k), placement.kv_heads(v)), block, "o_nhd", low, 2)
-        x = placement.activations(x)
-        return placement.activations(x + mlp(block, x, shape, low)), None
-
-    x = placement.activations(model.embed_vd[...][tokens])
-    x, _ = jax.lax.scan(jax.checkpoint(one) if remat else one, x, (model.blocks, adapters), unroll=unroll)
-    return rms_norm(x, model.final_norm_d[...], shape.norm_eps)

@@ -1,89 +1,53 @@
-"""Where every tensor lies: one table per layout, a tensor's dims spelled in the field's name.
+"""Where every tensor is placed: a layout says which dims of the weights are split over which axis of the mesh.
 
-A table gives each weight a PartitionSpec over its dims. A layout says which table holds the float32 masters (with their
-moments and gradients), which the compute weights between optimizer steps, and which the frozen reference. Adding a
-layout is adding an entry to LAYOUTS; the layout-equality tests cover it by name.
+Adding a layout is adding an entry to LAYOUTS, or passing one's own as `parallel.layout=module:NAME`.
 """
 
-import dataclasses
+import importlib
+import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from crpo_jax.errors import InputError
 from crpo_jax.parallel.mesh import DATA, MODEL, data_size, model_size
 
 
-@dataclass(frozen=True)
-class WeightTable:
-    """A PartitionSpec per weight, over the dims that its name spells (stacked layers add an unsplit l in front)."""
+class Axes(NamedTuple):
+    """The mesh axis that each dim of a weight is split over; None keeps the dim whole on every device."""
 
-    embed_vd: P
-    attn_norm_d: P
-    q_dnh: P
-    q_bias_nh: P
-    k_dkh: P
-    k_bias_kh: P
-    v_dkh: P
-    v_bias_kh: P
-    o_nhd: P
-    mlp_norm_d: P
-    gate_df: P
-    up_df: P
-    down_fd: P
-    final_norm_d: P
-    unembed_dv: P
+    d: str | None = None
+    n: str | None = None
+    k: str | None = None
+    h: str | None = None
+    f: str | None = None
+    v: str | None = None
 
 
-TENSOR = WeightTable(
-    embed_vd=P(MODEL, None),
-    attn_norm_d=P(None),
-    q_dnh=P(None, MODEL, None),
-    q_bias_nh=P(MODEL, None),
-    k_dkh=P(None, MODEL, None),
-    k_bias_kh=P(MODEL, None),
-    v_dkh=P(None, MODEL, None),
-    v_bias_kh=P(MODEL, None),
-    o_nhd=P(MODEL, None, None),
-    mlp_norm_d=P(None),
-    gate_df=P(None, MODEL),
-    up_df=P(None, MODEL),
-    down_fd=P(MODEL, None),
-    final_norm_d=P(None),
-    unembed_dv=P(None, MODEL),
-)
-"""Megatron's split over the model axis, whole on every data shard; what the sampler and a block's arithmetic use."""
+TENSOR = Axes(n=MODEL, k=MODEL, f=MODEL, v=MODEL)
+"""Megatron's split over the model axis, whole on every data shard: how the sampler and each block compute."""
 
-SHARDED = dataclasses.replace(
-    TENSOR,
-    embed_vd=P(MODEL, DATA),
-    q_dnh=P(DATA, MODEL, None),
-    k_dkh=P(DATA, MODEL, None),
-    v_dkh=P(DATA, MODEL, None),
-    o_nhd=P(MODEL, None, DATA),
-    gate_df=P(DATA, MODEL),
-    up_df=P(DATA, MODEL),
-    down_fd=P(MODEL, DATA),
-    unembed_dv=P(DATA, MODEL),
-)
-"""The same with every matrix's width split over the data axis too; norms and biases are too small to be worth it."""
+SHARDED = TENSOR._replace(d=DATA)
+"""The width of every matrix is split over the data axis as well."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which table holds what during training."""
+class Layout(NamedTuple):
+    """How training places the float32 masters (with their moments and gradients), the compute weights between two optimizer
+    steps, and the frozen reference."""
 
-    master: WeightTable
-    compute: WeightTable
-    reference: WeightTable
+    master: Axes
+    compute: Axes
+    reference: Axes
 
 
 LAYOUTS: Mapping[str, Layout] = {
     "zero1": Layout(master=SHARDED, compute=TENSOR, reference=SHARDED),  # weights move once per optimizer step
     "fsdp": Layout(master=SHARDED, compute=SHARDED, reference=SHARDED),  # weights move per block and micro-batch
-    "replicated": Layout(master=TENSOR, compute=TENSOR, reference=TENSOR),  # nothing moves but gradients
+    "replicated": Layout(master=TENSOR, compute=TENSOR, reference=TENSOR),  # only gradients move
 }
 
 # Activations and batches.
@@ -96,59 +60,90 @@ ROWS_B = P(DATA)
 CACHE_BKSH = P(DATA, MODEL, None, None)
 
 
+def find_layout(name: str) -> Layout:
+    """The layout of a name in LAYOUTS, or a user's own as `module:NAME`, looked for in the working directory as well."""
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    expected = f"parallel.layout: expected {', '.join(LAYOUTS)}, auto or a layout of your own as module:NAME"
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise InputError(f"{expected}, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        layout: Any = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # noqa: BLE001 (importing a user's module runs any code)
+        raise InputError(f"{expected}; {name} cannot be imported: {type(error).__name__}: {error}") from None
+    if not (isinstance(layout, Layout) and all(isinstance(axes, Axes) for axes in layout)):
+        raise InputError(
+            f"parallel.layout: expected {name} to be a crpo_jax.parallel.layout.Layout, got {layout!r:.80}"
+        )
+    return layout
+
+
 def kv_copies(mesh: Mesh, kv_heads: int) -> int:
     """How many model shards hold a copy of each KV head: 1 until the model axis is longer than there are KV heads."""
     return max(1, model_size(mesh) // kv_heads)
 
 
-def spec(table: WeightTable, name: str, mesh: Mesh, kv_heads: int, stacked: bool) -> P:
-    """The spec of a weight as it is stored; KV heads that cannot be split over the model axis are whole on every shard."""
-    parts = list(getattr(table, name))
-    if kv_copies(mesh, kv_heads) > 1:
-        parts = [None if letter == "k" else part for letter, part in zip(name.rsplit("_", 1)[1], parts, strict=True)]
-    return P(None, *parts) if stacked else P(*parts)
+def weight_spec(axes: Axes, dims: str, mesh: Mesh, kv_heads: int) -> P:
+    """The spec of a weight with these dims, such as "ldnh"; layers (l) and an adapter's rank (r) are never split.
 
+    KV heads that the model axis cannot split are whole on every shard, and so is the width of a norm, which is too small to
+    be worth a collective.
+    """
 
-def sharding(mesh: Mesh, of: P) -> NamedSharding:
-    return NamedSharding(mesh, of)
+    def axis_of(dim: str) -> str | None:
+        if (dim == "k" and kv_copies(mesh, kv_heads) > 1) or (dim == "d" and dims.strip("l") == "d"):
+            return None
+        return getattr(axes, dim, None)
+
+    return P(*map(axis_of, dims))
 
 
 def check_layout(layout: Layout, mesh: Mesh, sizes: Mapping[str, int]) -> None:
     """Refuses a mesh that cannot split these dims, with the reason; `sizes` gives every dim by its letter."""
-    m, n, k = model_size(mesh), sizes["n"], sizes["k"]
-    here = f"--mesh {data_size(mesh)}x{m}"
-    if n % m:
-        raise InputError(f"{here}: expected a model axis that divides the {n} query heads, got {m}")
-    if m % k and k % m:
-        raise InputError(
-            f"{here}: expected a model axis that divides the {k} KV heads or is a multiple of them, got {m}"
-        )
-    for letter, meaning in (("f", "ffn width"), ("v", "vocabulary")):
-        if sizes[letter] % m:
-            raise InputError(f"{here}: expected a model axis that divides the {meaning} {sizes[letter]}, got {m}")
-    if layout.master is SHARDED and sizes["d"] % data_size(mesh):
-        raise InputError(
-            f"{here}: expected a data axis that divides the width {sizes['d']} for this parallel.layout, got {data_size(mesh)}"
-        )
+    here = f"--mesh {data_size(mesh)}x{model_size(mesh)}"
+    names = {"d": "width", "n": "query heads", "k": "KV heads", "h": "head width", "f": "ffn width", "v": "vocabulary"}
+    for axes in dict.fromkeys((TENSOR, *layout)):  # every layout computes in TENSOR
+        for dim, axis in axes._asdict().items():
+            if axis is None:
+                continue
+            if axis not in (DATA, MODEL):
+                raise InputError(f"parallel.layout: {dim}: expected the mesh axis {DATA} or {MODEL}, got {axis!r}")
+            size, parts = sizes[dim], mesh.shape[axis]
+            if size % parts and not (dim == "k" and axis == MODEL and parts % size == 0):
+                what = f"the {size} {names[dim]}" if dim in "nk" else f"the {names[dim]} {size}"
+                what += (
+                    " or is a multiple of them" if dim == "k" else "" if axes == TENSOR else " for this parallel.layout"
+                )
+                raise InputError(f"{here}: expected a {axis} axis that divides {what}, got {parts}")
+        for dims in ("dn", "dk", "df", "dv", "dh", "nh", "kh"):
+            for first, second in combinations(dims, 2):
+                if getattr(axes, first) and getattr(axes, first) == getattr(axes, second):
+                    raise InputError(
+                        f"parallel.layout: expected different mesh axes for {first} and {second}, which share a weight"
+                    )
 
 
-def wasteful(layout: Layout, mesh: Mesh, sizes: Mapping[str, int], prompts: int, rows: int) -> list[str]:
+def layout_warnings(layout: Layout, mesh: Mesh, kv_heads: int, prompts: int, rows: int) -> list[str]:
     """What a mesh and layout that can run would waste, with the reason; `prompts` are a rollout's, `rows` a mini-batch's."""
-    d, m, k, found = data_size(mesh), model_size(mesh), sizes["k"], []
-    if kv_copies(mesh, k) > 1:
-        found.append(
-            f"{m} model shards keep {kv_copies(mesh, k)} copies of each of the {k} KV heads: the cache does not shrink beyond {k} shards"
+    d, m, copies, warnings = data_size(mesh), model_size(mesh), kv_copies(mesh, kv_heads), []
+    if copies > 1:
+        warnings.append(
+            f"{m} model shards keep {copies} copies of each of the {kv_heads} KV heads: "
+            f"the cache does not shrink beyond {kv_heads} shards"
         )
     if rows < d:
-        found.append(
+        warnings.append(
             f"a mini-batch of {rows} responses leaves {d - rows} of {d} data shards idle in every update (crpo.mini_batch_prompts)"
         )
     if prompts < d:
-        found.append(
+        warnings.append(
             f"a rollout of {prompts} questions leaves {d - prompts} of {d} data shards idle (crpo.prompts_per_step)"
         )
-    if layout.master is TENSOR and d > 1:
-        found.append(
-            f"each of {d} data shards keeps masters and moments whole, 12 bytes a parameter; parallel.layout=zero1 splits them"
+    if DATA not in layout.master and d > 1:
+        warnings.append(
+            f"each of {d} data shards keeps whole masters and moments, 12 bytes a parameter; parallel.layout=zero1 splits them"
         )
-    return found
+    return warnings

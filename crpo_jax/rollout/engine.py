@@ -23,8 +23,9 @@ from jax.sharding import Mesh
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
 from crpo_jax.model.attention import Implementation
-from crpo_jax.model.decode import Cache, Weights
-from crpo_jax.model.placement import to_sampling
+from crpo_jax.model.decode import Cache, SamplerWeights
+from crpo_jax.model.lora import Policy
+from crpo_jax.model.placement import to_sampler
 from crpo_jax.model.shape import Shape, read_shape
 from crpo_jax.parallel.layout import LAYOUTS, ROWS_B, TENSOR, TOKENS_BT, check_layout
 from crpo_jax.parallel.mesh import data_size, fetch, make_mesh, put
@@ -134,7 +135,7 @@ def prompt_slots(length: int) -> int:
 
 @dataclass(frozen=True)
 class Engine:
-    """Samples responses with weights in their sampling form (`crpo_jax.model.placement.to_sampling`).
+    """Samples responses with weights in their sampling form (`crpo_jax.model.placement.to_sampler`).
 
     At most `slots` rows are decoded together on each data shard (or one group, where that has more), and the host looks at
     them every `chunk` steps.
@@ -150,7 +151,7 @@ class Engine:
 
     def generate(
         self,
-        weights: Weights,
+        weights: SamplerWeights,
         prompts: Sequence[Sequence[int]],
         *,
         key: jax.Array,
@@ -192,7 +193,7 @@ class Schedule:
     def __init__(
         self,
         engine: Engine,
-        weights: Weights,
+        weights: SamplerWeights,
         prompts: Sequence[Sequence[int]],
         ids: Sequence[int],
         limits: Sequence[int],
@@ -369,7 +370,7 @@ class Schedule:
 
     def collect(self, decks: Sequence[Deck]) -> None:
         """Puts the running rows of these decks into a new one, each with its own copy of its prompt, all ended at one cursor."""
-        dtype, slots = self.weights.embed_vd.dtype, self.collected_slots(decks)
+        dtype, slots = self.weights.dtype, self.collected_slots(decks)
         cursor = max(deck.reach for deck in decks)
         shards: list[list[tuple[int, int, Row]]] = [[] for _ in range(self.shards)]  # (deck, place on its shard, row)
         for number, deck in enumerate(decks):
@@ -421,10 +422,11 @@ def load(
     dtype: str = "bfloat16",
     slots: int = 128,
     chunk: int = 16,
-) -> tuple[Engine, Weights]:
+) -> tuple[Engine, SamplerWeights]:
     """An engine and the weights of a Hugging Face folder or hub id in their sampling form; `mesh` is DxM, by default all devices on
     the data axis."""
     devices, shape = make_mesh(mesh), read_shape(huggingface.model_folder(path))
-    check_layout(LAYOUTS["replicated"], devices, {letter: getattr(shape, letter) for letter in "dnkfv"})
-    weights = to_sampling(shape, devices, dtype)(huggingface.load(path, devices, TENSOR, jnp.dtype(dtype))[1])
+    check_layout(LAYOUTS["replicated"], devices, {dim: getattr(shape, dim) for dim in "dnkhfv"})
+    model = huggingface.load_model(path, devices, TENSOR, jnp.dtype(dtype))
+    weights = to_sampler(shape, devices, dtype)(Policy(model))
     return Engine(shape, devices, how, max_new_tokens, slots, chunk), weights

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from crpo_jax.model.attention import Implementation
-from crpo_jax.model.decode import Cache, Shard, Weights, decode, prefill
-from crpo_jax.model.placement import sampling_shardings
+from crpo_jax.model.decode import Cache, SamplerWeights, Shard, decode, prefill
+from crpo_jax.model.placement import sampler_specs
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, TOKENS_BT, kv_copies
 from crpo_jax.parallel.mesh import DATA, MODEL, model_size
@@ -78,7 +78,7 @@ def recorded(
 
 
 def start(
-    weights: Weights,
+    weights: SamplerWeights,
     tokens: Int[Array, "p t"],
     rows: Rows,
     key: Key[Array, ""],
@@ -117,7 +117,7 @@ class Loop(NamedTuple):
 
 
 def advance(
-    weights: Weights,
+    weights: SamplerWeights,
     cache: tuple[Cache, ...],
     rows: Rows,
     key: Key[Array, ""],
@@ -193,7 +193,7 @@ class Programs(NamedTuple):
 @functools.cache
 def programs(shape: Shape, mesh: Mesh, how: Sampling, chunk: int, attention: Implementation) -> Programs:
     shard = Shard(MODEL if model_size(mesh) > 1 else None)
-    weights, layer = sampling_shardings(shape, mesh, specs=True), Cache._make([CACHE_BKSH] * len(Cache._fields))
+    weights, layer = sampler_specs(shape, mesh), Cache._make([CACHE_BKSH] * len(Cache._fields))
     rows, drawn = Rows._make([ROWS_B] * len(Rows._fields)), Drawn._make([TOKENS_BT, TOKENS_BT, ROWS_B, ROWS_B])
     cache, one, fixed = (layer,) * shape.l, P(), {"shape": shape, "shard": shard, "how": how}
 

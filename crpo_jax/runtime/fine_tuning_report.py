@@ -4,43 +4,45 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
-from crpo_jax.config import Config
-from crpo_jax.model.shape import Shape
 from crpo_jax.rollout.engine import Response
-from crpo_jax.runtime.report import what_on_what
-from crpo_jax.runtime.setup import Text, Traces
+from crpo_jax.runtime.inputs import Traces
+from crpo_jax.runtime.report import model_and_devices
+from crpo_jax.runtime.runtime import Runtime, Vocabulary
 from crpo_jax.store.logs import read_metrics
 from crpo_jax.update.batches import Row
+from crpo_jax.update.trainer import Update
 
 SHOWN_CHARACTERS = 600
 
 
 def opening(
-    settings: Config,
-    shape: Shape,
-    mesh: Mesh,
-    steps: tuple[int, int, int],
-    traces: Traces,
-    folder: Path | None,
-    workdir: Path,
+    runtime: Runtime, done: int, total: int, epoch: int, traces: Traces, start: Path | None, workdir: Path
 ) -> str:
-    """What is about to be fine-tuned, on what; `steps` are those done, all there are, and those of an epoch."""
-    done, total, epoch = steps
-    begun = f"resuming after step {done}" if done else "from the start"
-    dropped = (
-        f", {traces.dropped:,} longer than sft.max_tokens={settings.sft.max_tokens} dropped" if traces.dropped else ""
-    )
+    """What is about to be fine-tuned, and on what; `epoch` is how many steps one takes."""
+    sft = runtime.settings.sft
+    begin = f"resuming after step {done}" if done else "from the start"
+    dropped = f", {traces.dropped:,} longer than sft.max_tokens={sft.max_tokens} dropped" if traces.dropped else ""
+    batch = min(sft.batch_size, len(traces.train))
     return "\n".join([
-        f"cold start: {total:,} steps of {min(settings.sft.batch_size, len(traces.train))} traces ({total / epoch:.1f} epochs), {begun}",
-        *what_on_what(settings, shape, mesh, folder, settings.sft.lora),
+        f"cold start: {total:,} steps of {batch} traces ({total / epoch:.1f} epochs), {begin}",
+        *model_and_devices(runtime, start, sft.lora),
         f"  traces     {len(traces.train):,} to train on, {len(traces.held_out):,} held out{dropped}",
         f"  workdir    {workdir}",
     ])  # fmt: skip
 
 
-def line(values: Mapping[str, float]) -> str:
+def update_metrics(update: Update, rows: Sequence[Row], seconds: float) -> dict[str, float]:
+    """The metrics of one optimizer step, from values on the host."""
+    return {
+        "loss/total": float(update.metrics["sum/nll"] / update.metrics["sum/tokens"]),
+        "policy/gradient_norm": float(update.norm),
+        "policy/skipped_updates": 1 - float(update.applied),
+        "time/step": seconds,
+        "time/tokens_per_second": sum(row.length for row in rows) / seconds,
+    }
+
+
+def step_line(values: Mapping[str, float]) -> str:
     """One line of what was measured."""
     names = {
         "loss/total": "loss {:.3f}",
@@ -55,41 +57,43 @@ def line(values: Mapping[str, float]) -> str:
     )
 
 
-def preview(prompt: Row, response: Response, text: Text) -> str:
+def preview_lines(prompt: Row, response: Response, vocabulary: Vocabulary) -> str:
     """The model's answer to one prompt, as far as it fits on a screen."""
-    said = text.of(response)
+    said = vocabulary.decode(response)
     cut = (
         f"... ({len(said) - SHOWN_CHARACTERS:,} characters more in samples.jsonl)"
         if len(said) > SHOWN_CHARACTERS
         else ""
     )
     ended = "stopped" if response.stopped else "cut at rollout.max_new_tokens"
-    asked = " ".join(str(text.tokenizer.decode(list(prompt.prompt), skip_special_tokens=True)).split())[-160:]
+    asked = " ".join(str(vocabulary.tokenizer.decode(list(prompt.prompt), skip_special_tokens=True)).split())[-160:]
     shown = "\n".join(f"    {line}" for line in (said[:SHOWN_CHARACTERS] + cut).splitlines())
     return f"  preview, {len(response.tokens)} tokens, {ended}, after: ...{asked}\n{shown}"
 
 
-def preview_rows(step: int, prompts: Sequence[Row], responses: Sequence[Response], text: Text) -> list[dict[str, Any]]:
+def preview_rows(
+    step: int, prompts: Sequence[Row], responses: Sequence[Response], vocabulary: Vocabulary
+) -> list[dict[str, Any]]:
     """What samples.jsonl keeps of an evaluation."""
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
-        told = {
-            "prompt": text.tokenizer.decode(list(prompt.prompt)),
-            "teacher": text.tokenizer.decode(list(prompt.response)),
+        texts = {
+            "prompt": vocabulary.tokenizer.decode(list(prompt.prompt)),
+            "teacher": vocabulary.tokenizer.decode(list(prompt.response)),
         }
         rows.append(
             {
                 "step": step,
                 "tokens": len(response.tokens),
                 "stopped": response.stopped,
-                **told,
-                "response": text.of(response),
+                **texts,
+                "response": vocabulary.decode(response),
             }
         )
     return rows
 
 
-def best_of(losses: Mapping[int, float], among: Sequence[int]) -> int | None:
+def best_step(losses: Mapping[int, float], among: Sequence[int]) -> int | None:
     """The step with the lowest held-out loss, the first of several; None where none of them was measured."""
     return min((step for step in losses if step in among), key=lambda step: (losses[step], step), default=None)
 
@@ -98,7 +102,7 @@ def closing(workdir: Path, folder: Path) -> str:
     """Loss before, at its best and at the end, and where everything is."""
     metrics = read_metrics(workdir)
     losses, epochs = held_out_losses(workdir), {int(row["step"]): row["sft/epoch"] for row in metrics}
-    best = best_of(losses, [step for step in losses if step])
+    best = best_step(losses, [step for step in losses if step])
     columns = {"before": 0, **({"best": best} if best is not None else {}), "last": max(epochs, default=0)}
     heads = [f"{name}: step {step}, epoch {epochs.get(step, 0):.1f}" for name, step in columns.items()]
     rows = [f"{'':<24}" + "".join(f"{head:>32}" for head in heads)]
@@ -113,7 +117,7 @@ def closing(workdir: Path, folder: Path) -> str:
     kept = [f"model     {folder}  (model.path={folder} starts from it)"]
     if (workdir / "adapter").is_dir():
         kept.append(f"adapter   {workdir / 'adapter'}  (for PEFT, or as model.adapter)")
-    kept += [f"curve     {draw(workdir, metrics, losses, best)}", f"previews  {workdir / 'samples.jsonl'}"]
+    kept += [f"curve     {draw_loss_curve(workdir, metrics, losses, best)}", f"previews  {workdir / 'samples.jsonl'}"]
     return "\n".join(rows) + "\n\n" + "\n".join(kept)
 
 
@@ -122,7 +126,9 @@ def held_out_losses(workdir: Path) -> dict[int, float]:
     return {int(row["step"]): row["eval/loss"] for row in read_metrics(workdir) if row.get("eval/loss") is not None}
 
 
-def draw(workdir: Path, metrics: Sequence[Mapping[str, float]], losses: Mapping[int, float], best: int | None) -> Path:
+def draw_loss_curve(
+    workdir: Path, metrics: Sequence[Mapping[str, float]], losses: Mapping[int, float], best: int | None
+) -> Path:
     """report/curve.png: the training loss by step, the held-out loss by evaluation, the best one marked."""
     import matplotlib
 

@@ -1,31 +1,31 @@
-"""What a person sees of a run: a line per step, the opening, the closing table, the learning curve."""
+"""What a person sees of a CRPO run: the opening, a line per step, the closing table, the learning curve."""
 
 import json
+import math
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from crpo_jax.answer.evaluation import Answered, response_means, reward_means, standard_error
-from crpo_jax.answer.rollout import Drawn
-from crpo_jax.config import Config, Lora
-from crpo_jax.data.prompts import Fitting
-from crpo_jax.model import lora
-from crpo_jax.model.shape import Shape, forward_flops
+from crpo_jax.config import Lora
+from crpo_jax.hardware import peak_flops
+from crpo_jax.model.lora import trained_shapes
+from crpo_jax.model.shape import forward_flops
 from crpo_jax.model.transformer import parameter_count
-from crpo_jax.parallel.layout import LAYOUTS, wasteful
+from crpo_jax.parallel.layout import layout_warnings
 from crpo_jax.parallel.mesh import DATA, MODEL
-from crpo_jax.planner.targets import peak_flops
-from crpo_jax.reward.rules import Score
-from crpo_jax.reward.scorer import Scored
 from crpo_jax.rollout.engine import Response, Tally
-from crpo_jax.runtime.progress import Progress, clock
+from crpo_jax.runtime.inputs import TrainingQuestions
+from crpo_jax.runtime.progress import clock
+from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.logs import read_metrics, told, whole_lines
+from crpo_jax.update.batches import Row
+from crpo_jax.update.losses import Batch
+from crpo_jax.update.trainer import Update
 
 SHOWN = {
     "mean": "reward",
@@ -37,7 +37,7 @@ SHOWN = {
 }
 
 
-def line(values: Mapping[str, float]) -> str:
+def step_line(values: Mapping[str, float]) -> str:
     """One line of the measures that matter."""
     parts = [f"reward {values['reward/mean']:.2f}"]
     parts += [
@@ -51,198 +51,109 @@ def line(values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def sampling(progress: Progress, step: int) -> Callable[[Tally], None]:
-    """Shows how far a rollout is."""
-
-    def show(tally: Tally) -> None:
-        parts = [f"sampling: {tally.prompts:,} prompts, {tally.responses:,} of {tally.total:,} responses done"]
-        parts += [
-            f"{tally.tokens / tally.seconds:,.0f} tok/s",
-            f"mean length {tally.mean_length:.0f}",
-            f"about {clock(tally.seconds_left)} to go",
-        ]
-        progress.show(step, "  ".join(parts))
-
-    return show
+def rollout_line(tally: Tally) -> str:
+    """How far a rollout is."""
+    parts = [f"sampling: {tally.prompts:,} prompts, {tally.responses:,} of {tally.total:,} responses done"]
+    parts += [f"{tally.tokens / tally.seconds:,.0f} tok/s", f"mean length {tally.mean_length:.0f}"]
+    return "  ".join([*parts, f"about {clock(tally.seconds_left)} left"])
 
 
-def opening(
-    settings: Config,
-    shape: Shape,
-    mesh: Mesh,
-    steps: tuple[int, int],
-    questions: tuple[Fitting, Fitting],
-    folder: Path,
-    workdir: Path,
-) -> str:
-    """What is about to run, on what, from what, and where it is kept."""
-    (done, total), (training, held_out), crpo = steps, questions, settings.crpo
-    begun = f"resuming after step {done}" if done else "from the start"
+def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestions, start: Path, workdir: Path) -> str:
+    """What is about to run, on which devices, from which start, and where its files are."""
+    settings, crpo = runtime.settings, runtime.settings.crpo
+    training, held_out = questions.training, questions.held_out
+    begin = f"resuming after step {done}" if done else "from the start"
     lines = [
-        f"CRPO, reward design {settings.reward.design}: {total} steps of {crpo.prompts_per_step} questions x {crpo.group_size} responses, {begun}",
-        *what_on_what(settings, shape, mesh, folder, settings.lora),
-        f"  questions  {settings.data.source}: {len(training.questions):,} to train on, {len(held_out.questions):,} held out",
+        f"CRPO, reward design {settings.reward.design}: {total} steps of {crpo.prompts_per_step} questions x "
+        f"{crpo.group_size} responses, {begin}",
+        *model_and_devices(runtime, start, settings.lora),
+        f"  questions  {settings.data.source}: {len(training.questions):,} to train on, "
+        f"{len(held_out.questions):,} held out",
         f"  workdir    {workdir}",
     ]
-    layout, sizes = LAYOUTS[settings.parallel.layout], {letter: getattr(shape, letter) for letter in "dnkfv"}
-    for reason in wasteful(layout, mesh, sizes, crpo.prompts_per_step, crpo.mini_batch_prompts * crpo.group_size):
-        lines.append(f"  wasteful   {reason}")
+    rows = crpo.mini_batch_prompts * crpo.group_size
+    for warning in layout_warnings(runtime.layout, runtime.mesh, runtime.shape.k, crpo.prompts_per_step, rows):
+        lines.append(f"  wasteful   {warning}")
     for name, chosen in (("training", training), ("held-out", held_out)):
         if chosen.dropped:
-            lines.append(
-                f"  dropped    {len(chosen.dropped)} {name} questions longer than data.max_prompt_tokens={settings.data.max_prompt_tokens}"
-            )
+            limit = f"data.max_prompt_tokens={settings.data.max_prompt_tokens}"
+            lines.append(f"  dropped    {len(chosen.dropped)} {name} questions longer than {limit}")
     return "\n".join(lines)
 
 
-def what_on_what(settings: Config, shape: Shape, mesh: Mesh, folder: Path | None, adapters: Lora) -> list[str]:
+def model_and_devices(runtime: Runtime, start: Path | None, lora: Lora) -> list[str]:
     """The model, what of it is trained, and the devices."""
-    count, low = (
-        parameter_count(shape),
-        sum(leaf.size for leaf in jax.tree.leaves(lora.abstract(shape, adapters))) if adapters.rank else 0,
+    settings, mesh, count = runtime.settings, runtime.mesh, parameter_count(runtime.shape)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(trained_shapes(runtime.shape, lora)))
+    part = (
+        f"{trained:,} in adapters of rank {lora.rank} trained ({trained / count:.2%})"
+        if trained < count
+        else "all trained"
     )
-    trained = f", {low:,} in adapters of rank {adapters.rank} trained ({low / count:.2%})" if low else ", all trained"
     merged = f" with {settings.model.adapter} merged in" if settings.model.adapter else ""
     devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.devices.size > 1 else ''}"
     return [
-        f"  model      {folder or 'from scratch'}{merged}: {count:,} parameters{trained}, computing in {settings.model.dtype}",
-        f"  devices    {devices}, mesh {mesh.shape[DATA]}x{mesh.shape[MODEL]} (data x model), layout {settings.parallel.layout}",
+        f"  model      {start or 'from scratch'}{merged}: {count:,} parameters, {part}, computing in {settings.model.dtype}",
+        f"  devices    {devices}, mesh {mesh.shape[DATA]}x{mesh.shape[MODEL]} (data x model), "
+        f"layout {settings.parallel.layout}",
     ]
 
 
-def stopped(done: int, steps: int) -> str:
-    """What a run that was asked to stop says when everything is on the disk."""
-    return f"stopped after step {done} of {steps}; the same command goes on from there"
+def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
+    """The metrics of the optimizer steps of one RL step, from values on the host."""
+    metrics = [update.metrics for update in updates]
+
+    def total(name: str) -> float:
+        return float(sum(float(each[f"sum/{name}"]) for each in metrics))
+
+    tokens = max(total("tokens"), 1.0)
+    return {
+        "loss/total": float(np.mean([each["sum/loss"] for each in metrics])),
+        "loss/policy": float(np.mean([each["sum/policy"] for each in metrics])),
+        "kl/mean": total("kl") / tokens,
+        "kl/max": float(max(each["max/kl"] for each in metrics)),
+        "policy/entropy": total("entropy") / tokens,
+        "policy/clipped_low": total("clipped_low") / tokens,
+        "policy/clipped_high": total("clipped_high") / tokens,
+        "policy/ratio_max": float(np.exp(max(each["max/log_ratio"] for each in metrics))),
+        "policy/ratio_min": float(np.exp(min(each["min/log_ratio"] for each in metrics))),
+        "policy/sampler_difference_mean": total("sampler_difference") / tokens,
+        "policy/sampler_difference_max": float(max(each["max/sampler_difference"] for each in metrics)),
+        "policy/gradient_norm": float(np.mean([update.norm for update in updates])),
+        "policy/skipped_updates": float(len(updates) - sum(float(update.applied) for update in updates)),
+    }
 
 
-def timings(seconds: Mapping[str, float], tokens: int, useful: int, places: int) -> dict[str, float]:
-    """Seconds of a step's phases (rollout, score, update) and what they come to; names under time/ are what two equal runs may differ in.
+def time_metrics(
+    runtime: Runtime,
+    responses: Sequence[Response],
+    rows: Sequence[Row],
+    mini_batches: Sequence[Sequence[Batch]],
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """Seconds of a step's phases (rollout, score, update), rates, padding, MFU and memory: all that two equal runs may differ in.
 
-    `tokens` were sampled; the update's micro-batches have `places`, of which `useful` hold a token of a prompt or response.
+    MFU (where the device's peak is published) counts model FLOPs: the forward of reference and policy, that of the old policy
+    where there are several mini-batches, and a backward as two; recomputation as none. Memory is the most so far, in GiB.
     """
-    rates = {
+    tokens, lengths = sum(len(response.tokens) for response in responses), [row.length for row in rows]
+    places = sum(batch.tokens.size for batches in mini_batches for batch in batches)
+    metrics = {
+        **{f"time/{phase}": spent for phase, spent in seconds.items()},
         "time/tokens_per_second": tokens / sum(seconds.values()),
         "time/rollout_tokens_per_second": tokens / seconds["rollout"],
-        "time/update_tokens_per_second": useful / seconds["update"],
-        "time/padding": 1 - useful / places,
+        "time/update_tokens_per_second": sum(lengths) / seconds["update"],
+        "time/padding": 1 - sum(lengths) / places,
     }
-    return {f"time/{phase}": spent for phase, spent in seconds.items()} | rates
-
-
-def utilization(shape: Shape, mesh: Mesh, lengths: Sequence[int], passes: int, seconds: float) -> dict[str, float]:
-    """Model FLOPs of an update over what the devices could do in that time in bf16, where their peak is known.
-
-    `lengths` are the rows' without padding; `passes` count forward passes, a backward one as two and recomputation as none.
-    """
-    peak = peak_flops(mesh.devices.flat[0].device_kind)
-    flops = passes * sum(forward_flops(shape, length) for length in lengths)
-    return {} if peak is None else {"time/mfu": flops / (seconds * peak * mesh.size)}
-
-
-def memory(mesh: Mesh) -> dict[str, float]:
-    """GiB that this process has held at most so far: on the host, and on its fullest device where the runtime counts it (not on CPUs)."""
+    peak = peak_flops(runtime.mesh.devices.flat[0].device_kind)
+    if peak is not None:
+        flops = (5 if len(mini_batches) > 1 else 4) * sum(forward_flops(runtime.shape, length) for length in lengths)
+        metrics["time/mfu"] = flops / (seconds["update"] * peak * runtime.mesh.size)
     unit = 1 if sys.platform == "darwin" else 1024
-    held = {"time/host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-    on_devices = [
-        stats["peak_bytes_in_use"]
-        for device in mesh.local_devices
-        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
-    ]
-    return held | ({"time/device_memory": max(on_devices) / 2**30} if on_devices else {})
-
-
-def step_metrics(
-    scored: Sequence[Scored],
-    responses: Sequence[Response],
-    rewards: np.ndarray,
-    updates: Sequence[tuple[dict[str, Any], Any, Any]],
-) -> dict[str, float]:
-    """The metrics of one RL step; `updates` are the accumulated metrics, gradient norm and applied flag of each optimizer step."""
-    totals, norms, applied = zip(*updates, strict=True)
-
-    def summed(name: str) -> float:
-        return float(sum(float(total[f"sum/{name}"]) for total in totals))
-
-    tokens = max(summed("tokens"), 1.0)
-    good = [one for one in scored if isinstance(one, Score)]
-    cited = [why for why in (one.why.get("cross_reference") for one in good) if why and "cited" in why]
-    return {
-        **reward_means(scored),
-        "reward/std": float(np.std(rewards)),
-        "reward/zero_variance_groups": float(np.mean(np.ptp(rewards, axis=1) == 0)),
-        "reward/cited_terms": float(np.mean([len(why["cited"]) for why in cited])) if cited else 0.0,
-        "reward/repeated_terms": float(np.mean([why["repeats"] for why in cited])) if cited else 0.0,
-        **response_means(responses),
-        "loss/total": float(np.mean([total["sum/loss"] for total in totals])),
-        "loss/policy": float(np.mean([total["sum/policy"] for total in totals])),
-        "kl/mean": summed("kl") / tokens,
-        "kl/max": float(max(total["max/kl"] for total in totals)),
-        "policy/entropy": summed("entropy") / tokens,
-        "policy/clipped_low": summed("clipped_low") / tokens,
-        "policy/clipped_high": summed("clipped_high") / tokens,
-        "policy/ratio_max": float(np.exp(max(total["max/log_ratio"] for total in totals))),
-        "policy/ratio_min": float(np.exp(min(total["min/log_ratio"] for total in totals))),
-        "policy/sampler_difference_mean": summed("sampler_difference") / tokens,
-        "policy/sampler_difference_max": float(max(total["max/sampler_difference"] for total in totals)),
-        "policy/gradient_norm": float(np.mean(norms)),
-        "policy/skipped_updates": float(len(applied) - sum(float(one) for one in applied)),
-    }
-
-
-def sample_rows(step: int, drawn: Drawn, advantages: np.ndarray) -> list[dict[str, Any]]:
-    """What samples.jsonl keeps of a step: every response with its reward, or with the error that left it out.
-
-    `trained` says whether it was in a mini-batch: all are, unless dynamic sampling replaced their group.
-    """
-    trained, rows = set(drawn.trained.tolist()), []
-    for place, (question, response, text, score) in enumerate(zip(*drawn[:4], strict=True)):
-        row = {
-            "step": step,
-            "id": question.id,
-            "sample": response.sample,
-            "tokens": len(response.tokens),
-            "stopped": response.stopped,
-        }
-        row |= {
-            "advantage": round(float(advantages[place]), 5),
-            "trained": place in trained,
-            "answer": question.answer,
-            "response": text,
-        }
-        rows.append(row | score_fields(score))
-    return rows
-
-
-def score_fields(score: Scored) -> dict[str, Any]:
-    if isinstance(score, Score):
-        names = (
-            "total",
-            "accuracy",
-            "format",
-            "cross_reference",
-            "clinical_reasoning",
-            "consistency",
-            "answer_found",
-            "why",
-        )
-        return {name: getattr(score, name) for name in names}
-    return {"error": score.error, "traceback": score.traceback}
-
-
-def keep_answers(workdir: Path, step: int, answered: Sequence[Answered]) -> None:
-    """The held-out responses after `step` steps, in report/held_out_<step>.jsonl."""
-    path = workdir / "report" / f"held_out_{step:06d}.jsonl"
-    with told(path):
-        path.parent.mkdir(exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            for question, response, score in answered:
-                asked = {
-                    "id": question.id,
-                    "question": question.question,
-                    "options": dict(question.options),
-                    "answer": question.answer,
-                }
-                file.write(json.dumps(asked | {"response": response} | score_fields(score), ensure_ascii=False) + "\n")
+    metrics["time/host_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    statistics = [device.memory_stats() or {} for device in runtime.mesh.local_devices]  # None on a CPU
+    peaks = [device["peak_bytes_in_use"] for device in statistics if "peak_bytes_in_use" in device]
+    return metrics | ({"time/device_memory": max(peaks) / 2**30} if peaks else {})
 
 
 def evaluations(metrics: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
@@ -326,3 +237,8 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
         figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share measured on `count` independent responses."""
+    return math.sqrt(max(share * (1 - share), 0) / max(count, 1))

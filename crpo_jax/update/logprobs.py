@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from crpo_jax.model.transformer import Qwen2, logits
+from crpo_jax.model.transformer import Transformer
 
 
 def chunk_length(t: int, rows: int, chunk: int) -> int:
@@ -16,7 +16,7 @@ def chunk_length(t: int, rows: int, chunk: int) -> int:
 
 
 def token_logprobs(
-    model: Qwen2,
+    model: Transformer,
     hidden: Float[Array, "b t d"],
     targets: Int[Array, "b t"],
     temperature: float,
@@ -35,7 +35,7 @@ def token_logprobs(
 
     @jax.checkpoint
     def one(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        scores = constrain(logits(model, part[0])) / temperature
+        scores = constrain(model.logits(part[0])) / temperature
         top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         shifted = scores - top
         mass = jnp.exp(shifted)

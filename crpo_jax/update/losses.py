@@ -8,12 +8,14 @@ Dr. GRPO (arXiv 2503.20783) centres advantages only and divides by a constant le
 response; DAPO (2503.14476) clips higher above than below and replaces groups whose rewards are all equal.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from crpo_jax.config import Crpo
 
 Advantage = Literal["grpo", "dr_grpo"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -22,6 +24,31 @@ Ratio = Literal["token", "sequence"]
 ADVANTAGE_EPS = 1e-6
 LOG_RATIO_BOUND = 20.0  # beyond it exp would overflow float32 into inf - inf
 KL_BOUND = 10.0  # ours: k3 has a tail: one token of log-ratio 10 would outweigh the whole mini-batch's policy gradient
+
+
+class Batch(NamedTuple):
+    """A micro-batch: right-padded rows of one shape, each a prompt and its response.
+
+    Position j predicts token j + 1, and per-token arrays are aligned on the predicting position: a response of m tokens after
+    a prompt of n occupies positions n - 1 to n + m - 2. A row that only fills up the shape has length 0.
+    """
+
+    tokens: Int[Array, "b t"]
+    prompt_lengths: Int[Array, " b"]
+    lengths: Int[Array, " b"]  # prompt and response together
+    weights: Float[Array, " b"]  # of each response token in the mini-batch's loss (`row_weights`); 0: no gradient
+    advantages: Float[Array, " b"] | None = None
+    sampler: Float[Array, "b t"] | None = None  # log-probs that the tokens were drawn with
+    reference: Float[Array, "b t"] | None = None  # log-probs of the frozen start
+    old: Float[Array, "b t"] | None = None  # the trainer's log-probs before the rollout's first optimizer step
+
+
+def response_mask(batch: Batch) -> Bool[Array, "b t"]:
+    """Where position j predicts a token of a response that carries gradient: prompt - 1 <= j < length - 1. From lengths, never
+    from token ids."""
+    position = jnp.arange(batch.tokens.shape[1])
+    inside = (position >= batch.prompt_lengths[:, None] - 1) & (position < batch.lengths[:, None] - 1)
+    return inside & (batch.weights > 0)[:, None]
 
 
 def group_advantages(
@@ -41,7 +68,7 @@ def group_advantages(
     return out.astype(np.float32)
 
 
-def chosen_groups(
+def choose_groups(
     rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], wanted: int
 ) -> tuple[Int[np.ndarray, " chosen"], int]:
     """DAPO's dynamic sampling: the first `wanted` groups whose rewards differ, in order, and how many there were of them.
@@ -102,38 +129,36 @@ def response_log_ratio(log_ratio: Float[Array, "b t"], mask: Bool[Array, "b t"])
 def crpo_loss(
     logprobs: Float[Array, "b t"],
     entropy: Float[Array, "b t"],
-    old: Float[Array, "b t"],
-    reference: Float[Array, "b t"],
-    sampler: Float[Array, "b t"],
-    mask: Bool[Array, "b t"],
-    advantages: Float[Array, " b"],
-    weights: Float[Array, " b"],
-    *,
-    ratio: Ratio = "token",
-    clip_low: float,
-    clip_high: float,
+    batch: Batch,
+    crpo: Crpo,
     kl_coef: float | Float[Array, ""],
-    entropy_coef: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The negated objective (equation 1 with PPO-clip) of some rows of a mini-batch, and its metrics.
 
-    `old` are the trainer's log-probs before the rollout's first optimizer step, `sampler` those the tokens were drawn with.
-    With one ratio per response every token stands for its response: weights of sequence_mean make it GSPO's equation 5.
+    Without `batch.old` the rollout has a single optimizer step and the ratio is 1. With one ratio per response every token
+    stands for its response: weights of sequence_mean make it GSPO's equation 5.
 
     Metrics named sum/... add over micro-batches, max/... and min/... combine by maximum and minimum.
     """
+    mask, advantages = response_mask(batch), batch.advantages
+    assert advantages is not None and batch.sampler is not None and batch.reference is not None
+    old = jax.lax.stop_gradient(logprobs) if batch.old is None else batch.old
+    by_token = crpo.ratio == "token"
+    clip_low, clip_high = (
+        (crpo.clip_low, crpo.clip_high) if by_token else (crpo.sequence_clip_low, crpo.sequence_clip_high)
+    )
     log_ratio = jnp.where(mask, logprobs - old, 0)
-    if ratio == "sequence":
+    if not by_token:
         log_ratio = response_log_ratio(log_ratio, mask)
     objective, was_clipped = clipped_objective(log_ratio, advantages, clip_low, clip_high)
-    kl = jnp.where(mask, k3(jnp.where(mask, logprobs, 0), jnp.where(mask, reference, 0)), 0)
+    kl = jnp.where(mask, k3(jnp.where(mask, logprobs, 0), jnp.where(mask, batch.reference, 0)), 0)
     entropy = jnp.where(mask, entropy, 0)
-    each = mask * weights[:, None]
+    each = mask * batch.weights[:, None]
     policy, divergence, spread = jnp.sum(each * objective), jnp.sum(each * kl), jnp.sum(each * entropy)
-    loss = -policy + kl_coef * divergence - (entropy_coef * spread if entropy_coef else 0.0)
+    loss = -policy + kl_coef * divergence - (crpo.entropy_coef * spread if crpo.entropy_coef else 0.0)
     fixed = jax.lax.stop_gradient
     good = (advantages > 0)[:, None]
-    difference = jnp.where(mask, jnp.abs(old - sampler), 0)
+    difference = jnp.where(mask, jnp.abs(old - batch.sampler), 0)
     return loss, {
         "sum/loss": fixed(loss),
         "sum/policy": fixed(-policy),
@@ -150,32 +175,29 @@ def crpo_loss(
     }
 
 
-def adapted(
+def adapted_kl_coef(
     kl_coef: Float[Array, ""], kl: Float[Array, ""], tokens: Float[Array, ""], target: float, gain: float
 ) -> Float[Array, ""]:
-    """The KL coefficient after a mini-batch whose KL sums to `kl` over its tokens: beta (1 + gain * clip(mean / target - 1, -0.2, 0.2)).
-
-    The proportional controller of arXiv 1909.08593, section 2.2.
+    """The KL coefficient after a mini-batch whose KL sums to `kl` over its tokens:
+    beta (1 + gain * clip(mean / target - 1, -0.2, 0.2)), the proportional controller of arXiv 1909.08593, section 2.2.
     """
     error = jnp.clip(kl / jnp.maximum(tokens, 1) / target - 1, -0.2, 0.2)
     return jnp.where(tokens > 0, kl_coef * (1 + gain * error), kl_coef)
 
 
 def supervised_loss(
-    logprobs: Float[Array, "b t"], mask: Bool[Array, "b t"], weights: Float[Array, " b"]
+    logprobs: Float[Array, "b t"], batch: Batch
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Cross-entropy of the responses, aggregated like `crpo_loss`."""
+    mask = response_mask(batch)
     nll = jnp.where(mask, -logprobs, 0)
-    loss = jnp.sum(nll * weights[:, None])
+    loss = jnp.sum(nll * batch.weights[:, None])
     fixed = jax.lax.stop_gradient
-    return loss, {
-        "sum/loss": fixed(loss),
-        "sum/nll": jnp.sum(fixed(nll)),
-        "sum/tokens": jnp.sum(mask, dtype=jnp.float32),
-    }
+    tokens = jnp.sum(mask, dtype=jnp.float32)
+    return loss, {"sum/loss": fixed(loss), "sum/nll": jnp.sum(fixed(nll)), "sum/tokens": tokens}
 
 
-def combined(old: dict[str, Array], new: dict[str, Array]) -> dict[str, Array]:
+def combine_metrics(old: dict[str, Array], new: dict[str, Array]) -> dict[str, Array]:
     """Metrics of two micro-batches as one, by the prefix of their names."""
     how = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
     return {name: how[name.split("/")[0]](old[name], new[name]) for name in old}

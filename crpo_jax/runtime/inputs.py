@@ -1,0 +1,148 @@
+"""What a run reads besides its config and its start model: questions with their prompts, teacher traces, digests of all of it."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crpo_jax.data.batches import Batches, questions_for
+from crpo_jax.data.prompts import Fitting, encode_response, fitting, render_all
+from crpo_jax.data.question import OTHER_HALF, Question, halves, held_out, read
+from crpo_jax.errors import InputError
+from crpo_jax.parallel.processes import gathered, share
+from crpo_jax.runtime.runtime import Runtime
+from crpo_jax.update.batches import Row
+
+
+@dataclass(frozen=True)
+class TrainingQuestions:
+    """The questions that CRPO trains on and those it is evaluated on, each with its prompt's tokens."""
+
+    training: Fitting
+    held_out: Fitting
+    batches: Batches[Question]
+    replacements: Batches[Question]  # dynamic sampling's: for groups whose rewards are all equal
+
+    @functools.cached_property
+    def prompt_of(self) -> Mapping[str, list[int]]:
+        return {
+            question.id: prompt for question, prompt in zip(self.training.questions, self.training.prompts, strict=True)
+        }
+
+    def batch(self, step: int, turn: int, turns: int) -> list[Question]:
+        """The questions of a step; `turn` 1 to `turns` are further ones for it."""
+        return self.replacements.batch(step * turns + turn - 1) if turn else self.batches.batch(step)
+
+
+def open_questions(
+    runtime: Runtime, questions: Sequence[Question] | None = None, held_out: Sequence[Question] | None = None
+) -> TrainingQuestions:
+    """The questions of the settings, or those given; only the first data.eval_questions held-out ones are used."""
+    data, crpo, seed = runtime.settings.data, runtime.settings.crpo, runtime.settings.run.seed
+    tokenizer = runtime.vocabulary.tokenizer
+    if questions is None:
+        questions = questions_for(data, data.split)
+    if held_out is None:
+        held_out = questions_for(data, data.eval_split)
+    training = fitting(questions, data, tokenizer, render_shared)
+    fits = fitting(held_out, data, tokenizer, render_shared)
+    count = data.eval_questions or len(fits.questions)
+    return TrainingQuestions(
+        training,
+        Fitting(fits.questions[:count], fits.prompts[:count], fits.dropped),
+        Batches(training.questions, crpo.prompts_per_step, seed),
+        Batches(training.questions, crpo.prompts_per_step, seed, stream="further"),
+    )
+
+
+def render_shared(questions: Sequence[Question], *how: Any) -> list[list[int]]:
+    """Prompt tokens of all questions; each process renders its share of them, and then all hold all."""
+    return gathered(render_all([questions[i] for i in share(len(questions))], *how))
+
+
+# ---- teacher traces ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Teacher traces as token rows, and how many were longer than sft.max_tokens."""
+
+    train: list[Row]
+    held_out: list[Row]
+    dropped: int
+
+
+def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> Traces:
+    """The traces of sft.path, those given (questions with a column `response`), or the built-in teacher's on the half of the
+    vignettes that CRPO does not train on."""
+    sft, data, tokenizer = runtime.settings.sft, runtime.settings.data, runtime.vocabulary.tokenizer
+    if traces is not None or sft.path:
+        questions = list(traces) if traces is not None else read("jsonl", sft.path, "train")
+        for question in questions:
+            response = question.columns.get("response")
+            if not isinstance(response, str):
+                raise InputError(
+                    f"{sft.path or 'traces'}: {question.id}: response: expected the teacher's text, got {response!r}"
+                )
+        responses = [str(question.columns["response"]) for question in questions]
+    elif data.source == "vignettes":
+        from crpo_jax.data.vignettes import teacher_response, vignettes
+
+        questions = halves(vignettes(data.split, data.vignettes), OTHER_HALF[data.part])
+        responses = [teacher_response(question, runtime.settings.run.seed) for question in questions]
+    else:
+        raise InputError(
+            f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher"
+        )
+    prompts = render_all(questions, data.prompt, data.system_prompt, tokenizer)
+    rows = {}
+    for question, prompt, response in zip(questions, prompts, responses, strict=True):
+        row = Row(prompt, encode_response(response, tokenizer))
+        if row.length <= sft.max_tokens:
+            rows[question.id] = (question, row)
+    if not rows:
+        raise InputError(f"sft.max_tokens: expected room for at least one trace, got {sft.max_tokens}")
+    parts = held_out([question for question, _ in rows.values()], sft.held_out)
+    train, evaluated = ([rows[question.id][1] for question in part] for part in parts)
+    return Traces(train, evaluated, len(questions) - len(rows))
+
+
+# ---- digests: the same numbers come only from the same inputs -------------------------------------------------------------
+
+
+def question_digests(questions: TrainingQuestions) -> dict[str, str]:
+    """SHA-256 of the questions that CRPO trains on and is evaluated on, with their prompts."""
+
+    def digest(chosen: Fitting) -> str:
+        rows = zip(map(dataclasses.asdict, chosen.questions), chosen.prompts, strict=True)
+        lines = (json.dumps(list(row), sort_keys=True, default=repr).encode() + b"\n" for row in rows)
+        return hashlib.sha256(b"".join(lines)).hexdigest()
+
+    return {"training questions": digest(questions.training), "held-out questions": digest(questions.held_out)}
+
+
+def trace_digest(traces: Traces) -> str:
+    """SHA-256 of the token rows, the held-out ones apart."""
+    return hashlib.sha256(json.dumps([traces.train, traces.held_out]).encode()).hexdigest()
+
+
+def model_digests(runtime: Runtime, start: Path | None) -> dict[str, str]:
+    """SHA-256 of the tokenizer, and of the start model's and the adapter's files where there are any."""
+
+    def digest(folder: Path, *patterns: str) -> str:
+        total = hashlib.sha256()
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+    digests = {"tokenizer": digest(runtime.vocabulary.folder, "tokenizer.json", "tokenizer_config.json")}
+    if start:
+        digests["start model"] = digest(start, "config.json", "*.safetensors")
+    if adapter := runtime.settings.model.adapter:
+        digests["start adapter"] = digest(Path(adapter).expanduser(), "adapter_*")
+    return digests

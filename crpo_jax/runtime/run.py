@@ -1,0 +1,119 @@
+"""A training run in its workdir: CRPO and the cold start are both a loop over `Run.steps`."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crpo_jax.errors import InputError
+from crpo_jax.rollout.engine import Tally
+from crpo_jax.runtime import report
+from crpo_jax.runtime.compilations import Compilations
+from crpo_jax.runtime.limits import Limits
+from crpo_jax.runtime.progress import Progress
+from crpo_jax.runtime.runtime import Runtime
+from crpo_jax.runtime.signals import Stop
+from crpo_jax.store.checkpoint import Checkpoints
+from crpo_jax.store.logs import Log
+from crpo_jax.update.losses import Batch
+from crpo_jax.update.trainer import Trainer, TrainState, Update
+
+
+class Run:
+    """The state of training and everything that happens around a step: resume, log, checkpoint, limits, stop.
+
+    It continues after the newest whole checkpoint. Batches, random keys and schedules are functions of the step, so a resumed
+    run computes what one that was never stopped would have computed.
+    """
+
+    def __init__(
+        self, runtime: Runtime, workdir: Path, trainer: Trainer, state: TrainState, total: int, checkpoints: Checkpoints
+    ) -> None:
+        name = "crpo" if trainer.loss == "crpo" else "sft"
+        self.runtime, self.workdir, self.trainer, self.total, self.checkpoints = (
+            runtime,
+            workdir,
+            trainer,
+            total,
+            checkpoints,
+        )
+        self.done, log_sizes = checkpoints.newest()
+        if self.done > total:
+            raise InputError(f"{name}.steps: expected at least the {self.done} that {workdir} has done, got {total}")
+        self.state = self.restored(self.done, state) if self.done else state
+        self.finished, self._saved = False, self.done
+        self.log = Log(workdir, self.done, log_sizes, writes=runtime.writes)
+        self.progress = Progress(total, self.done, speaks=runtime.writes)
+        self.limits = Limits(runtime.settings, workdir, self.progress.keep, name)
+        self.stop, self._compilations = Stop(), Compilations()
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, and `total`, at which there is only an evaluation. Ends early where the run is to stop."""
+        for step in range(self.done, self.total + 1):
+            if self.finished or self.stopping:
+                return
+            yield step
+
+    @property
+    def stopping(self) -> bool:
+        """Whether any process of the run was asked to stop; every process must ask at the same place."""
+        return self.stop.requested
+
+    def show_rollout(self, step: int) -> Callable[[Tally], None]:
+        """Shows how far a rollout of this step is."""
+        return lambda tally: self.progress.show(step, report.rollout_line(tally))
+
+    def finish(self, step: int, measures: Mapping[str, float]) -> None:
+        """The last evaluation: there is no step after it."""
+        self.log.step(step, measures)
+        self.finished = True
+
+    def keep(
+        self,
+        step: int,
+        measures: Mapping[str, float],
+        line: str,
+        updates: Sequence[Update],
+        mini_batches: Sequence[Sequence[Batch]],
+        *,
+        save: bool,
+        samples: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Logs a step, holds it to the run's limits and saves a checkpoint where one is due."""
+        self.log.samples(samples)
+        self.log.step(step, {**measures, "time/compilations": self._compilations.new()})
+        self.progress.show(step + 1, line)
+        self.limits.check_updates(step, updates, mini_batches, self.trainer, self.state)
+        self.limits.check_measures(step, measures)
+        self.done = step + 1
+        if save or self.done == self.total:
+            self.save()
+        self.checkpoints.check()
+
+    def save(self) -> None:
+        """A checkpoint, written in the background; nothing where this step has one."""
+        if self.done != self._saved:
+            self.checkpoints.save(self.done, self.state._replace(frozen=None))
+            self._saved = self.done
+
+    def restored(self, step: int, like: TrainState) -> TrainState:
+        """The state after `step` steps, with the frozen weights that are in memory already."""
+        return self.checkpoints.restore(step, like._replace(frozen=None))._replace(frozen=like.frozen)
+
+    def conclude(self, text: Callable[[], str]) -> None:
+        """The last words: the closing table, or where to resume."""
+        if self.runtime.writes:
+            stopped = f"stopped after step {self.done} of {self.total}; the same command resumes from there"
+            self.progress.keep(text() if self.finished else stopped)
+
+
+@contextlib.contextmanager
+def open_run(
+    runtime: Runtime, workdir: Path, trainer: Trainer, state: TrainState, total: int, checkpoints: Checkpoints
+) -> Iterator[Run]:
+    """The run in a workdir, resumed where it has checkpoints; its last state is saved unless the body raises."""
+    run = Run(runtime, workdir, trainer, state, total, checkpoints)
+    with run.stop, run.log, run.checkpoints:
+        yield run
+        if run.done:
+            run.save()
