@@ -157,7 +157,7 @@ def output(record: Record, scored: Scored, components: bool) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-class Tally:
+class RolloutProgress:
     """What the command says at the end, and its exit code."""
 
     def __init__(self) -> None:
@@ -177,7 +177,7 @@ class Tally:
 
 def run(
     settings: Reward, tokens: Tokens | None, strict: bool, lines: Iterable[bytes], source: str, sink: IO[str]
-) -> Tally:
+) -> RolloutProgress:
     """Score every good line; each bad one is named on standard error, and with `strict` the first ends the run."""
     tally, waiting = Tally(), deque[tuple[list[Record], Batch]]()
     components = settings.design not in DESIGNS
@@ -271,7 +271,7 @@ def opened(path: str, mode: str, flag: str) -> IO[Any]:
         raise InputError(f"{flag} {path}: {error.strerror}") from None
 
 
-def report(tally: Tally, settings: Reward, by_tokens: bool) -> int:
+def report(tally: RolloutProgress, settings: Reward, by_tokens: bool) -> int:
     """One line about the whole on standard error, and the exit code."""
     total = f", mean total {tally.total / tally.scored:.4f}" if tally.scored else ""
     by = "tokens" if by_tokens else "characters (no --tokenizer)"

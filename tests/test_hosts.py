@@ -207,10 +207,10 @@ def train_arguments(command: Sequence[str]) -> argparse.Namespace:
     """The arguments that crpo_jax.train parses from a launched command; its settings must load."""
     at = command.index("crpo_jax.train")
     assert list(command[at - 2 : at]) in (["python", "-m"], [".venv/bin/python", "-m"])
-    parser = cli.parser("train", "")
+    parser = cli.build_parser("train", "")
     processes.add_process_flags(parser)
     args = parser.parse_args(command[at + 1 :])
-    settings = cli.from_arguments(args)
+    settings = cli.load_settings(args)
     assert (settings.parallel.mesh, settings.model.path, settings.reward.grpo_tags) == (
         "16x1",
         "/share/a model",

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from crpo_jax.answer.records import Answer, letter_of, row_of
+from crpo_jax.answer.records import Answer, answer_to_row
+from crpo_jax.answer.statistics import extract_letter
 from crpo_jax.config import Config, replaced
 from crpo_jax.data.prompts import Fitting, fitting
 from crpo_jax.data.question import Question
@@ -87,7 +88,7 @@ def answer_missing(
             text, tokens = vocabulary.decode(response), len(response.tokens)
             answers.append(Answer(question, response.sample, text, ids, tokens, response.stopped))
         new = [answer for answer in answers if answer.sample not in on_disk.get(answer.question.id, ())]
-        journal.append(*map(row_of, new))
+        journal.append(*map(answer_to_row, new))
         status.add(answers)
         if stop.requested:
             raise StopRequested
@@ -138,7 +139,7 @@ class Status:
         return 10 * self._done // max(self._questions * self._samples, 1)
 
     def add(self, answers: Sequence[Answer]) -> None:
-        letters = [letter_of(answer, self._settings) for answer in answers]
+        letters = [extract_letter(answer, self._settings) for answer in answers]
         self._done, self._sampled = self._done + len(answers), self._sampled + len(answers)
         self._right += sum(letter == answer.question.answer for letter, answer in zip(letters, answers, strict=True))
         self._valid += sum(letter is not None for letter in letters)
