@@ -18,9 +18,11 @@ from crpo_jax import cli
 from crpo_jax.chat import traces
 from crpo_jax.chat.client import Client, GivenUp, Reply, ServerError, ask_all, parameters
 from crpo_jax.config import Config
-from crpo_jax.data import question as questions
+from crpo_jax.data.files import json_records
 from crpo_jax.data.prompts import instruction, user_turn
-from crpo_jax.data.question import OTHER_HALF, Question, halves
+from crpo_jax.data.question import OTHER_HALF, Question, select_part
+from crpo_jax.data.readers import question_of, read_questions
+from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import Stop
@@ -70,8 +72,8 @@ def chosen_questions(settings: Config) -> list[Question]:
 
         found = vignettes(data.split, data.vignettes)
     else:
-        found = questions.read(data.source, data.path, data.split)
-    found = halves(found, OTHER_HALF[data.part])
+        found = read_questions(data.source, data.path, data.split)
+    found = select_part(found, OTHER_HALF[data.part])
     return found[: settings.distill.questions or len(found)]
 
 
@@ -146,9 +148,7 @@ def kept_traces(rows: Iterable[Mapping[str, Any]]) -> list[Trace]:
     found = []
     for row in rows:
         parts = traces.parted(row["content"], row["reasoning"]) or (None, None)
-        found.append(
-            Trace(questions.from_record(questions.Record(row, "traces.jsonl")), row["attempt"], row["teacher"], *parts)
-        )
+        found.append(Trace(question_of(Record(row, "traces.jsonl")), row["attempt"], row["teacher"], *parts))
     return found
 
 
@@ -157,8 +157,8 @@ def foreign_traces(path: str) -> list[Trace]:
     if not Path(path).is_file():
         raise InputError(f"--traces {path}: expected a file, got none there")
     found = []
-    for number, record in enumerate(questions.json_records(Path(path))):
-        options = record.options("options")
+    for number, record in enumerate(json_records(Path(path))):
+        options = record.options()
         answer = record.letter("answer_idx" if record.has("answer_idx") else "answer", options)
         source = record.text("source") if record.has("source") else ""
         asked = Question(

@@ -25,8 +25,9 @@ from crpo_jax.answer import records
 from crpo_jax.answer.records import Answer
 from crpo_jax.chat.client import ServerError
 from crpo_jax.config import Config, Endpoint
-from crpo_jax.data import question as questions
+from crpo_jax.data.files import HUB_DATASETS
 from crpo_jax.data.question import Question
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
 from crpo_jax.judge import measures, report, table
 from crpo_jax.runtime.progress import Progress
@@ -49,12 +50,12 @@ def data_sets(specifications: Sequence[str], settings: Config) -> dict[str, list
                 settings.data.eval_split,
                 settings.evaluate.questions or settings.data.eval_questions or settings.data.vignettes,
             )
-        elif name in questions.HUB:
-            found = questions.read(name, path, SPLITS.get(name, settings.data.eval_split))
+        elif name in HUB_DATASETS:
+            found = read_questions(name, path, SPLITS.get(name, settings.data.eval_split))
         elif not equals and Path(text).is_file():
-            name, found = Path(text).stem, questions.read("jsonl", text, settings.data.eval_split)
+            name, found = Path(text).stem, read_questions("jsonl", text, settings.data.eval_split)
         else:
-            known = ", ".join(("vignettes", *questions.HUB))
+            known = ", ".join(("vignettes", *HUB_DATASETS))
             raise InputError(f"--data {text}: expected {known}, one of them as NAME=PATH, or a file of questions")
         if name in sets:
             raise InputError(f"--data: expected data sets of different names, got {name} twice")
@@ -64,13 +65,13 @@ def data_sets(specifications: Sequence[str], settings: Config) -> dict[str, list
 
 def effective_tokens(settings: Config) -> Any:
     """The table of effective tokens of tokenizer.path or the model's folder, None where neither is on this machine."""
-    from crpo_jax.reward.effective import effective_table, token_ids_of
+    from crpo_jax.reward.effective import effective_table, read_vocabulary
 
     for path in (settings.tokenizer.path, settings.model.path):
         file = Path(path).expanduser() / "tokenizer.json"
         file = file if file.is_file() else config.config_folder().parent / path / "tokenizer.json"
         if path and file.is_file():
-            return effective_table(file, max(token_ids_of(file).values()) + 1)
+            return effective_table(file, max(read_vocabulary(file).values()) + 1)
     return None
 
 

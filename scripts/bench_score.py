@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from crpo_jax.config import Reward
 from crpo_jax.data.vignettes import TeacherNoise, teacher_response, vignettes
-from crpo_jax.reward import rules
+from crpo_jax.reward.rules import DESIGNS, score_response
 
 MEGABYTE = 1_000_000
 CHARACTERS = 2550  # about 600 tokens: this text has 4.25 characters to a token
@@ -129,13 +129,13 @@ def end_to_end(count: int, workers: int, tokenizer: str | None) -> None:
 
 def worst_cases() -> None:
     question = vignettes("train", 1)[0]
-    rules.score(question, "warm", Reward())
-    print(f"\n{'1 MB of':28}" + "".join(f"{design:>12}" for design in rules.DESIGNS) + "   milliseconds")
+    score_response(question, "warm", Reward())
+    print(f"\n{'1 MB of':28}" + "".join(f"{design:>12}" for design in DESIGNS) + "   milliseconds")
     for name, response in adversarial(MEGABYTE).items():
         took = []
-        for design in rules.DESIGNS:
+        for design in DESIGNS:
             start = time.perf_counter()
-            rules.score(question, response, Reward(design=design))
+            score_response(question, response, Reward(design=design))
             took.append(1000 * (time.perf_counter() - start))
         print(f"{name:28}" + "".join(f"{value:12.1f}" for value in took))
 

@@ -92,14 +92,14 @@ def test_a_report_over_seeds_and_methods(tmp_path, capsys):
 def test_text_of_a_model_is_text():
     found = Answer(Question("evil", EVIL, {"A": EVIL, "B": "b"}, "A"), 0, EVIL)
     row = report.Row("<b>me</b>", [], [], [])
-    scored = report.rules.crpo(found.question, found.response, SETTINGS.reward, None, None)
+    scored = report.score_response(found.question, found.response, SETTINGS.reward)
     shown = report.case_html("d", [(row.name, found, scored), (row.name, found, scored)])
     assert {tag for tag, _ in Tags(shown).found} <= {"section", "h3", "p", "ul", "li", "div", "h4", "pre", "mark"}
 
 
 def test_marking_keeps_every_character():
     text = "İstanbul: white ear tophi & <dx> 9.8 mg/dL; WHITE."
-    shown = report.marked(text, {terms.term("white"), terms.term("9.8 mg/dl")})
+    shown = report.marked(text, {terms.term_of("white"), terms.term_of("9.8 mg/dl")})
     assert shown.count("<mark>") == 3
     assert report.html.unescape(re.sub("</?mark>", "", shown)) == text
 

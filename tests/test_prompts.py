@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from crpo_jax.config import Data
 from crpo_jax.data.prompts import (
     PROMPTS,
-    boilerplate,
     encode_response,
-    fitting,
+    fit_prompts,
     load_tokenizer,
-    render,
-    render_all,
+    render_prompts,
     user_turn,
 )
-from crpo_jax.data.question import Question, read
+from crpo_jax.data.question import Question
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -45,6 +44,11 @@ def tiny():
 @pytest.fixture(scope="module", params=["tiny", "qwen"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
+
+
+def render(question, name, system_prompt, tokenizer):
+    (tokens,) = render_prompts([question], name, system_prompt, tokenizer)
+    return tokens
 
 
 def test_published_encodings(qwen):
@@ -112,11 +116,6 @@ def test_every_setting_has_its_prompt():
         user_turn(QUESTION, "cot")
 
 
-def test_boilerplate_is_the_instructions_words():
-    assert {"clinical", "system", "findings"} <= boilerplate("crpo")
-    assert boilerplate("brief") == frozenset()
-
-
 def test_response_ends_with_the_end_of_turn(tokenizer):
     text = "<dx>\nGout.\n</dx>\n<conclusion>\nUrate. \\boxed{A}\n</conclusion>"
     tokens = encode_response(text, tokenizer)
@@ -173,10 +172,10 @@ def test_no_text_opens_or_closes_a_turn(tiny, question, option):
 
 def test_batch_equals_one_by_one(tokenizer):
     questions = [dataclasses.replace(QUESTION, id=f"q{number}", question="x " * number + "?") for number in range(5)]
-    assert render_all(questions, "crpo", SYSTEM, tokenizer) == [
+    assert render_prompts(questions, "crpo", SYSTEM, tokenizer) == [
         render(question, "crpo", SYSTEM, tokenizer) for question in questions
     ]
-    assert render_all([], "crpo", SYSTEM, tokenizer) == []
+    assert render_prompts([], "crpo", SYSTEM, tokenizer) == []
 
 
 # ---- the limit --------------------------------------------------------------------------------------------------------
@@ -192,14 +191,14 @@ def long_and_short():
 
 def test_prompts_over_the_limit_are_dropped_and_counted_never_cut(tokenizer):
     data = Data(prompt="brief", system_prompt="", max_prompt_tokens=300)
-    fitted = fitting(long_and_short(), data, tokenizer)
+    fitted = fit_prompts(long_and_short(), data, tokenizer)
     assert [question.id for question in fitted.questions] == ["short", "last"]
     assert fitted.prompts == [render(question, "brief", "", tokenizer) for question in fitted.questions]
     length = len(render(long_and_short()[1], "brief", "", tokenizer))
     assert fitted.dropped == {"long": length}
-    assert fitting(long_and_short(), dataclasses.replace(data, max_prompt_tokens=length), tokenizer).dropped == {}, (
-        "the limit itself fits"
-    )
+    assert (
+        fit_prompts(long_and_short(), dataclasses.replace(data, max_prompt_tokens=length), tokenizer).dropped == {}
+    ), "the limit itself fits"
 
 
 def test_prompts_over_the_limit_are_an_error_by_setting(tokenizer):
@@ -207,7 +206,7 @@ def test_prompts_over_the_limit_are_an_error_by_setting(tokenizer):
     with pytest.raises(
         InputError, match=r"question long: expected a prompt of at most data\.max_prompt_tokens=300, got \d+"
     ):
-        fitting(long_and_short(), data, tokenizer)
+        fit_prompts(long_and_short(), data, tokenizer)
 
 
 def test_a_limit_that_nothing_fits_is_an_error(tokenizer):
@@ -215,7 +214,7 @@ def test_a_limit_that_nothing_fits_is_an_error(tokenizer):
         InputError,
         match=r"data\.max_prompt_tokens: expected room for at least one question, got 5; the shortest prompt has \d+ tokens",
     ):
-        fitting(long_and_short(), Data(max_prompt_tokens=5), tokenizer)
+        fit_prompts(long_and_short(), Data(max_prompt_tokens=5), tokenizer)
 
 
 @pytest.mark.parametrize(("source", "split"), [("medqa", "test"), ("medmcqa", "dev"), ("medxpertqa", "test")])
@@ -223,8 +222,8 @@ def test_published_questions_fit_the_papers_limit(qwen, source, split):
     folder = SHARED / source
     if not folder.exists():
         pytest.skip(f"the published data is not here: shared/data/{source}")
-    sample = read(source, str(folder), split)[::4]
-    fitted = fitting(sample, Data(), qwen)
+    sample = read_questions(source, str(folder), split)[::4]
+    fitted = fit_prompts(sample, Data(), qwen)
     assert len(fitted.questions) + len(fitted.dropped) == len(sample)
     assert len(fitted.dropped) <= 0.005 * len(sample)
     assert min(map(len, fitted.prompts)) > 200

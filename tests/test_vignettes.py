@@ -13,7 +13,7 @@ from crpo_jax.data.vignettes import (
     DRIFT,
     FINDINGS,
     MISTAKEN,
-    SPLITS,
+    VIGNETTE_SPLITS,
     TeacherNoise,
     rejections,
     teacher_response,
@@ -36,7 +36,7 @@ STOP_WORDS = frozenset(
 
 @pytest.fixture(scope="module")
 def questions():
-    return {split: vignettes(split, TRACES) for split in SPLITS}
+    return {split: vignettes(split, TRACES) for split in VIGNETTE_SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +107,14 @@ def test_findings_can_be_cited_whole_and_name_no_condition():
 
 def test_splits_share_no_combination_of_findings_and_no_text(questions):
     for key in (lambda q: (q.columns["condition"], *sorted(q.columns["findings"])), lambda q: q.question):
-        seen = {split: {key(question) for question in questions[split]} for split in SPLITS}
+        seen = {split: {key(question) for question in questions[split]} for split in VIGNETTE_SPLITS}
         assert not seen["train"] & seen["test"]
         assert not seen["train"] & seen["validation"]
         assert not seen["validation"] & seen["test"]
     # Of the 50 combinations of a condition 5 and 5 are held out: these few are all seen, the 40 for training nearly all.
     combinations = {
-        split: {(q.columns["condition"], *sorted(q.columns["findings"])) for q in questions[split]} for split in SPLITS
+        split: {(q.columns["condition"], *sorted(q.columns["findings"])) for q in questions[split]}
+        for split in VIGNETTE_SPLITS
     }
     assert len(combinations["validation"]) == len(combinations["test"]) == 24 * 5
     assert 24 * 38 < len(combinations["train"]) <= 24 * 40
@@ -122,7 +123,7 @@ def test_splits_share_no_combination_of_findings_and_no_text(questions):
 
 
 def test_vignettes_are_distinct_and_hold_the_answer_once(questions):
-    for split in SPLITS:
+    for split in VIGNETTE_SPLITS:
         assert len({(question.question, *question.options.values()) for question in questions[split]}) == TRACES
         assert [question.id for question in questions[split][:2]] == [f"{split}-000000", f"{split}-000001"]
         for question in questions[split]:
@@ -141,7 +142,7 @@ def test_vignettes_are_distinct_and_hold_the_answer_once(questions):
 
 
 def test_letters_and_conditions_are_uniform(questions):
-    for split in SPLITS:
+    for split in VIGNETTE_SPLITS:
         for values, kinds, limit in (
             ([question.answer for question in questions[split]], 4, 16.3),  # the chi-square bounds of p = 0.001
             ([question.columns["condition"] for question in questions[split]], 24, 49.7),

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from crpo_jax.answer.records import Answer, letter_of, row_of
 from crpo_jax.config import Config
-from crpo_jax.data.prompts import Fitting, fitting
+from crpo_jax.data.prompts import Fitting, fit_prompts
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
@@ -43,7 +43,7 @@ def examine(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Pa
     mesh = make_mesh(settings.parallel.mesh)
     settings, shape = setup.shape_for(settings, mesh)
     text = setup.text_for(settings, shape)
-    fitted = {name: fitting(questions, settings.data, text.tokenizer) for name, questions in sets.items()}
+    fitted = {name: fit_prompts(questions, settings.data, text.tokenizer) for name, questions in sets.items()}
     engine, weights = setup.sampler(settings, shape, mesh, text), None
     for name, asked in fitted.items():
         with Journal(folder / f"{name}.jsonl") as journal:

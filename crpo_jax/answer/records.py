@@ -17,10 +17,13 @@ import numpy as np
 
 from crpo_jax.answer.truth import EXACT, exact, knows
 from crpo_jax.config import Config
-from crpo_jax.data.question import Question, Record, from_record, json_records
+from crpo_jax.data.files import json_records
+from crpo_jax.data.question import Question
+from crpo_jax.data.readers import question_of
+from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError
-from crpo_jax.reward.parse import parse
-from crpo_jax.reward.rules import Score, found_answer
+from crpo_jax.reward.parse import parse_response
+from crpo_jax.reward.rules import Score, find_answer
 from crpo_jax.reward.scorer import Scored, Scorer
 
 OWN = ("sample", "response", "token_ids", "tokens", "stopped")
@@ -70,7 +73,7 @@ def read_answers(path: str | Path, text: str = "--responses") -> list[Answer]:
 
 
 def answer_of(record: Record, seen: Mapping[str, int]) -> Answer:
-    whole = from_record(record)
+    whole = question_of(record)
     columns = {name: value for name, value in whole.columns.items() if name not in OWN}
     question = Question(whole.id, whole.question, whole.options, whole.answer, whole.source, whole.split, columns)
     response, ids, tokens = record.fields.get("response"), record.fields.get("token_ids"), record.fields.get("tokens")
@@ -95,13 +98,13 @@ def letter_of(answer: Answer, settings: Config) -> str | None:
     """The option that a response answers with: what its only box holds, where evaluate.answer wants it; None where that is no option."""
     question = answer.question
     if settings.evaluate.answer == "anywhere":
-        box = parse(answer.response).box
+        box = parse_response(answer.response).box
         letter = box.text.strip() if box and box.text is not None else None
         return letter if letter in question.options else None
     for tags in dict.fromkeys((*FORMATS, tuple(settings.reward.grpo_tags))):
-        parsed = parse(answer.response, tags, systems=False)
+        parsed = parse_response(answer.response, tags, systems=False)
         if parsed.conclusion is not None:
-            return found_answer(parsed, question, tags[1])[0]
+            return find_answer(parsed, question, tags[1])[0]
     return None
 
 

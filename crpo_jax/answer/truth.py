@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import FINDINGS, claims, facts_asserted, rejections
-from crpo_jax.reward.parse import parse
+from crpo_jax.reward.parse import parse_response
 
 EXACT: Mapping[str, str] = {
     "true_claims": "distinct true statements of what a finding speaks for or a condition would need",
@@ -49,5 +49,5 @@ def exact(question: Question, response: str) -> dict[str, int]:
         ),
         "findings_invented": len(asserted - facts),
         "false_claims": len((said | rejected) - needed),
-        "conclusion_findings": len(set(facts_asserted(parse(response).conclusion or "")) & shown),
+        "conclusion_findings": len(set(facts_asserted(parse_response(response).conclusion or "")) & shown),
     }

@@ -5,12 +5,11 @@ headings, the tags and the box are added, and tags, boxes and bare answer lines 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
-from crpo_jax.reward import rules
-from crpo_jax.reward.rules import Score
+from crpo_jax.reward.rules import Score, score_response
 
 MIN_PROSE = 12  # words; an answer with fewer is a verdict without its reasons
 PART = 30  # words, and on to the end of the sentence, that System 1 takes of the opening, and the conclusion of the closing
@@ -128,7 +127,7 @@ def checked(question: Question, response: str, settings: Reward) -> Converted:
     """A response as it stands, where the `crpo` reward finds the format and the right answer in it."""
     if "<|" in response:
         return Converted(None, "the trace spells a special token")
-    score = rules.crpo(question, response, settings, None, None)
+    score = score_response(question, response, replace(settings, design="crpo"))
     problems = score.why["format"] + ([] if score.accuracy else [score.why["answer"]])
     return Converted(None, "; ".join(problems), score) if problems else Converted(response, "", score)
 

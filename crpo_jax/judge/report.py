@@ -18,8 +18,8 @@ from crpo_jax.config import Reward
 from crpo_jax.errors import InputError
 from crpo_jax.judge.measures import MEASURES
 from crpo_jax.judge.table import aligned
-from crpo_jax.reward import rules, terms
-from crpo_jax.reward.rules import Score
+from crpo_jax.reward import terms
+from crpo_jax.reward.rules import Score, score_response
 from crpo_jax.store.journal import whole_rows
 
 CASES = 3  # questions shown side by side
@@ -332,7 +332,7 @@ def cases(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, Answer, Score]
         firsts = [{one.question.id: one for one in read_answers(file) if one.sample == 0} for file in files if file]
         for identity in firsts[0].keys() & firsts[1].keys():
             told = [(row.name, first[identity]) for row, first in zip(pair, firsts, strict=True)]
-            scored = [(name, one, rules.crpo(one.question, one.response, Reward(), None, None)) for name, one in told]
+            scored = [(name, one, score_response(one.question, one.response, Reward())) for name, one in told]
             found.append(
                 (scored[1][2].total - scored[0][2].total, scored[1][2].cross_reference, data, identity, scored)
             )
@@ -344,7 +344,7 @@ def marked(text: str, cited: set[str]) -> str:
     """HTML of a response: everything escaped, words whose term is cited marked."""
     out, at = [], 0
     for match in terms.TOKEN.finditer(lowered(text)):
-        if terms.term(match[0]) in cited:
+        if terms.term_of(match[0]) in cited:
             out += [
                 html.escape(text[at : match.start()]),
                 "<mark>",
@@ -356,7 +356,7 @@ def marked(text: str, cited: set[str]) -> str:
 
 
 def lowered(text: str) -> str:
-    """Lower-cased character by character, as `terms.read` has it, but never longer or shorter than the text."""
+    """Lower-cased character by character, as `terms.read_terms` has it, but never longer or shorter than the text."""
     return "".join(low if len(low := character.lower()) == 1 else character for character in text).replace(
         "\u03bc", "\u00b5"
     )

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from crpo_jax import config
-from crpo_jax.data.batches import questions_for
-from crpo_jax.data.prompts import Fitting, encode_response, fitting, load_tokenizer, render_all
-from crpo_jax.data.question import OTHER_HALF, Question, halves, held_out, read
+from crpo_jax.data.batches import load_questions
+from crpo_jax.data.prompts import Fitting, encode_response, fit_prompts, load_tokenizer, render_prompts
+from crpo_jax.data.question import OTHER_HALF, Question, hold_out, select_part
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
 from crpo_jax.model.attention import implementation
@@ -94,16 +95,18 @@ def shape_for(settings: config.Config, mesh: Mesh) -> tuple[config.Config, Shape
 
 def rendered(questions: Sequence[Question], *how: Any) -> list[list[int]]:
     """Prompt tokens of all questions; each process renders its share of them, and then all hold all."""
-    return gathered(render_all([questions[i] for i in share(len(questions))], *how))
+    return gathered(render_prompts([questions[i] for i in share(len(questions))], *how))
 
 
 def training_questions(settings: config.Config, text: Text) -> Fitting:
-    return fitting(questions_for(settings.data, settings.data.split), settings.data, text.tokenizer, rendered)
+    return fit_prompts(load_questions(settings.data, settings.data.split), settings.data, text.tokenizer, rendered)
 
 
 def evaluation_questions(settings: config.Config, text: Text) -> Fitting:
     """The first data.eval_questions that fit; the same for every run of a config."""
-    found = fitting(questions_for(settings.data, settings.data.eval_split), settings.data, text.tokenizer, rendered)
+    found = fit_prompts(
+        load_questions(settings.data, settings.data.eval_split), settings.data, text.tokenizer, rendered
+    )
     count = settings.data.eval_questions or len(found.questions)
     return Fitting(found.questions[:count], found.prompts[:count], found.dropped)
 
@@ -154,7 +157,7 @@ def teacher_traces(settings: config.Config, text: Text) -> Traces:
     """The traces of sft.path, or the built-in teacher's on the half of the vignettes that RL does not train on."""
     sft, data = settings.sft, settings.data
     if sft.path:
-        questions = read("jsonl", sft.path, "train")
+        questions = read_questions("jsonl", sft.path, "train")
         for question in questions:
             if not isinstance(question.columns.get("response"), str):
                 raise InputError(
@@ -164,19 +167,19 @@ def teacher_traces(settings: config.Config, text: Text) -> Traces:
     elif data.source == "vignettes":
         from crpo_jax.data.vignettes import teacher_response, vignettes
 
-        questions = halves(vignettes(data.split, data.vignettes), OTHER_HALF[data.part])
+        questions = select_part(vignettes(data.split, data.vignettes), OTHER_HALF[data.part])
         responses = [teacher_response(question, settings.run.seed) for question in questions]
     else:
         raise InputError(
             f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher"
         )
-    prompts = render_all(questions, data.prompt, data.system_prompt, text.tokenizer)
+    prompts = render_prompts(questions, data.prompt, data.system_prompt, text.tokenizer)
     rows = {}
     for question, prompt, response in zip(questions, prompts, responses, strict=True):
         row = Row(prompt, encode_response(response, text.tokenizer))
         if len(row.prompt) + len(row.response) <= sft.max_tokens:
             rows[question.id] = (question, row)
-    train, held = held_out([question for question, _ in rows.values()], sft.held_out)
+    train, held = hold_out([question for question, _ in rows.values()], sft.held_out)
 
     def of(chosen: Sequence[Question]) -> list[Row]:
         return [rows[question.id][1] for question in chosen]

@@ -15,7 +15,7 @@ from response_table import GOOD, GOUT, ROWS
 
 from crpo_jax.config import Reward
 from crpo_jax.errors import InputError
-from crpo_jax.reward.rules import Score, score
+from crpo_jax.reward.rules import Score, score_response
 from crpo_jax.reward.scorer import CHUNK, Failure, Scorer, ScoringError, design_parts
 
 RESPONSES = [row[2] for row in ROWS]
@@ -108,8 +108,8 @@ def test_pool_gives_what_the_rules_give_in_order(workers: int) -> None:
     settings = Reward(workers=workers)
     with Scorer(settings) as scorer:
         first, second = scorer.submit([GOUT] * len(RESPONSES), RESPONSES), scorer.submit([GOUT], [GOOD])
-        assert scorer.collect(second) == [score(GOUT, GOOD, settings)]
-        assert scorer.collect(first) == [score(GOUT, response, settings) for response in RESPONSES]
+        assert scorer.collect(second) == [score_response(GOUT, GOOD, settings)]
+        assert scorer.collect(first) == [score_response(GOUT, response, settings) for response in RESPONSES]
         assert scorer.score([], []) == []
     assert len(RESPONSES) > 4 * CHUNK, "several chunks to each worker"
 
@@ -124,7 +124,7 @@ def test_token_ids_and_the_table_reach_the_workers() -> None:
     assert found[0].why["consistency"]["by"] == "tokens"
     assert isinstance(found[2], Failure), "an id beyond the table"
     assert found[2].error == "ValueError: token_ids: expected ids from 0 to 2, got 0 to 3"
-    assert "in consistency" in found[2].traceback
+    assert "in measure_consistency" in found[2].traceback
 
 
 def test_submit_returns_before_the_scores_are_there(here: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_response_that_kills_its_worker(here: Path) -> None:
 def test_workers_killed_from_outside_lose_nothing() -> None:
     settings = Reward(workers=2)
     with Scorer(settings) as scorer:
-        expected = [score(GOUT, response, settings) for response in RESPONSES]
+        expected = [score_response(GOUT, response, settings) for response in RESPONSES]
         assert scorer.score([GOUT] * len(RESPONSES), RESPONSES) == expected
         killed = [process.process.pid for process in scorer._processes.values()]
         for pid in killed:
@@ -264,14 +264,14 @@ def test_workers_see_no_accelerator_and_import_no_jax(here: Path, capfd: pytest.
 def test_weighted_sums_report_every_part(here: Path, workers: int) -> None:
     design = f"crpo*1.0 + {named(here, 'length')}*0.5 + {named(here, 'sometimes')}*-2"
     found = run(Reward(design=design, workers=workers), [GOOD, "skip"])
-    alone = score(GOUT, GOOD, Reward())
+    alone = score_response(GOUT, GOOD, Reward())
     assert isinstance(found[0], Score)
     assert isinstance(found[1], Score)
     assert found[0].components == {"crpo": 12.0, named(here, "length"): float(len(GOOD)), named(here, "sometimes"): 2.0}
     assert found[0].total == 12 + 0.5 * len(GOOD) - 2 * 2
     assert (found[0].accuracy, found[0].format, found[0].why["cross_reference"]) == (1, 1, alone.why["cross_reference"])
     assert found[1].components[named(here, "sometimes")] is None, "not applicable: TRL's None"
-    assert found[1].total == score(GOUT, "skip", Reward()).total + 0.5 * 4
+    assert found[1].total == score_response(GOUT, "skip", Reward()).total + 0.5 * 4
 
 
 def test_a_users_function_alone_is_the_total_and_crpo_describes(here: Path) -> None:
