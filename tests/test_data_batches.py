@@ -1,4 +1,4 @@
-"""The loader: every epoch sees every question once, and a step's batch needs nothing but the step."""
+"""Batches: every epoch has every question once, and a step's batch needs nothing but the step."""
 
 import json
 from collections import Counter
@@ -44,7 +44,7 @@ def test_every_epoch_visits_every_question_once(count, prompts_per_step, seed):
 @settings(deadline=None, max_examples=40)
 @given(sizes, st.integers(1, 12), seeds, st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
 def test_a_batch_follows_from_the_step_alone(count, prompts_per_step, seed, steps):
-    """A resumed run asks a new loader for step s first; an old one was asked for all before it, here in any order and twice."""
+    """A resumed run starts at step s; the run before it had all earlier steps, here in any order and twice."""
     used = Batches(numbered(count), prompts_per_step, seed)
     for step in [*steps, *steps]:
         assert used.batch(step) == Batches(numbered(count), prompts_per_step, seed).batch(step)
@@ -97,7 +97,7 @@ def test_what_cannot_be_batched(arguments, expected):
     assert str(caught.value) == expected
 
 
-# ---- the questions of a config ----------------------------------------------------------------------------------------
+# ---- the questions of a config ---------------------------------------------------------------------------------------
 
 
 def own(path, prefix, count):

@@ -14,7 +14,10 @@ from crpo_jax.reward.rules import DESIGNS, score_response
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from bench_score import adversarial  # the same texts that the benchmark times
 
-WHOLE = " <dx>a (System 1: Intuitive) fast\n(System 2: Analytical) slow</dx>\n<conclusion>So. \\boxed{C} Yes.</conclusion>\n"
+WHOLE = (
+    " <dx>a (System 1: Intuitive) fast\n(System 2: Analytical) slow</dx>\n"
+    "<conclusion>So. \\boxed{C} Yes.</conclusion>\n"
+)
 
 
 def test_the_parts_of_a_whole_response() -> None:

@@ -1,4 +1,4 @@
-"""Prompts: the tokenizer is the published one, every turn is written once, nothing in a text becomes a special token, nothing is cut."""
+"""Prompts: the published tokenizer, every turn once, no special tokens from a text, and nothing cut."""
 
 import dataclasses
 import json
@@ -10,14 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crpo_jax.config import Data
-from crpo_jax.data.prompts import (
-    PROMPTS,
-    encode_response,
-    fit_prompts,
-    load_tokenizer,
-    render_prompts,
-    user_turn,
-)
+from crpo_jax.data.prompts import PROMPTS, encode_response, fit_prompts, load_tokenizer, render_prompts, user_turn
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
@@ -75,7 +68,7 @@ def test_prompt_is_the_chat_templates_conversation(qwen):
 
 
 def test_empty_system_prompt_is_an_empty_turn_not_the_templates_default(qwen):
-    """The template inserts a system prompt of its own where a conversation has none; cold start and RL then disagree."""
+    """The template inserts its own system prompt where a conversation has none; cold start and RL then disagree."""
     decoded = qwen.decode(render(QUESTION, "crpo", "", qwen))
     assert decoded.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
     assert "Alibaba" not in decoded
@@ -124,7 +117,7 @@ def test_response_ends_with_the_end_of_turn(tokenizer):
 
 
 def test_response_tokens_do_not_depend_on_the_prompt_before_them(qwen):
-    """Encoded in one piece, a response that starts with a line break merges with the template's own: no sampler draws that."""
+    """In one piece, a response's first line break would merge with the template's own: no sampler draws that."""
     prompt = render(QUESTION, "brief", SYSTEM, qwen)
     response = encode_response("\nYes.", qwen)
     whole = qwen.encode(qwen.decode(prompt + response), add_special_tokens=False)
@@ -178,7 +171,7 @@ def test_batch_equals_one_by_one(tokenizer):
     assert render_prompts([], "crpo", SYSTEM, tokenizer) == []
 
 
-# ---- the limit --------------------------------------------------------------------------------------------------------
+# ---- the limit -------------------------------------------------------------------------------------------------------
 
 
 def long_and_short():
@@ -212,7 +205,8 @@ def test_prompts_over_the_limit_are_an_error_by_setting(tokenizer):
 def test_a_limit_that_nothing_fits_is_an_error(tokenizer):
     with pytest.raises(
         InputError,
-        match=r"data\.max_prompt_tokens: expected room for at least one question, got 5; the shortest prompt has \d+ tokens",
+        match=r"data\.max_prompt_tokens: expected room for at least one question, got 5; "
+        r"the shortest prompt has \d+ tokens",
     ):
         fit_prompts(long_and_short(), Data(max_prompt_tokens=5), tokenizer)
 
@@ -229,7 +223,7 @@ def test_published_questions_fit_the_papers_limit(qwen, source, split):
     assert min(map(len, fitted.prompts)) > 200
 
 
-# ---- tokenizers that cannot be used -----------------------------------------------------------------------------------
+# ---- tokenizers that cannot be used ----------------------------------------------------------------------------------
 
 
 def copied(folder, **changed):

@@ -1,4 +1,4 @@
-"""Readers: the published datasets whole, the hub's schemas in small, and every kind of bad record with the line it earns."""
+"""Readers: the published datasets whole, the hub's schemas in small, and every kind of bad record with its error."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from question_file import write_jsonl
 
 from crpo_jax.data import readers
 from crpo_jax.data.question import LETTERS, Question
-from crpo_jax.data.readers import QUESTION_FIELDS, read_questions
+from crpo_jax.data.readers import QUESTION_FIELDS, questions_from, read_questions
 from crpo_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def lines(path, *records):
     return path
 
 
-# ---- the published data -----------------------------------------------------------------------------------------------
+# ---- the published data ----------------------------------------------------------------------------------------------
 
 
 def raw(path):
@@ -112,7 +113,7 @@ def test_medxpertqa_whole_with_its_choices_shown_once(split, count):
     )
 
 
-# ---- the hub's schemas, in every form ---------------------------------------------------------------------------------
+# ---- the hub's schemas, in every form --------------------------------------------------------------------------------
 
 
 def as_lines(path, records):
@@ -190,7 +191,7 @@ def test_no_position_is_guessed_where_zero_and_four_are_both_absent(tmp_path):
         read_questions("medmcqa", str(path))
 
 
-# ---- folders and the hub ----------------------------------------------------------------------------------------------
+# ---- folders and the hub ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,8 @@ def test_without_network_one_line_says_what_to_do(tmp_path):
 
 
 def test_importing_the_record_brings_nothing_heavy():
-    code = "import crpo_jax.data.readers, crpo_jax.data.prompts, sys\nprint({'jax', 'datasets', 'pyarrow', 'transformers', 'grain'} & set(sys.modules))"
+    code = "import crpo_jax.data.readers, crpo_jax.data.prompts, sys\n"
+    code += "print({'jax', 'datasets', 'pyarrow', 'transformers', 'grain'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -292,7 +294,7 @@ def test_importing_the_record_brings_nothing_heavy():
     assert done.stdout.strip() == "set()"
 
 
-# ---- what is refused, and in which words ------------------------------------------------------------------------------
+# ---- what is refused, and in which words -----------------------------------------------------------------------------
 
 
 def without(record, *names):
@@ -393,12 +395,14 @@ BAD = [
     (
         "medxpertqa",
         [MEDXPERTQA | {"question": repeated(A="x", B="y", C="z")}],
-        ":1: question: expected choices as in the options, at most 2 in another wording, got {{'A': 'x', 'B': 'y', 'C': 'z'}}",
+        ":1: question: expected choices as in the options, at most 2 in another wording, "
+        "got {{'A': 'x', 'B': 'y', 'C': 'z'}}",
     ),
     (
         "medxpertqa",
         [MEDXPERTQA | {"question": "Which?\nAnswer Choices: (A) choice a (B) choice b"}],
-        ":1: question: expected the choices (A, B, C, D, E, F, G, H, I, J) after 'Answer Choices:', got '(A) choice a (B) choice b'",
+        ":1: question: expected the choices (A, B, C, D, E, F, G, H, I, J) after 'Answer Choices:', "
+        "got '(A) choice a (B) choice b'",
     ),
     ("medxpertqa", [MEDXPERTQA | {"question": repeated("")}], None),
 ]
@@ -467,6 +471,35 @@ def test_bad_rows_of_a_table_and_lines_of_an_array_are_named(tmp_path):
         read_questions("jsonl", str(tmp_path), "dev")
 
 
+def test_questions_given_in_python():
+    """As from a file; any mapping will do, not only a dict."""
+    rows = [
+        MappingProxyType(OWN | {"topic": "heart"}),
+        OWN | {"id": 7, "answer": "B", "source": "mine", "split": "dev"},
+    ]
+    assert questions_from(rows) == [
+        Question("q0", "Which?", {"A": "one", "B": "two"}, "A", "jsonl", "", {"topic": "heart"}),
+        Question("7", "Which?", {"A": "one", "B": "two"}, "B", "mine", "dev"),
+    ]
+    assert questions_from([]) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (OWN, "id: expected an id of its own (the same stands at questions[0]), got 'q0'"),
+        (OWN | {"id": "q1", "answer": "C"}, "answer: expected a letter among A, B, got 'C'"),
+        (without(OWN, "question"), "question: expected a field of this name, got id, options, answer"),
+        (OWN | {"options": ["one"]}, "options: expected an object of texts by letter, got ['one']"),
+        ("q1", "expected a mapping with id, question, options and answer, got 'q1'"),
+    ],
+)
+def test_bad_questions_given_in_python(row, expected):
+    with pytest.raises(InputError) as caught:
+        questions_from([OWN, row])
+    assert str(caught.value) == f"questions[1]: {expected}"
+
+
 def test_bad_places(tmp_path):
     for source, path, split, expected in [
         ("pubmedqa", "", "train", "data.source: expected one of medqa, medmcqa, medxpertqa, jsonl, got 'pubmedqa'"),
@@ -481,7 +514,8 @@ def test_bad_places(tmp_path):
             "medqa",
             str(tmp_path),
             "dev",
-            f"{tmp_path}: expected a file of split dev or validation or val or valid, got no .json, .jsonl, .parquet file",
+            f"{tmp_path}: expected a file of split dev or validation or val or valid, "
+            "got no .json, .jsonl, .parquet file",
         ),
     ]:
         with pytest.raises(InputError) as caught:
@@ -489,7 +523,7 @@ def test_bad_places(tmp_path):
         assert str(caught.value) == expected
 
 
-# ---- the repeated choices ---------------------------------------------------------------------------------------------
+# ---- the repeated choices --------------------------------------------------------------------------------------------
 
 
 def stripped(tmp_path, text, **options):
@@ -516,7 +550,7 @@ def test_a_choice_in_another_wording_is_kept_to_be_seen(tmp_path):
     assert question.columns["differing_choices"] == {"C": "another"}
 
 
-# ---- the project's own format -----------------------------------------------------------------------------------------
+# ---- the project's own format ----------------------------------------------------------------------------------------
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda value: value == value.strip())
 

@@ -103,9 +103,11 @@ def test_why_shows_the_parts_of_the_citation() -> None:
 def test_a_measurement_is_a_finding_with_its_value_only() -> None:
     question = replace(
         GOUT,
-        question="A 55-year-old man has a blood pressure of 170/95 mm Hg, headache and blurred vision. What is the diagnosis?",
+        question="A 55-year-old man has a blood pressure of 170/95 mm Hg, headache and blurred vision. "
+        "What is the diagnosis?",
     )
-    dx = "<dx>(System 1: Intuitive) Think of pressure on the eye.\n(System 2: Analytical) Blood pressure is 170/95 mmHg, with headache.</dx>"
+    dx = "<dx>(System 1: Intuitive) Think of pressure on the eye.\n"
+    dx += "(System 2: Analytical) Blood pressure is 170/95 mmHg, with headache.</dx>"
     for conclusion, facts in (
         ("His blood pressure and the headache matter most.", []),
         ("His blood pressure of 170/95 mmHg and the headache matter most.", ["pressur 170/95 mmhg"]),
@@ -279,7 +281,7 @@ AROUND = st.sampled_from(
 @settings(max_examples=100, deadline=None)
 @given(st.permutations("ABCD"), st.sampled_from("ABCD"), AROUND)
 def test_permuted_letters_change_nothing(letters: list[str], chosen: str, response: str) -> None:
-    """The option texts get other letters, the answer moves with its text, and the response boxes the letter of the same text."""
+    """The option texts get other letters; the answer and the response's box move with their texts."""
     moved = dict(zip("ABCD", letters, strict=True))
     permuted = replace(
         GOUT, options={moved[letter]: text for letter, text in sorted(GOUT.options.items())}, answer=moved["C"]

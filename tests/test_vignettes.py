@@ -29,7 +29,8 @@ FOUR_PARTS = re.compile(
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
-        "a an and are at because best both by diagnosis for given here i in is it makes mean most no of on or so the this to with",
+        "a an and are at because best both by diagnosis for given here i in is it makes mean most no of on or so the "
+        "this to with",
     )
 )
 
@@ -59,7 +60,7 @@ def whole_facts(text, fact):
 
 
 def cites(question, response):
-    """The cross-reference rule of the `crpo` reward in its plainest reading: an independent check of what the teacher writes."""
+    """The cross-reference rule of the `crpo` reward, read plainly: an independent check of what the teacher writes."""
     parts = FOUR_PARTS.fullmatch(response)
     if parts is None:
         return False
@@ -111,7 +112,7 @@ def test_splits_share_no_combination_of_findings_and_no_text(questions):
         assert not seen["train"] & seen["test"]
         assert not seen["train"] & seen["validation"]
         assert not seen["validation"] & seen["test"]
-    # Of the 50 combinations of a condition 5 and 5 are held out: these few are all seen, the 40 for training nearly all.
+    # Of the 50 combinations of a condition 5 and 5 are held out: those all occur, and nearly all 40 for training.
     combinations = {
         split: {(q.columns["condition"], *sorted(q.columns["findings"])) for q in questions[split]}
         for split in VIGNETTE_SPLITS
@@ -212,7 +213,8 @@ def test_teacher_errs_as_often_as_its_noise_says(traces):
     print(
         f"accuracy {accuracy:.3f} (as the reward reads it {scored:.3f}), "
         f"mistaken {mistaken:.3f}, others wrong {others:.3f}, complete {complete:.3f}, "
-        f"boxless {boxless:.3f}, cites {cited:.3f} of the complete, drift {drift:.3f}, invalid rejections {invalid:.3f} of {len(rejected)}"
+        f"boxless {boxless:.3f}, cites {cited:.3f} of the complete, drift {drift:.3f}, "
+        f"invalid rejections {invalid:.3f} of {len(rejected)}"
     )
     assert 0.72 <= accuracy <= 0.78
     assert abs(mistaken - noise.systematic) < 0.04

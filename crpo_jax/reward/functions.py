@@ -53,7 +53,7 @@ def import_path(function: RewardFunction) -> str | None:
 def design_name(function: RewardFunction) -> str:
     """What reward.design calls a function given as an object: its import path, or its bare name where it has none."""
     name = getattr(function, "__name__", type(function).__name__)
-    return import_path(function) or re.sub(r"\W+", "_", name).strip("_") or "function"
+    return import_path(function) or re.sub(r"\W", "", name) or "function"
 
 
 def load_function(path: str) -> RewardFunction | Failure:
