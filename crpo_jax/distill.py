@@ -27,9 +27,11 @@ from crpo_jax.chat.traces import (
     validate_response,
 )
 from crpo_jax.config import Config
-from crpo_jax.data import question as questions
+from crpo_jax.data.files import json_records
 from crpo_jax.data.prompts import instruction, user_turn
-from crpo_jax.data.question import OTHER_HALF, Question, halves
+from crpo_jax.data.question import OTHER_HALF, Question, select_part
+from crpo_jax.data.readers import question_of, read_questions
+from crpo_jax.data.record import Record
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import StopSignal
@@ -105,8 +107,8 @@ def select_questions(settings: Config) -> list[Question]:
 
         selected = vignettes(data.split, data.vignettes)
     else:
-        selected = questions.read(data.source, data.path, data.split)
-    selected = halves(selected, OTHER_HALF[data.part])
+        selected = read_questions(data.source, data.path, data.split)
+    selected = select_part(selected, OTHER_HALF[data.part])
     return selected[: settings.distill.questions or len(selected)]
 
 
@@ -176,7 +178,7 @@ def read_traces(workdir: Path) -> list[Trace]:
     traces = []
     with Journal(workdir / "traces.jsonl") as journal:
         for row in journal.rows:
-            question = questions.from_record(questions.Record(row, "traces.jsonl"))
+            question = question_of(Record(row, "traces.jsonl"))
             parts = split_reasoning(row["content"], row["reasoning"]) or (None, None)
             traces.append(Trace(question, row["attempt"], row["teacher"], *parts))
     return traces
@@ -187,8 +189,8 @@ def read_foreign_traces(path: str) -> list[Trace]:
     if not Path(path).is_file():
         raise InputError(f"--traces {path}: expected a file, got none there")
     traces = []
-    for number, record in enumerate(questions.json_records(Path(path))):
-        options = record.options("options")
+    for number, record in enumerate(json_records(Path(path))):
+        options = record.options()
         answer = record.letter("answer_idx" if record.has("answer_idx") else "answer", options)
         source, reasoning, teacher = (
             record.text(name) if record.has(name) else "" for name in ("source", "reasoning", "teacher")

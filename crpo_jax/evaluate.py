@@ -25,8 +25,9 @@ from crpo_jax import cli, config
 from crpo_jax.answer.records import Answer, read_answers
 from crpo_jax.answer.statistics import summarize
 from crpo_jax.config import Config, Endpoint
-from crpo_jax.data import question as questions
+from crpo_jax.data.files import HUB_DATASETS
 from crpo_jax.data.question import Question
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
 from crpo_jax.judge.report import write_report
@@ -112,12 +113,12 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
             from crpo_jax.data.vignettes import vignettes
 
             data_set = vignettes(data.eval_split, limit or data.eval_questions or data.vignettes)
-        elif name in questions.HUB:
-            data_set = questions.read(name, path, EVALUATION_SPLITS.get(name, data.eval_split))
+        elif name in HUB_DATASETS:
+            data_set = read_questions(name, path, EVALUATION_SPLITS.get(name, data.eval_split))
         elif not equals and Path(text).is_file():
-            name, data_set = Path(text).stem, questions.read("jsonl", text, data.eval_split)
+            name, data_set = Path(text).stem, read_questions("jsonl", text, data.eval_split)
         else:
-            known = ", ".join(("vignettes", *questions.HUB))
+            known = ", ".join(("vignettes", *HUB_DATASETS))
             raise InputError(f"--data {text}: expected {known}, one of them as NAME=PATH, or a file of questions")
         if name in sets:
             raise InputError(f"--data: expected data sets of different names, got {name} twice")
@@ -177,13 +178,13 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 def load_effective_table(settings: Config) -> Any:
     """The table of effective tokens of tokenizer.path or the model's folder; None if neither is on this machine."""
-    from crpo_jax.reward.effective import effective_table, token_ids_of
+    from crpo_jax.reward.effective import effective_table, read_vocabulary
 
     for path in filter(None, (settings.tokenizer.path, settings.model.path)):
         for folder in (Path(path).expanduser(), config.config_folder().parent / path):
             file = folder / "tokenizer.json"
             if file.is_file():
-                return effective_table(file, max(token_ids_of(file).values()) + 1)
+                return effective_table(file, max(read_vocabulary(file).values()) + 1)
     return None
 
 

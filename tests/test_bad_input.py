@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from crpo_jax import config, train
-from crpo_jax.data.question import READERS, read
+from crpo_jax.data.readers import READERS, read_questions
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
 from crpo_jax.model.shape import shape_of
@@ -236,7 +236,7 @@ BAD: list[tuple[list[str], str]] = [
     ),
     (
         own("no_answer.jsonl"),
-        "FOLDER/no_answer.jsonl:2: answer: expected such a field among id, question, options, got None",
+        "FOLDER/no_answer.jsonl:2: answer: expected a field of this name, got id, question, options",
     ),
     (own("other_answer.jsonl"), "FOLDER/other_answer.jsonl:1: answer: expected a letter among A, B, got 'C'"),
     (
@@ -401,7 +401,7 @@ def test_any_question_file_loads_or_is_refused_in_one_line(file: tuple[str, byte
     path = PLACE / "train.json"
     path.write_bytes(data)
     try:
-        questions = read(source, str(path))
+        questions = read_questions(source, str(path))
     except InputError as error:
         one_line(error)
     else:

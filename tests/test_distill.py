@@ -15,9 +15,10 @@ from crpo_jax import distill
 from crpo_jax.chat import client
 from crpo_jax.chat.traces import convert_trace, find_answer_letter, split_reasoning
 from crpo_jax.config import Reward
-from crpo_jax.data.question import Question, read
+from crpo_jax.data.question import Question
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
-from crpo_jax.reward.rules import score
+from crpo_jax.reward.rules import score_response
 from crpo_jax.store import journal
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "coldstart" / "think_traces.jsonl"
@@ -95,8 +96,8 @@ def test_faults_lose_nothing_and_a_second_run_only_sends_what_failed(tmp_path, a
 def test_the_converted_file_is_read_by_fine_tuning_and_accepted_by_the_reward(tmp_path, arguments):
     with ChatServer(lambda request, times: complete(f"<think>{THINK}</think>C")) as server:
         distill.main([*arguments, f"distill.base_url={server.url}"])
-    for question in read("jsonl", str(tmp_path / "run" / "converted.jsonl")):
-        scored = score(question, question.columns["response"], Reward())
+    for question in read_questions("jsonl", str(tmp_path / "run" / "converted.jsonl")):
+        scored = score_response(question, question.columns["response"], Reward())
         assert (scored.accuracy, scored.format, scored.cross_reference) == (1, 1, question.columns["cross_reference"])
     assert len(rows(tmp_path, "converted.jsonl")) == len(QUESTIONS)
 
@@ -229,7 +230,7 @@ def test_real_teacher_traces_convert(tmp_path):
     assert len(good) + len(rows(tmp_path, "rejected.jsonl")) == 1304
     assert len(good) >= 1290
     assert sum(row["cross_reference"] for row in good) > 300
-    assert len(read("jsonl", str(tmp_path / "run" / "converted.jsonl"))) == len(good)
+    assert len(read_questions("jsonl", str(tmp_path / "run" / "converted.jsonl"))) == len(good)
 
 
 @pytest.mark.parametrize(

@@ -92,14 +92,14 @@ def test_a_report_over_seeds_and_methods(tmp_path, capsys):
 
 def test_text_of_a_model_is_text():
     answer = Answer(Question("evil", EVIL, {"A": EVIL, "B": "b"}, "A"), 0, EVIL)
-    score = report.rules.crpo(answer.question, answer.response, SETTINGS.reward, None, None)
+    score = report.score_response(answer.question, answer.response, SETTINGS.reward)
     page = report.case_html("d", [report.Sample("<b>me</b>", answer, score)] * 2)
     assert {tag for tag, _ in Tags(page).tags} <= {"section", "h3", "p", "ul", "li", "div", "h4", "pre", "mark"}
 
 
 def test_marking_keeps_every_character():
     text = "İstanbul: white ear tophi & <dx> 9.8 mg/dL; WHITE."
-    marked = report.mark_citations(text, {terms.term("white"), terms.term("9.8 mg/dl")})
+    marked = report.mark_citations(text, {terms.term_of("white"), terms.term_of("9.8 mg/dl")})
     assert marked.count("<mark>") == 3
     assert report.html.unescape(re.sub("</?mark>", "", marked)) == text
 

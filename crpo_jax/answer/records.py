@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crpo_jax.data.question import Question, Record, from_record, json_records
+from crpo_jax.data.files import json_records
+from crpo_jax.data.question import Question
+from crpo_jax.data.readers import question_of
+from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError
 
 RESPONSE_FIELDS = ("sample", "response", "token_ids", "tokens", "stopped")
@@ -53,7 +56,7 @@ def read_answers(path: str | Path, flag: str = "--responses") -> list[Answer]:
 
 def read_answer(record: Record, samples: Mapping[str, int]) -> Answer:
     """A record's response; `samples` counts the responses to each question that stand before it."""
-    question = from_record(record)
+    question = question_of(record)
     columns = {name: value for name, value in question.columns.items() if name not in RESPONSE_FIELDS}
     sample, response, ids, tokens, stopped = map(record.fields.get, RESPONSE_FIELDS)
     if not isinstance(response, str):

@@ -17,8 +17,8 @@ import numpy as np
 from crpo_jax.answer.records import Answer
 from crpo_jax.answer.truth import EXACT_MEASURES, count_exactly, has_truth
 from crpo_jax.config import Config
-from crpo_jax.reward.parse import parse
-from crpo_jax.reward.rules import Score, found_answer
+from crpo_jax.reward.parse import parse_response
+from crpo_jax.reward.rules import Score, find_answer
 from crpo_jax.reward.scorer import Scored, Scorer
 
 Z = 1.959964  # of a 95% interval
@@ -29,13 +29,13 @@ def extract_letter(answer: Answer, settings: Config) -> str | None:
     """The option in a response's only box, which must stand where evaluate.answer asks; None if it holds no option."""
     question = answer.question
     if settings.evaluate.answer == "anywhere":
-        box = parse(answer.response).box
+        box = parse_response(answer.response).box
         letter = box.text.strip() if box and box.text is not None else None
         return letter if letter in question.options else None
     for tags in dict.fromkeys((*FORMATS, tuple(settings.reward.grpo_tags))):
-        parsed = parse(answer.response, tags, systems=False)
+        parsed = parse_response(answer.response, tags, systems=False)
         if parsed.conclusion is not None:
-            return found_answer(parsed, question, tags[1])[0]
+            return find_answer(parsed, question, tags[1])[0]
     return None
 
 

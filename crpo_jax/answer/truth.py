@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import FINDINGS, claims, facts_asserted, rejections
-from crpo_jax.reward.parse import parse
+from crpo_jax.reward.parse import parse_response
 
 EXACT_MEASURES: Mapping[str, str] = {
     "true_claims": "distinct true statements of what a finding speaks for or a condition would need",
@@ -49,5 +49,5 @@ def count_exactly(question: Question, response: str) -> dict[str, int]:
         "valid_rejections": len(valid),
         "findings_invented": len(asserted - findings - set(question.columns["distractors"])),
         "false_claims": len((claimed | rejected) - true),
-        "conclusion_findings": len(set(facts_asserted(parse(response).conclusion or "")) & findings),
+        "conclusion_findings": len(set(facts_asserted(parse_response(response).conclusion or "")) & findings),
     }

@@ -5,12 +5,11 @@ headings, tags and the box are added, and the teacher's own tags, boxes and bare
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
-from crpo_jax.reward import rules
-from crpo_jax.reward.rules import Score
+from crpo_jax.reward.rules import Score, score_response
 
 MIN_PROSE = 12  # words; a shorter answer is a verdict without its reasons
 SECTION_WORDS = 30  # at least: System 1, from the start of the reasoning, and a conclusion from its end
@@ -124,7 +123,7 @@ def validate_response(question: Question, response: str, settings: Reward) -> Co
     """The response unchanged if the `crpo` reward accepts its format and its answer is right."""
     if "<|" in response:
         return Conversion(None, "the trace spells a special token")
-    score = rules.crpo(question, response, settings, None, None)
+    score = score_response(question, response, replace(settings, design="crpo"))
     problems = score.why["format"] + ([] if score.accuracy else [score.why["answer"]])
     return Conversion(None, "; ".join(problems), score) if problems else Conversion(response, "", score)
 

@@ -18,8 +18,8 @@ from crpo_jax.config import Reward
 from crpo_jax.errors import InputError
 from crpo_jax.judge.measures import MEASURES
 from crpo_jax.judge.table import format_columns
-from crpo_jax.reward import rules, terms
-from crpo_jax.reward.rules import Score
+from crpo_jax.reward import terms
+from crpo_jax.reward.rules import Score, score_response
 from crpo_jax.store.journal import whole_rows
 
 MAX_CASES = 3  # questions shown side by side
@@ -313,7 +313,7 @@ def select_cases(methods: Sequence[Method]) -> list[tuple[str, list[Sample]]]:
         firsts = [{a.question.id: a for a in read_answers(file) if a.sample == 0} for file in files]
         for identity in firsts[0].keys() & firsts[1].keys():
             samples = [
-                Sample(method.name, answer, rules.crpo(answer.question, answer.response, Reward(), None, None))
+                Sample(method.name, answer, score_response(answer.question, answer.response, Reward()))
                 for method, answer in zip(pair, (first[identity] for first in firsts), strict=True)
             ]
             before, after = (sample.score for sample in samples)
@@ -327,7 +327,7 @@ def mark_citations(text: str, cited: set[str]) -> str:
     """HTML of a response: everything escaped, words whose term is cited marked."""
     parts, end = [], 0
     for match in terms.TOKEN.finditer(lower_in_place(text)):
-        if terms.term(match[0]) in cited:
+        if terms.term_of(match[0]) in cited:
             before, word, end = text[end : match.start()], text[match.start() : match.end()], match.end()
             parts.append(f"{html.escape(before)}<mark>{html.escape(word)}</mark>")
     return "".join([*parts, html.escape(text[end:])])
