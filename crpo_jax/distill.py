@@ -24,7 +24,8 @@ from crpo_jax.data.question import OTHER_HALF, Question, halves
 from crpo_jax.errors import InputError
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import Stop
-from crpo_jax.store.journal import Full, Journal, keep, key_of, replace_rows
+from crpo_jax.store.files import DiskFull, replace_rows
+from crpo_jax.store.journal import Journal, request_key
 from crpo_jax.store.workdir import open_workdir
 
 TEACHER = (
@@ -91,7 +92,7 @@ def ask_teacher(settings: Config, wanted: Sequence[Question], journal: Journal, 
     right = {row["key"]: bool(row["right"]) for row in journal.rows}
     rounds = settings.distill.attempts
     keys = {
-        question.id: [key_of(shape, teacher_turn(question, settings), attempt) for attempt in range(rounds)]
+        question.id: [request_key(shape, teacher_turn(question, settings), attempt) for attempt in range(rounds)]
         for question in wanted
     }
 
@@ -116,7 +117,7 @@ def ask_teacher(settings: Config, wanted: Sequence[Question], journal: Journal, 
             "letter": letter,
             "right": letter == question.answer,
         }
-        keep(journal, fields_of(question) | told, progress.keep)
+        journal.append_or_wait(fields_of(question) | told, progress.keep)
         right[key] = letter == question.answer
         progress.show(
             len(right), f"try {attempt + 1}/{rounds}  right {sum(right.values()) / len(right):.2f}  no reply {failed}"
@@ -206,17 +207,17 @@ def rewritten(
                 out[index] = traces.Converted(None, f"not rewritten yet: {reply.why}")
                 return
             row = {
-                "key": key_of(shape, turn),
+                "key": request_key(shape, turn),
                 "id": found[index].question.id,
                 "content": reply.content,
                 "reasoning": reply.reasoning,
             }
-            keep(journal, row, progress.keep)
+            journal.append_or_wait(row, progress.keep)
             use(index, row)
 
         left = []
         for index, turn in wanted:
-            row = kept.get(key_of(shape, turn))
+            row = kept.get(request_key(shape, turn))
             if row is None:
                 left.append((index, turn))
             else:
@@ -284,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failed = 0
     try:
         with (
-            open_workdir(workdir, settings, changes=args.allow_changes),
+            open_workdir(workdir, settings, allow_changes=args.allow_changes),
             Stop("waiting for the requests under way, asking nothing new") as stop,
         ):
             progress = Progress(len(wanted))
@@ -300,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.keep(convert(foreign, settings, workdir, progress, stop))
             if stop.noted:
                 progress.keep("stopped; the same command goes on from there")
-    except (ServerError, Full) as error:
+    except (ServerError, DiskFull) as error:
         raise SystemExit(f"crpo_jax.distill: stopped, every reply so far is kept: {error}") from None
     if failed:
         raise SystemExit(f"crpo_jax.distill: {failed} questions without a reply; the same command asks them again")

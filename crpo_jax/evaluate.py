@@ -31,7 +31,7 @@ from crpo_jax.errors import InputError
 from crpo_jax.judge import measures, report, table
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import Stop, Stopped
-from crpo_jax.store.journal import Full
+from crpo_jax.store.files import DiskFull
 from crpo_jax.store.workdir import open_workdir
 
 SPLITS = {"medmcqa": "validation"}  # its test split hides the answers; elsewhere data.eval_split
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--workdir {workdir}: expected responses to evaluate in {folder}, got none; give --model and --data, or --responses"
         )
     with (
-        open_workdir(workdir, settings, changes=args.allow_changes),
+        open_workdir(workdir, settings, allow_changes=args.allow_changes),
         Stop("finishing this wave of responses, keeping it, then stopping") as stop,
     ):
         if sets:
@@ -222,8 +222,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     examine(settings, sets, folder, stop)
             except Stopped:
                 return print("stopped; the same command goes on from there", file=sys.stderr)
-            except Full as error:
-                raise SystemExit(f"crpo_jax.evaluate: stopped, what is answered is kept: {error}") from None
         if given:
             keep_given(args.responses, folder)
         found = given or {path.stem: records.read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
@@ -234,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         try:
             summary = measured(found, settings, workdir, dropped, stop)
-        except (ServerError, Full) as error:
+        except (ServerError, DiskFull) as error:
             raise SystemExit(f"crpo_jax.evaluate: stopped, every reply of the judge so far is kept: {error}") from None
     print(table.of_summary(summary, settings))
 

@@ -86,7 +86,7 @@ def export(args: argparse.Namespace, workdir: Path, shard_bytes: int) -> None:
             if tuned
             else None
         )
-        step = checkpoints.chosen(best if args.step is None else args.step)
+        step = checkpoints.select(best if args.step is None else args.step)
         run = trainer(shape, mesh, settings, optimizer, 1, loss="supervised" if tuned else "crpo", adapters=adapters)
         made = jax.eval_shape(run.begin, lora.abstract(shape, adapters) if adapters.rank else abstract(shape))
         like = jax.tree.map(

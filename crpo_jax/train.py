@@ -63,13 +63,13 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
     writer = jax.process_index() == 0
     if not settings.model.path and not (workdir / "coldstart").is_dir():
         setup.teacher_traces(settings, text)  # bad ones are refused before anything is made
-    held = open_workdir(workdir, settings, writes=writer, changes=changes)
+    held = open_workdir(workdir, settings, writer=writer, allow_changes=changes)
     start.wait_for_workdir(workdir)
     folder = fine_tuning.start_folder(settings, shape, mesh, text, workdir, changes=changes)
     if folder is None:  # asked to stop in the cold start, which goes on from there
         return held.close()
     digests = setup.digests(training, held_out) | setup.model_digests(settings, text, folder)
-    check_inputs(workdir, digests, writes=writer, changes=changes)
+    check_inputs(workdir, digests, writer=writer, allow_changes=changes)
 
     # ---- programs and state ----------------------------------------------------------------------------------------
     run = trainer(
@@ -79,12 +79,12 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
     masters, frozen = start.trainee(folder, settings, shape, mesh, settings.lora)
     reference, state = run.reference(masters) if frozen is None else frozen, run.begin(masters)
     checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, settings.run.keep_best)
-    done, logged = checkpoints.newest()
+    done, logged = checkpoints.find_resume_point()
     if done > steps:
         raise InputError(f"crpo.steps: expected at least the {done} that {workdir} has done, got {steps}")
     if done:
         state = checkpoints.restore(done, state)
-    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), Stop()
+    log, progress, stop = Log(workdir, done, logged, writer=writer), Progress(steps, done, speaks=writer), Stop()
     guard, compilations = Guard(settings, workdir, progress.keep), Compilations()
     progress.keep(report.opening(settings, shape, mesh, (done, steps), (training, held_out), folder, workdir))
 
@@ -203,7 +203,7 @@ def train(settings: Config, workdir: Path, *, changes: bool = False) -> None:
             done = step + 1
             if done == steps or (settings.run.save_every and done % settings.run.save_every == 0):
                 checkpoints.save(done, state)
-            checkpoints.check()
+            checkpoints.raise_failure()
         if done:
             checkpoints.save(done, state)
     if writer:

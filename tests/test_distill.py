@@ -131,7 +131,7 @@ def test_a_full_disk_keeps_the_reply_in_hand_until_there_is_room(tmp_path, argum
         distill.main([*arguments, f"distill.base_url={server.url}"])
         assert len(server.requests) == len(QUESTIONS)
     assert {row["id"] for row in rows(tmp_path)} == {question.id for question in QUESTIONS}
-    assert "No space left on device; what was written before is kept: waiting for room" in capsys.readouterr().err
+    assert "No space left on device; all earlier rows are kept; waiting for room" in capsys.readouterr().err
 
 
 def test_the_model_may_write_the_format_itself_and_each_rewriting_is_kept(tmp_path, arguments):

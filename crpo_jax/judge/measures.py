@@ -16,7 +16,7 @@ from crpo_jax.answer.truth import COUNTERPARTS, exact, knows
 from crpo_jax.chat.client import Client, GivenUp, Reply, ask_all, parameters
 from crpo_jax.config import Endpoint
 from crpo_jax.data.prompts import user_turn
-from crpo_jax.store.journal import Journal, keep, key_of
+from crpo_jax.store.journal import Journal, request_key
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def judged(
         for index in range(len(responses))
     ]
     turns = {item: asking(item[1], found[item[0]][item[2]]) for item in items}
-    keys = {item: key_of(section, shape, turn) for item, turn in turns.items()}
+    keys = {item: request_key(section, shape, turn) for item, turn in turns.items()}
     with Journal(path) as journal, Client(endpoint, section) as client:
         kept = {row["key"]: str(row["content"]) for row in journal.rows}
         wanted = {
@@ -152,7 +152,7 @@ def judged(
                     "sample": answer.sample,
                     "measure": measure,
                 }
-                keep(journal, row | {"content": reply.content, "reasoning": reply.reasoning}, say)
+                journal.append_or_wait(row | {"content": reply.content, "reasoning": reply.reasoning}, say)
                 kept[keys[item]] = reply.content
             show(len(kept), len(wanted), failed)
 

@@ -20,7 +20,7 @@ from crpo_jax.judge.measures import MEASURES
 from crpo_jax.judge.table import aligned
 from crpo_jax.reward import rules, terms
 from crpo_jax.reward.rules import Score
-from crpo_jax.store.journal import whole_rows
+from crpo_jax.store.files import read_rows
 
 CASES = 3  # questions shown side by side
 SMOOTHED = 5  # steps of training metrics averaged into one point
@@ -73,7 +73,7 @@ def row_of(name: str, folders: Sequence[Path]) -> Row:
         next((path for path in (folder / "metrics.jsonl", folder.parent / "metrics.jsonl") if path.is_file()), None)
         for folder in folders
     ]
-    metrics = [list(whole_rows(log)) if log else [] for log in logs]
+    metrics = [list(read_rows(log)) if log else [] for log in logs]
     responses = [{path.stem: path for path in sorted((folder / "responses").glob("*.jsonl"))} for folder in folders]
     return Row(name, summaries, metrics, responses)
 

@@ -64,11 +64,10 @@ def fine_tune(
     batches = Batches(traces.train, min(sft.batch_size, len(traces.train)), settings.run.seed)
     steps, epoch = sft.steps or batches.steps(sft.epochs), batches.steps(1)
     previewed = (traces.held_out or traces.train)[: sft.previews]
-    held = open_workdir(workdir, settings, writes=writer, changes=changes)
+    held = open_workdir(workdir, settings, writer=writer, allow_changes=changes)
     start.wait_for_workdir(workdir)
-    check_inputs(
-        workdir, {TRACES: digest(traces)} | setup.model_digests(settings, text, origin), writes=writer, changes=changes
-    )
+    digests = {TRACES: digest(traces)} | setup.model_digests(settings, text, origin)
+    check_inputs(workdir, digests, writer=writer, allow_changes=changes)
 
     # ---- programs and state ----------------------------------------------------------------------------------------
     run = trainer(shape, mesh, settings, sft.optimizer, steps, loss="supervised", adapters=sft.lora)
@@ -76,10 +75,10 @@ def fine_tune(
     trained, frozen = start.trainee(origin, settings, shape, mesh, sft.lora)
     state = run.begin(trained)
     checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, 1, lower_is_better)
-    done, logged = checkpoints.newest()
+    done, logged = checkpoints.find_resume_point()
     if done:
         state = checkpoints.restore(done, state)
-    log, progress, stop = Log(workdir, done, logged, writes=writer), Progress(steps, done, speaks=writer), Stop()
+    log, progress, stop = Log(workdir, done, logged, writer=writer), Progress(steps, done, speaks=writer), Stop()
     losses = {step: loss for step, loss in fine_tuning_report.held_out_losses(workdir).items() if step < done}
     progress.keep(fine_tuning_report.opening(settings, shape, mesh, (done, steps, epoch), traces, origin, workdir))
 
@@ -137,7 +136,7 @@ def fine_tune(
             done = step + 1
             if done == steps or done % epoch == 0 or (sft.save_every and done % sft.save_every == 0):
                 checkpoints.save(done, state)
-            checkpoints.check()
+            checkpoints.raise_failure()
         checkpoints.save(done, state)
 
         # ---- the best of the evaluated weights, for everybody ----------------------------------------------------------

@@ -17,7 +17,7 @@ from crpo_jax.config import Config
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.model import lora
 from crpo_jax.parallel.mesh import fetch
-from crpo_jax.store.logs import told
+from crpo_jax.store.files import writing
 from crpo_jax.update.trainer import Batch, Trainer, TrainState
 
 Update = tuple[dict[str, Any], Any, Any]
@@ -144,7 +144,7 @@ def keep(workdir: Path, step: int, number: int, mini: Sequence[Batch]) -> Path:
         f"{micro}/{name}": value for micro, batch in enumerate(fetch(list(mini))) for name, value in batch.items()
     }
     if jax.process_index() == 0:
-        with told(path):
+        with writing(path):
             path.parent.mkdir(exist_ok=True)
             unfinished = path.with_suffix(".unfinished")
             with unfinished.open("wb") as file:

@@ -35,7 +35,7 @@ def replay(settings: Config, workdir: Path, step: int) -> str:
     with Checkpoints(workdir / "checkpoints", settings.run.keep) as checkpoints:
         before = [saved for saved in checkpoints.steps() if saved <= step]
         if before:
-            state = checkpoints.restore(checkpoints.chosen(before[-1]), state)
+            state = checkpoints.restore(checkpoints.select(before[-1]), state)
     lines = [f"step {step} with the policy after step {before[-1] if before else 0}"]
     weights = run.compute_weights(lora.policy(state.master, frozen))
     for path, mini in zip(paths, minis, strict=True):

@@ -25,7 +25,8 @@ from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored
 from crpo_jax.rollout.engine import Response, Tally
 from crpo_jax.runtime.progress import Progress, clock
-from crpo_jax.store.logs import read_metrics, told, whole_lines
+from crpo_jax.store.files import read_rows, writing
+from crpo_jax.store.logs import read_metrics
 
 SHOWN = {
     "mean": "reward",
@@ -232,7 +233,7 @@ def score_fields(score: Scored) -> dict[str, Any]:
 def keep_answers(workdir: Path, step: int, answered: Sequence[Answered]) -> None:
     """The held-out responses after `step` steps, in report/held_out_<step>.jsonl."""
     path = workdir / "report" / f"held_out_{step:06d}.jsonl"
-    with told(path):
+    with writing(path):
         path.parent.mkdir(exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             for question, response, score in answered:
@@ -271,10 +272,7 @@ def closing(workdir: Path, count: int) -> str:
 
 def before_and_after(workdir: Path, first: int, last: int) -> str:
     """The held-out question whose reward rose most, with both responses."""
-    rows = [
-        [json.loads(text) for text in whole_lines(workdir / "report" / f"held_out_{step:06d}.jsonl")]
-        for step in (first, last)
-    ]
+    rows = [list(read_rows(workdir / "report" / f"held_out_{step:06d}.jsonl")) for step in (first, last)]
     pairs = [(old, new) for old, new in zip(*rows, strict=True) if "total" in old and "total" in new]
     if not pairs:
         return ""
@@ -321,7 +319,7 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
     panel(axes[1, 1], "response length", {"response/length": "tokens"}, {"response/length": "eval/length"}, "tokens")
     figure.suptitle("Lines: training batches. Dots: held-out questions.", fontsize=9)
     path = workdir / "report" / "curve.png"
-    with told(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     plt.close(figure)
