@@ -78,9 +78,9 @@ class Checkpoints:
         return sorted({int(name) for name in names if name.isdecimal()} - self._damaged)
 
     def find_resume_point(self) -> ResumePoint:
-        """The newest whole checkpoint, RUN_START where the run has none; names the damaged ones it passes over.
+        """The newest whole checkpoint, RUN_START where the run has none; prints which damaged ones it passes over.
 
-        InputError where all are damaged: the run would begin again, and silently lose what it wrote.
+        InputError where all are damaged: to begin again would silently discard what the run wrote.
         """
         point, damages = None, []
         if self._first_process:
@@ -106,7 +106,7 @@ class Checkpoints:
         return point or ResumePoint(step, {})
 
     def select(self, steps_done: int | None) -> int:
-        """The step of the newest checkpoint, or `steps_done` where that is one; InputError unless it is whole."""
+        """The step of the newest checkpoint, or `steps_done`; InputError where it is missing or damaged."""
         steps = self.steps()
         if not steps or (steps_done is not None and steps_done not in steps):
             wanted = "a checkpoint" if steps_done is None else f"a checkpoint of step {steps_done}"
@@ -120,7 +120,7 @@ class Checkpoints:
     def save(self, steps_done: int, state: Any) -> None:
         """Copies the state off the devices and writes it while the run goes on; Fault where the last save failed."""
         self.wait()
-        if steps_done == self._last_step:  # not by the folder, which not every process sees at the same moment
+        if steps_done == self._last_step:  # not read from the folder: all processes must decide the same
             return
         logs = {name: synced_size(self._folder.parent / name) for name in LOGS} if self._first_process else {}
         unfinished, arrays = self._folder / f"{steps_done}.unfinished", named_arrays(state)
@@ -141,7 +141,7 @@ class Checkpoints:
             if self._first_process:
                 write_seal(unfinished, point, types)
                 final = self._folder / str(point.step)
-                shutil.rmtree(final, ignore_errors=True)  # a damaged one, which was named when the run began
+                shutil.rmtree(final, ignore_errors=True)  # a damaged one, reported when the run began
                 os.replace(unfinished, final)
                 self._damaged.discard(point.step)
                 self._remove_old()
@@ -207,9 +207,9 @@ class Checkpoints:
         return ResumePoint(seal.step, seal.logs)
 
     def restore(self, steps_done: int, like: State) -> State:
-        """The state after `steps_done` RL steps, placed like `like`, whose memory may be freed.
+        """The state after `steps_done` RL steps, placed like `like`, whose own values are not used.
 
-        InputError names the first array that the checkpoint and `like` do not have in common by name, type and shape.
+        InputError names the first array that differs in name, type or shape.
         """
         folder, arrays = self._folder / str(steps_done), named_arrays(like)
         try:
@@ -292,7 +292,7 @@ def write_seal(folder: Path, point: ResumePoint, arrays: Mapping[str, str]) -> N
     """Two lines: the Seal of the files in the folder, and the digest of that line."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
     files = {path.relative_to(folder).as_posix(): (path.stat().st_size, digest_file(path)) for path in paths}
-    line = json.dumps({"step": point.step, "logs": point.log_sizes, "arrays": arrays, "files": files})
+    line = json.dumps(Seal(point.step, point.log_sizes, dict(arrays), files)._asdict())
     with (folder / SEAL).open("w", encoding="utf-8") as file:
         file.write(f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
         file.flush()
