@@ -35,7 +35,8 @@ from crpo_jax.data.record import Record
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import StopSignal
-from crpo_jax.store.journal import Full, Journal, keep, key_of, replace_rows
+from crpo_jax.store.files import replace_rows
+from crpo_jax.store.journal import Journal, request_key
 from crpo_jax.store.workdir import open_workdir
 
 TEACHER = (
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given_up = 0
     try:
         with (
-            open_workdir(workdir, settings, changes=args.allow_changes),
+            open_workdir(workdir, settings, allow_changes=args.allow_changes),
             StopSignal("waiting for the requests in flight, sending no new ones") as stop,
         ):
             progress = Progress(len(selected))
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.write(convert_traces(traces, settings, workdir, progress, stop))
             if stop.received:
                 progress.write("stopped; the same command resumes from there")
-    except (Fault, Full) as error:
+    except Fault as error:
         raise SystemExit(f"crpo_jax.distill: stopped, every reply so far is on disk: {error}") from None
     if given_up:
         raise SystemExit(f"crpo_jax.distill: {given_up} questions without a reply; the same command sends them again")
@@ -118,7 +119,9 @@ def build_teacher_turn(question: Question, settings: Config) -> list[dict[str, s
     return [{"role": "user", "content": f"{TEACHER}\n\n{user_turn(question, 'brief')}"}]
 
 
-def ask_teacher(selected: Sequence[Question], settings: Config, workdir: Path, progress: Progress, stop: StopSignal) -> int:
+def ask_teacher(
+    selected: Sequence[Question], settings: Config, workdir: Path, progress: Progress, stop: StopSignal
+) -> int:
     """Requests a trace of every question without a right answer on disk, attempt by attempt.
 
     Returns how many requests of the last attempt were given up.
@@ -126,7 +129,7 @@ def ask_teacher(selected: Sequence[Question], settings: Config, workdir: Path, p
     attempts, given_up = settings.distill.attempts, 0
     turns = {question.id: build_teacher_turn(question, settings) for question in selected}
     parameters = request_parameters(settings.distill)
-    keys = {identity: [key_of(parameters, turn, n) for n in range(attempts)] for identity, turn in turns.items()}
+    keys = {identity: [request_key(parameters, turn, n) for n in range(attempts)] for identity, turn in turns.items()}
     with Journal(workdir / "traces.jsonl") as journal, Client(settings.distill, "distill") as client:
         right = {row["key"]: bool(row["right"]) for row in journal.rows}
         replies = f"{len(journal.rows)} replies on disk: {journal.path}"
@@ -139,7 +142,7 @@ def ask_teacher(selected: Sequence[Question], settings: Config, workdir: Path, p
                 given_up += 1
                 return progress.write(f"{question.id}: no reply: {reply.reason}")
             row = trace_to_row(question, attempt, keys[question.id][attempt], reply, settings)
-            keep(journal, row, progress.write)
+            journal.append_or_wait(row, progress.write)
             right[row["key"]] = row["right"]
             accuracy = sum(right.values()) / len(right)
             line = f"attempt {attempt + 1}/{attempts}  right {accuracy:.2f}  no reply {given_up}"
@@ -202,7 +205,9 @@ def read_foreign_traces(path: str) -> list[Trace]:
     return traces
 
 
-def convert_traces(traces: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: StopSignal) -> str:
+def convert_traces(
+    traces: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: StopSignal
+) -> str:
     """Writes converted.jsonl, with one right trace per question, and rejected.jsonl; returns what to report."""
     if settings.distill.convert == "rewrite":
         conversions = rewrite_traces(traces, settings, workdir, progress, stop)
@@ -265,7 +270,7 @@ def rewrite_traces(
             turns[index] = build_rewriting_turn(trace)
         conversions.append(Conversion(None, reason or "not rewritten yet"))
     parameters = request_parameters(settings.distill)
-    keys = {index: key_of(parameters, turn) for index, turn in turns.items()}
+    keys = {index: request_key(parameters, turn) for index, turn in turns.items()}
     with Journal(workdir / "rewrites.jsonl") as journal, Client(settings.distill, "distill") as client:
         rows: dict[str, Mapping[str, Any]] = {row["key"]: row for row in journal.rows}
 
@@ -275,7 +280,7 @@ def rewrite_traces(
             else:
                 row = {"key": keys[index], "id": traces[index].question.id}
                 rows[keys[index]] = row | {"content": reply.content, "reasoning": reply.reasoning}
-                keep(journal, rows[keys[index]], progress.write)
+                journal.append_or_wait(rows[keys[index]], progress.write)
 
         unanswered = [index for index in turns if keys[index] not in rows]
         ask_all(client, unanswered, turns.__getitem__, on_reply, lambda: stop.received)

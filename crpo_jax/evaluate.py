@@ -35,7 +35,6 @@ from crpo_jax.judge.table import format_summary
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import StopRequested, StopSignal
 from crpo_jax.store.files import replace_file, writing
-from crpo_jax.store.journal import Full
 from crpo_jax.store.workdir import open_workdir
 
 EVALUATION_SPLITS = {"medmcqa": "validation"}  # its test split hides the answers; all others: data.eval_split
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         expected = f"expected responses to evaluate in {folder}, got none"
         raise InputError(f"--workdir {workdir}: {expected}; use --model and --data, or --responses")
     with (
-        open_workdir(workdir, settings, changes=args.allow_changes),
+        open_workdir(workdir, settings, allow_changes=args.allow_changes),
         StopSignal("finishing this wave of responses, keeping it, then stopping") as stop,
     ):
         if sets:
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         answers = foreign or {path.stem: read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
         try:
             summary = summarize_and_judge(answers, settings, workdir, stop)
-        except (Fault, Full) as error:
+        except Fault as error:
             raise SystemExit(f"crpo_jax.evaluate: stopped, every reply of the judge is on disk: {error}") from None
     print(format_summary(summary, settings))
 
@@ -126,18 +125,17 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
     return sets
 
 
-def generate_responses(settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: StopSignal) -> None:
+def generate_responses(
+    settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: StopSignal
+) -> None:
     """Generates the responses of settings.model into `folder`; raises StopRequested at the end of a wave if asked to stop."""
     from crpo_jax.answer.datasets import answer_data_sets
     from crpo_jax.parallel.processes import self_test
     from crpo_jax.runtime.faults import faults_end_in_one_line
 
     self_test()
-    try:
-        with faults_end_in_one_line("crpo_jax.evaluate"):
-            answer_data_sets(settings, sets, folder, stop)
-    except Full as error:
-        raise SystemExit(f"crpo_jax.evaluate: stopped, the responses so far are on disk: {error}") from None
+    with faults_end_in_one_line("crpo_jax.evaluate"):
+        answer_data_sets(settings, sets, folder, stop)
 
 
 def copy_responses(paths: Sequence[str], folder: Path) -> None:

@@ -76,7 +76,7 @@ def export(args: argparse.Namespace, workdir: Path, shard_bytes: int) -> None:
         best = (
             best_step(held_out_losses(workdir), [step for step in checkpoints.steps() if step]) if fine_tuned else None
         )
-        step = checkpoints.chosen(best if args.step is None else args.step)
+        step = checkpoints.select(best if args.step is None else args.step)
         trained = checkpoints.restore(step, state).master
     if args.adapter:
         save_adapters(trained, runtime.shape, args.out, base=settings.model.path or str(start), dtype=dtype)

@@ -134,7 +134,7 @@ def test_on_a_full_disk_a_reply_waits_for_room(tmp_path, arguments, monkeypatch,
         distill.main([*arguments, f"distill.base_url={server.url}"])
         assert len(server.requests) == len(QUESTIONS)
     assert {row["id"] for row in rows(tmp_path)} == {question.id for question in QUESTIONS}
-    assert "No space left on device; what was written before is kept: waiting for room" in capsys.readouterr().err
+    assert "No space left on device; all earlier rows are kept; waiting for room" in capsys.readouterr().err
 
 
 def test_rewriting_by_the_model_is_requested_once(tmp_path, arguments):

@@ -88,6 +88,10 @@ class Rollout(NamedTuple):
         """The trained responses after their prompts, as token ids."""
         return [Row(questions.prompt_of[self.questions[i].id], self.responses[i].tokens.tolist()) for i in self.trained]
 
+    def trained_logprobs(self) -> list[np.ndarray]:
+        """The sampler's log-probs of the trained responses, one array each."""
+        return [self.responses[i].logprobs for i in self.trained]
+
     def counted(self, *, truncated: bool) -> Bool[np.ndarray, " t"]:
         """Which of the trained responses carry gradient: those that were scored, and cut ones only where
         `truncated`."""

@@ -18,7 +18,7 @@ from crpo_jax.answer.truth import COUNTERPARTS, count_exactly, has_truth
 from crpo_jax.chat.client import Client, GivenUp, Reply, ask_all, request_parameters
 from crpo_jax.config import Endpoint
 from crpo_jax.data.prompts import user_turn
-from crpo_jax.store.journal import Journal, keep, key_of
+from crpo_jax.store.journal import Journal, request_key
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def judge_responses(
         for measure in MEASURES
         for index, answer in enumerate(answers)
     }
-    keys = {place: key_of(section, request_parameters(endpoint), turn) for place, turn in prompts.items()}
+    keys = {place: request_key(section, request_parameters(endpoint), turn) for place, turn in prompts.items()}
     with Journal(path) as journal, Client(endpoint, section) as client:
         replies = {row["key"]: str(row["content"]) for row in journal.rows}
         unasked = {keys[place]: place for place in prompts if keys[place] not in replies}  # equal responses share a key
@@ -154,7 +154,7 @@ def judge_responses(
                 report(f"{name}, {identity}, {measure}: no reply: {reply.reason}")
             else:
                 row = {"key": keys[place], "data": name, "id": identity, "sample": answer.sample, "measure": measure}
-                keep(journal, row | {"content": reply.content, "reasoning": reply.reasoning}, report)
+                journal.append_or_wait(row | {"content": reply.content, "reasoning": reply.reasoning}, report)
                 replies[keys[place]] = reply.content
             show_progress(len(replies), given_up)
 

@@ -20,7 +20,7 @@ from crpo_jax.judge.measures import MEASURES
 from crpo_jax.judge.table import format_columns
 from crpo_jax.reward import terms
 from crpo_jax.reward.rules import Score, score_response
-from crpo_jax.store.journal import whole_rows
+from crpo_jax.store.files import read_rows
 
 MAX_CASES = 3  # questions shown side by side
 SMOOTHING = 5  # steps of training metrics averaged into one point
@@ -90,7 +90,7 @@ def read_method(name: str, seeds: Sequence[Path]) -> Method:
     metrics = []
     for folder in seeds:
         logs = [path for path in (folder / "metrics.jsonl", folder.parent / "metrics.jsonl") if path.is_file()]
-        metrics.append(list(whole_rows(logs[0])) if logs else [])
+        metrics.append(list(read_rows(logs[0])) if logs else [])
     responses = [{path.stem: path for path in sorted((folder / "responses").glob("*.jsonl"))} for folder in seeds]
     return Method(name, summaries, metrics, responses)
 

@@ -17,10 +17,10 @@ from crpo_jax.parallel.mesh import data_size
 from crpo_jax.runtime import fine_tuning_report
 from crpo_jax.runtime.fine_tuning_report import best_step, held_out_losses
 from crpo_jax.runtime.inputs import Traces, model_digests, open_traces, trace_digest
-from crpo_jax.runtime.run import Run, open_run
+from crpo_jax.runtime.run import Run, open_run, shared_workdir
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.checkpoint import Checkpoints
-from crpo_jax.store.workdir import check_inputs, open_workdir
+from crpo_jax.store.workdir import check_inputs
 from crpo_jax.update.batches import Row, supervised_batches
 from crpo_jax.update.trainer import Trainer, TrainState
 
@@ -53,9 +53,9 @@ def fine_tune(runtime: Runtime, workdir: Path, folder: Path, traces: Traces, *, 
     start = model_folder(settings.model.path) if settings.model.path else None
     batches = Batches(traces.train, min(sft.batch_size, len(traces.train)), settings.run.seed)
     steps, epoch = sft.steps or batches.steps(sft.epochs), batches.steps(1)
-    with open_workdir(workdir, settings, writes=runtime.writes, changes=allow_changes):
+    with shared_workdir(runtime, workdir, allow_changes=allow_changes):
         digests = {TRACES: trace_digest(traces)} | model_digests(runtime, start)
-        check_inputs(workdir, digests, writes=runtime.writes, changes=allow_changes)
+        check_inputs(workdir, digests, writer=runtime.writes, allow_changes=allow_changes)
         trainer = runtime.trainer("supervised", steps)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, 1, negated_losses)
         with open_run(runtime, workdir, trainer, runtime.start_state(trainer, start), steps, checkpoints) as run:

@@ -33,7 +33,7 @@ def replay(settings: Config, workdir: Path, step: int) -> str:
     with Checkpoints(workdir / "checkpoints", settings.run.keep) as checkpoints:
         before = [saved for saved in checkpoints.steps() if saved <= step]
         if before:
-            saved = checkpoints.restore(checkpoints.chosen(before[-1]), state._replace(frozen=None))
+            saved = checkpoints.restore(checkpoints.select(before[-1]), state._replace(frozen=None))
             state = saved._replace(frozen=state.frozen)
     lines = [f"step {step} with the policy after step {before[-1] if before else 0}"]
     weights = trainer.weights(state)

@@ -1,6 +1,5 @@
 """What a person sees of a CRPO run: the opening, a line per step, the closing table, the learning curve."""
 
-import json
 import math
 import resource
 import sys
@@ -22,7 +21,8 @@ from crpo_jax.rollout.engine import Response, RolloutProgress
 from crpo_jax.runtime.inputs import TrainingQuestions
 from crpo_jax.runtime.progress import format_duration
 from crpo_jax.runtime.runtime import Runtime
-from crpo_jax.store.logs import read_metrics, told, whole_lines
+from crpo_jax.store.files import read_rows, writing
+from crpo_jax.store.logs import read_metrics
 from crpo_jax.update.batches import Row
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Update
@@ -188,10 +188,7 @@ def closing(workdir: Path, count: int) -> str:
 
 def before_and_after(workdir: Path, first: int, last: int) -> str:
     """The held-out question whose reward rose most, with both responses."""
-    rows = [
-        [json.loads(text) for text in whole_lines(workdir / "report" / f"held_out_{step:06d}.jsonl")]
-        for step in (first, last)
-    ]
+    rows = [list(read_rows(workdir / "report" / f"held_out_{step:06d}.jsonl")) for step in (first, last)]
     pairs = [(old, new) for old, new in zip(*rows, strict=True) if "total" in old and "total" in new]
     if not pairs:
         return ""
@@ -239,7 +236,7 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
     panel(axes[1, 1], "response length", {"response/length": "tokens"}, {"response/length": "eval/length"}, "tokens")
     figure.suptitle("Lines: training batches. Dots: held-out questions.", fontsize=9)
     path = workdir / "report" / "curve.png"
-    with told(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     plt.close(figure)

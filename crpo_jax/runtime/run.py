@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from crpo_jax.errors import InputError
+from crpo_jax.parallel.processes import barrier
 from crpo_jax.rollout.engine import RolloutProgress
 from crpo_jax.runtime import report
 from crpo_jax.runtime.compilations import CompilationCounter
@@ -15,6 +16,7 @@ from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.runtime.signals import StopSignal
 from crpo_jax.store.checkpoint import Checkpoints
 from crpo_jax.store.logs import Log
+from crpo_jax.store.workdir import open_workdir
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Trainer, TrainState, Update
 
@@ -37,12 +39,12 @@ class Run:
             total,
             checkpoints,
         )
-        self.done, log_sizes = checkpoints.newest()
+        self.done, log_sizes = checkpoints.find_resume_point()
         if self.done > total:
             raise InputError(f"{name}.steps: expected at least the {self.done} that {workdir} has done, got {total}")
         self.state = self.restored(self.done, state) if self.done else state
         self.finished, self._saved = False, self.done
-        self.log = Log(workdir, self.done, log_sizes, writes=runtime.writes)
+        self.log = Log(workdir, self.done, log_sizes, writer=runtime.writes)
         self.progress = Progress(total, self.done, enabled=runtime.writes)
         self.limits = Limits(runtime.settings, workdir, self.progress.write, name)
         self.stop, self._compilations = StopSignal(), CompilationCounter()
@@ -89,7 +91,7 @@ class Run:
         self.done = step + 1
         if save or self.done == self.total:
             self.save()
-        self.checkpoints.check()
+        self.checkpoints.raise_failure()
 
     def save(self) -> None:
         """A checkpoint, written in the background; nothing where this step has one."""
@@ -118,3 +120,17 @@ def open_run(
         yield run
         if run.done:
             run.save()
+
+
+@contextlib.contextmanager
+def shared_workdir(runtime: Runtime, workdir: Path, *, allow_changes: bool) -> Iterator[None]:
+    """Locks the workdir for this run; InputError where it holds a run of another config, or a process does not see
+    it."""
+    with open_workdir(workdir, runtime.settings, writer=runtime.writes, allow_changes=allow_changes):
+        barrier("the workdir is open")
+        if not (workdir / "config.yaml").exists():
+            raise InputError(
+                f"--workdir {workdir}: expected a folder on a disk that all processes share, "
+                "got one that only the first process sees"
+            )
+        yield

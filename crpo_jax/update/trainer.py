@@ -191,7 +191,7 @@ class Trainer:
             old = None if weights is None else self.logprobs(weights, batch)
             return batch._replace(reference=self.logprobs(reference, batch), old=old)
 
-        return [[complete(batch) for batch in self.put_batches(batches)] for batches in mini_batches]
+        return [[complete(batch) for batch in batches] for batches in mini_batches]
 
     def gradients(self, state: TrainState, batches: Sequence[Batch]) -> tuple[Any, Metrics]:
         """Gradients and metrics of a mini-batch, summed over its micro-batches; both donated to whatever takes them."""
