@@ -40,6 +40,35 @@ from crpo_jax.store.workdir import open_workdir
 EVALUATION_SPLITS = {"medmcqa": "validation"}  # its test split hides the answers; all others: data.eval_split
 
 
+def evaluate(
+    settings: Config,
+    workdir: Path,
+    data_sets: Mapping[str, Sequence[Question]],
+    response_files: Sequence[str] = (),
+    *,
+    allow_changes: bool = False,
+) -> dict[str, Any]:
+    """The content of summary.json: of responses that settings.model gives to the data sets, of the files, or of those that
+    `workdir` holds. Raises StopRequested where a signal ended the sampling."""
+    foreign = {Path(path).stem: read_answers(path) for path in response_files}
+    if len(foreign) < len(response_files):
+        raise InputError("--responses: expected files of different names")
+    folder = workdir / "responses"
+    if not data_sets and not foreign and not any(folder.glob("*.jsonl")):
+        expected = f"expected responses to evaluate in {folder}, got none"
+        raise InputError(f"--workdir {workdir}: {expected}; use --model and --data, or --responses")
+    with (
+        open_workdir(workdir, settings, allow_changes=allow_changes),
+        StopSignal("finishing this wave of responses, keeping it, then stopping") as stop,
+    ):
+        if data_sets:
+            generate_responses(settings, data_sets, folder, stop)
+        if foreign:
+            copy_responses(response_files, folder)
+        answers = foreign or {path.stem: read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
+        return summarize_and_judge(answers, settings, workdir, stop)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     if args.report:
@@ -49,30 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = cli.load_settings(args, previous if previous.is_file() else None, model=False)
     if args.model:
         config.check_config(settings)
-    sets = load_data_sets(args.data, settings)
-    foreign = {Path(path).stem: read_answers(path) for path in args.responses}
-    if len(foreign) < len(args.responses):
-        raise InputError("--responses: expected files of different names")
-    folder = workdir / "responses"
-    if not sets and not foreign and not any(folder.glob("*.jsonl")):
-        expected = f"expected responses to evaluate in {folder}, got none"
-        raise InputError(f"--workdir {workdir}: {expected}; use --model and --data, or --responses")
-    with (
-        open_workdir(workdir, settings, allow_changes=args.allow_changes),
-        StopSignal("finishing this wave of responses, keeping it, then stopping") as stop,
-    ):
-        if sets:
-            try:
-                generate_responses(settings, sets, folder, stop)
-            except StopRequested:
-                return print("stopped; the same command resumes from there", file=sys.stderr)
-        if foreign:
-            copy_responses(args.responses, folder)
-        answers = foreign or {path.stem: read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
-        try:
-            summary = summarize_and_judge(answers, settings, workdir, stop)
-        except Fault as error:
-            raise SystemExit(f"crpo_jax.evaluate: stopped, every reply of the judge is on disk: {error}") from None
+    try:
+        data_sets = load_data_sets(args.data, settings)
+        summary = evaluate(settings, workdir, data_sets, args.responses, allow_changes=args.allow_changes)
+    except StopRequested:
+        return print("stopped; the same command resumes from there", file=sys.stderr)
+    except Fault as error:
+        raise SystemExit(f"crpo_jax.evaluate: stopped, everything so far is on disk: {error}") from None
     print(format_summary(summary, settings))
 
 

@@ -1,15 +1,15 @@
 """A run's model as a Hugging Face folder, or its LoRA adapter in PEFT's format: `python -m crpo_jax.export --workdir
 DIR --out FOLDER`."""
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from crpo_jax import cli
+from crpo_jax.config import Config
 from crpo_jax.errors import InputError
-from crpo_jax.model.huggingface import model_folder
+from crpo_jax.model.huggingface import MAX_SHARD_BYTES, model_folder
 from crpo_jax.model.peft import save_adapters
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel import processes
@@ -51,21 +51,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (workdir / "config.yaml").is_file():
         raise InputError(f"--workdir {workdir}: expected a run's folder with config.yaml, got none there")
     with processes.join_processes("export", args):
-        export(args, workdir, shard_bytes)
+        settings = cli.load_settings(args, workdir / "config.yaml")
+        step = export(
+            settings,
+            workdir,
+            args.out,
+            step=args.step,
+            dtype=args.dtype,
+            adapter_alone=args.adapter,
+            max_shard_bytes=shard_bytes,
+        )
+    what = "adapter" if args.adapter else "model"
+    print(f"the {what} after step {step} of {workdir}: {args.out}", file=sys.stderr)
 
 
-def export(args: argparse.Namespace, workdir: Path, shard_bytes: int) -> None:
-    dtype = args.dtype or ("float32" if args.adapter else "bfloat16")
-    runtime = open_runtime(cli.load_settings(args, workdir / "config.yaml"))
+def export(
+    settings: Config,
+    workdir: Path,
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    adapter_alone: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Writes a run's model, or its adapter alone, into a new or empty folder; the step that was exported.
+
+    `step` is by default the newest checkpoint, of a cold start the best; `dtype` bfloat16, of an adapter float32.
+    """
+    runtime = open_runtime(settings)
     settings, fine_tuned = runtime.settings, is_cold_start(workdir)
     start = None if fine_tuned else workdir / "coldstart"
     if settings.model.path:
         start = model_folder(settings.model.path)
     trainer = runtime.trainer("supervised" if fine_tuned else "crpo", 1)
     state = trainer.abstract_state()
-    if args.adapter and isinstance(state.master, Transformer):
+    if adapter_alone and isinstance(state.master, Transformer):
         raise InputError(f"--adapter: expected a run with LoRA, got {workdir}, which trained every parameter")
-    if args.adapter and (
+    if adapter_alone and (
         start is None or settings.model.adapter
     ):  # adapters belong to the weights they were trained on
         base = f"with model.adapter={settings.model.adapter} merged in" if start else "from random weights"
@@ -73,17 +96,16 @@ def export(args: argparse.Namespace, workdir: Path, shard_bytes: int) -> None:
             f"--adapter: expected a run that started from a model folder, got {workdir}, which began {base}"
         )
     with Checkpoints(workdir / "checkpoints", settings.run.keep) as checkpoints:
-        best = (
-            best_step(held_out_losses(workdir), [step for step in checkpoints.steps() if step]) if fine_tuned else None
-        )
-        step = checkpoints.select(best if args.step is None else args.step)
+        if step is None and fine_tuned:
+            step = best_step(held_out_losses(workdir), [saved for saved in checkpoints.steps() if saved])
+        step = checkpoints.select(step)
         trained = checkpoints.restore(step, state).master
-    if args.adapter:
-        save_adapters(trained, runtime.shape, args.out, base=settings.model.path or str(start), dtype=dtype)
+    if adapter_alone:
+        base = settings.model.path or str(start)
+        save_adapters(trained, runtime.shape, folder, base=base, dtype=dtype or "float32")
     else:
-        runtime.export(trained, start, args.out, dtype=dtype, max_shard_bytes=shard_bytes)
-    what = "adapter" if args.adapter else "model"
-    print(f"the {what} after step {step} of {workdir}, {dtype}: {args.out}", file=sys.stderr)
+        runtime.export(trained, start, folder, dtype=dtype or "bfloat16", max_shard_bytes=max_shard_bytes)
+    return step
 
 
 def size_of(text: str) -> int:
