@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from crpo_jax.model.attention import Implementation
+from crpo_jax.model.attention import AttentionKind
 from crpo_jax.model.decode import Cache, SamplerWeights, Shard, decode, prefill
 from crpo_jax.model.placement import sampler_specs
 from crpo_jax.model.shape import Shape
@@ -87,7 +87,7 @@ def start(
     shard: Shard,
     how: Sampling,
     slots: tuple[int, int],
-    attention: Implementation,
+    attention: AttentionKind,
 ) -> tuple[tuple[Cache, ...], Drawn]:
     """Prefills right-padded prompts and draws the first token of every row, b = p * g, prompt-major.
 
@@ -191,7 +191,7 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def programs(shape: Shape, mesh: Mesh, how: Sampling, chunk: int, attention: Implementation) -> Programs:
+def programs(shape: Shape, mesh: Mesh, how: Sampling, chunk: int, attention: AttentionKind) -> Programs:
     shard = Shard(MODEL if model_size(mesh) > 1 else None)
     weights, layer = sampler_specs(shape, mesh), Cache._make([CACHE_BKSH] * len(Cache._fields))
     rows, drawn = Rows._make([ROWS_B] * len(Rows._fields)), Drawn._make([TOKENS_BT, TOKENS_BT, ROWS_B, ROWS_B])

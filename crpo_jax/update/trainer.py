@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 from crpo_jax.config import Config, Lora, Optimizer
-from crpo_jax.model.attention import Implementation, implementation
+from crpo_jax.model.attention import AttentionKind, choose_attention
 from crpo_jax.model.lora import Adapters, Policy, policy_of, trained_shapes, trained_shardings
 from crpo_jax.model.placement import training_placement, weight_shardings
 from crpo_jax.model.shape import Shape
@@ -125,12 +125,12 @@ class Trainer:
         *,
         loss: Loss,
         lora: Lora = Lora(rank=0),
-        attention: Implementation | None = None,
+        attention: AttentionKind | None = None,
     ) -> None:
         self.mesh, self.crpo, self.parallel = mesh, settings.crpo, settings.parallel
         self.loss: Loss = loss
         self.dtype, layout = jnp.dtype(settings.model.dtype), find_layout(settings.parallel.layout)
-        kernel = attention or implementation(
+        kernel = attention or choose_attention(
             settings.parallel.attention, mesh.devices.flat[0].platform, self.dtype, shape.h
         )
         self.placement = training_placement(shape, mesh, kernel)
