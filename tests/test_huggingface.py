@@ -1,4 +1,4 @@
-"""Model folders: declared keys, the same bits after a round trip, one line per bad folder, one tensor in host memory."""
+"""Model folders: declared keys, the same bits after a round trip, one line per bad folder, memory of one tensor."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def random_tensors(shape: Shape, dtype: Any = np.float32) -> Tensors:
-    """Every stored tensor, with values that a float conversion could lose: subnormals, signed zeros, the largest ones."""
+    """Every stored tensor, with values that a conversion could lose: subnormals, signed zeros, the largest ones."""
     rng, stored = np.random.default_rng(0), {}
     for tensor in model_tensors(shape):
         values = rng.standard_normal(tensor.sizes).astype(dtype)
