@@ -81,7 +81,8 @@ def train(runtime: Runtime, workdir: Path, *, allow_changes: bool = False) -> No
                 batches = crpo_mini_batches(
                     rows, logprobs, advantages[trained], counted, settings, data_size(runtime.mesh)
                 )
-                batches, updates = trainer.with_logprobs(run.state, batches), []
+                batches = trainer.with_logprobs(run.state, [trainer.put_batches(micro) for micro in batches])
+                updates = []
                 for mini_batch in batches:
                     run.state, update = trainer.update(run.state, mini_batch)
                     updates.append(update)

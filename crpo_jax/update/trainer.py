@@ -178,8 +178,8 @@ class Trainer:
         return [jax.tree.map(place, batch) for batch in batches]
 
     def with_logprobs(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-        """A rollout's mini-batches on the devices, with the log-probs of the reference and, where several optimizer steps
-        follow, of the policy that sampled."""
+        """A rollout's mini-batches with the log-probs of the reference and, where several optimizer steps follow, of the policy
+        that sampled; batches must be on the devices."""
         assert state.frozen is not None
         reference, weights = Policy(state.frozen), self.weights(state) if len(mini_batches) > 1 else None
 
@@ -187,7 +187,7 @@ class Trainer:
             old = None if weights is None else self.logprobs(weights, batch)
             return batch._replace(reference=self.logprobs(reference, batch), old=old)
 
-        return [[complete(batch) for batch in self.put_batches(batches)] for batches in mini_batches]
+        return [[complete(batch) for batch in batches] for batches in mini_batches]
 
     def gradients(self, state: TrainState, batches: Sequence[Batch]) -> tuple[Any, Metrics]:
         """Gradients and metrics of a mini-batch, summed over its micro-batches; both donated to whatever takes them."""
@@ -268,9 +268,10 @@ class Trainer:
 
     def _zero(self) -> tuple[Any, Metrics]:
         """Gradients and metrics of no rows at all."""
-        rows, tokens = jnp.zeros(0), jnp.zeros((0, 0))
-        batch = Batch(tokens, rows, rows, rows, rows, tokens, tokens, tokens)
-        metrics = self._loss_of(tokens, tokens, batch, self.crpo.kl_coef)[1]
+        per_row, per_token = jnp.zeros(0), jnp.zeros((0, 0))
+        lengths, tokens = jnp.zeros(0, jnp.int32), jnp.zeros((0, 0), jnp.int32)
+        batch = Batch(tokens, lengths, lengths, per_row, per_row, per_token, per_token, per_token)
+        metrics = self._loss_of(per_token, per_token, batch, self.crpo.kl_coef)[1]
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.shapes), metrics
 
     def _accumulate(
