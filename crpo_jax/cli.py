@@ -2,37 +2,36 @@
 
 import argparse
 import sys
-import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NoReturn
 
-from crpo_jax.config import Config, default_config, leaves, load, type_name
-from crpo_jax.errors import InputError
+from crpo_jax.config import Config, default_config_path, load_config, setting_fields
+from crpo_jax.errors import Fault, InputError
 
 
 def settings_help() -> str:
-    """Every setting with its default, unit and source, for `--help`."""
-    lines = ["settings, given as section.key=value (default; unit; source):"]
-    for key, (kind, default, meta) in leaves().items():
-        shown = list(default) if isinstance(default, tuple) else default
-        choices = f"; {type_name(kind)}" if typing.get_origin(kind) is Literal else ""
-        unit = f"; {meta['unit']}" if meta["unit"] else ""
-        lines.append(f"  {key}\n      {meta['doc']} (default {shown!r}{choices}{unit}; {meta['source']})")
+    """Every setting with its default, legal values, unit and source, for `--help`."""
+    lines = ["settings, given as section.key=value (default; legal values; unit; source):"]
+    for key, item in setting_fields().items():
+        default = list(item.default) if isinstance(item.default, tuple) else item.default
+        facts = [f"default {default!r}", item.legal, item.unit, item.source]
+        lines.append(f"  {key}\n      {item.doc} ({'; '.join(filter(None, facts))})")
     return "\n".join(lines)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit code 2, and that takes settings before, between and after the flags."""
+    """Takes settings before, between and after the flags; a usage error is one line and exit code 2."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (overloads)
         return self.parse_intermixed_args(args, namespace)
 
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parser(command: str, doc: str) -> Parser:
-    """The arguments every command shares; the command adds its own."""
+def build_parser(command: str, doc: str) -> Parser:
+    """A parser with the arguments that every command has; the command adds its own."""
     p = Parser(
         prog=f"python -m crpo_jax.{command}",
         description=doc,
@@ -41,36 +40,41 @@ def parser(command: str, doc: str) -> Parser:
     )
     p.add_argument("--config", metavar="FILE", help="YAML settings; see configs/")
     p.add_argument("--mesh", metavar="DxM", help="data x model, in devices, such as 8x1 (sets parallel.mesh)")
-    p.add_argument(
-        "--workdir", metavar="DIR", help="where the run keeps everything; started again with the same one, it resumes"
-    )
+    p.add_argument("--workdir", metavar="DIR", help="folder of the run; started again in it, a run resumes")
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return p
 
 
-def from_arguments(args: argparse.Namespace, default: Path | None = None, model: bool = True) -> Config:
-    """The config a command line asks for."""
-    overrides = list(args.overrides) + ([f"parallel.mesh={args.mesh}"] if args.mesh else [])
-    return load(args.config or default, overrides, model)
+def load_settings(args: argparse.Namespace, default: Path | None = None, model: bool = True) -> Config:
+    """The config of --config, or of `default`, with the command line's settings."""
+    overrides = [*args.overrides, *([f"parallel.mesh={args.mesh}"] if args.mesh else [])]
+    return load_config(args.config or default, overrides, model)
 
 
-def for_platform(args: argparse.Namespace, platform: str) -> tuple[Config, str]:
-    """The config a command line asks for, or the platform's default, and its name; says which default it took."""
-    path = Path(args.config) if args.config else default_config(platform)
-    settings = from_arguments(args, path)
+def load_platform_settings(args: argparse.Namespace, platform: str) -> tuple[Config, str]:
+    """The config of --config, or of the platform's default with a notice, and the config's name."""
+    path = Path(args.config) if args.config else default_config_path(platform)
+    settings = load_settings(args, path)
     if not args.config:
         print(f"no --config given: {path.name}, the default on {platform}", file=sys.stderr)
     return settings, path.stem
 
 
-def run_command(name: str, main: typing.Callable[[], None]) -> typing.NoReturn:
-    """Runs a command's main: bad input is one line on standard error and exit code 2, an interrupt is exit code 130."""
+def run_command(name: str, main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command and exits with what `main` returns, 0 for None.
+
+    Bad input (exit code 2), a Fault (1) and an interrupt (130) are one line on standard error.
+    """
+
+    def fail(problem: object, code: int) -> NoReturn:
+        print(f"crpo_jax.{name}: {problem}", file=sys.stderr)
+        raise SystemExit(code) from None
+
     try:
-        main()
+        raise SystemExit(main() or 0)
     except InputError as error:
-        print(f"crpo_jax.{name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error, 2)
+    except Fault as fault:
+        fail(f"stopped: {fault}", 1)
     except KeyboardInterrupt:
-        print(f"crpo_jax.{name}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    raise SystemExit(0)
+        fail("interrupted", 130)

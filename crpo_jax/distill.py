@@ -1,45 +1,59 @@
-"""Teacher traces through any OpenAI-compatible server, and their conversion into the cold start's format; needs no jax.
+"""Teacher traces through any OpenAI-compatible server, converted into the format of the cold start; needs no jax.
 
-WORKDIR/traces.jsonl holds every reply, right or wrong, with its reasoning and answer; one that is there is never asked for
-again. WORKDIR/converted.jsonl holds the right ones in the dx / conclusion format, which crpo_jax.sft takes as sft.path, and
-WORKDIR/rejected.jsonl says of the others why they are not in it. The conversion is a step of its own: --convert does it
-again from what is on disk, --traces FILE does it to traces from elsewhere; both ask no server under distill.convert=extract.
+WORKDIR/traces.jsonl holds every reply, right or wrong, with its reasoning and answer; none of them is requested again.
+WORKDIR/converted.jsonl holds the right ones in the dx / conclusion format, which crpo_jax.sft reads as sft.path, and
+WORKDIR/rejected.jsonl the others, each with the reason. Conversion is a separate step: --convert repeats it for
+WORKDIR/traces.jsonl, --traces FILE applies it to other traces; both need no server unless distill.convert=rewrite.
 The key comes from the environment variable that distill.key_variable names.
 
-Exit code 0; 1 when questions are left without a reply; 2 for bad input.
+Exit code 0; 1 if questions are left without a reply; 2 for bad input.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from crpo_jax import cli
-from crpo_jax.chat import traces
-from crpo_jax.chat.client import Client, GivenUp, Reply, ServerError, ask_all, parameters
+from crpo_jax.answer.records import question_to_row
+from crpo_jax.chat.client import Client, GivenUp, Reply, ask_all, request_parameters
+from crpo_jax.chat.traces import (
+    CUT_OFF,
+    Conversion,
+    convert_trace,
+    explain_wrong_answer,
+    find_answer_letter,
+    split_reasoning,
+    validate_response,
+)
 from crpo_jax.config import Config
-from crpo_jax.data import question as questions
+from crpo_jax.data.files import json_records
 from crpo_jax.data.prompts import instruction, user_turn
-from crpo_jax.data.question import OTHER_HALF, Question, halves
-from crpo_jax.errors import InputError
+from crpo_jax.data.question import OTHER_HALF, Question, select_part
+from crpo_jax.data.readers import question_of, read_questions
+from crpo_jax.data.record import Record
+from crpo_jax.errors import Fault, InputError
 from crpo_jax.runtime.progress import Progress
-from crpo_jax.runtime.signals import Stop
-from crpo_jax.store.journal import Full, Journal, keep, key_of, replace_rows
+from crpo_jax.runtime.signals import StopSignal
+from crpo_jax.store.files import replace_rows
+from crpo_jax.store.journal import Journal, request_key
 from crpo_jax.store.workdir import open_workdir
 
 TEACHER = (
-    "Answer the medical multiple-choice question below. Think it through first: what the case shows, and what speaks for and against each "
-    "option. Then explain in a short paragraph which findings decide it, and end with the letter of the option, as in \\boxed{LETTER}."
+    "Answer the medical multiple-choice question below. Think it through first: what the case shows, and what speaks "
+    "for and against each option. Then explain in a short paragraph which findings decide it, and end with the letter "
+    "of the option, as in \\boxed{LETTER}."
 )
 REWRITE = (
-    "Below are a medical multiple-choice question and a physician's notes on it, which arrive at option {letter}. Write the notes down anew in the "
-    "shape that the instruction asks for. Say only what the notes say: add no fact, no finding and no argument of your own, and leave nothing "
-    "out that matters to the answer.\n\nInstruction:\n{instruction}\n\nQuestion:\n{question}\n\nNotes:\n{notes}"
+    "Below are a medical multiple-choice question and a physician's notes on it, which arrive at option {letter}. "
+    "Write the notes down anew in the shape that the instruction asks for. Say only what the notes say: add no fact, "
+    "no finding and no argument of your own, and leave nothing out that matters to the answer.\n\n"
+    "Instruction:\n{instruction}\n\nQuestion:\n{question}\n\nNotes:\n{notes}"
 )
 
 
 class Trace(NamedTuple):
-    """A teacher's reply to a question: reasoning and answer, or None for both where the reasoning was cut off."""
+    """A teacher's reply to a question; reasoning and answer are None if the reasoning was cut off."""
 
     question: Question
     attempt: int
@@ -48,262 +62,237 @@ class Trace(NamedTuple):
     answer: str | None
 
 
-def teacher_turn(question: Question, settings: Config) -> list[dict[str, str]]:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = cli.build_parser("distill", __doc__ or "")
+    parser.add_argument("--convert", action="store_true", help="only convert the traces in WORKDIR")
+    parser.add_argument(
+        "--traces", metavar="FILE", help="only convert the traces in FILE: JSON lines whose completion holds <think>"
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="continue in a workdir with the traces of another config"
+    )
+    args = parser.parse_args(arguments)
+    settings = cli.load_settings(args, model=False)
+    workdir = Path(args.workdir or "runs/distill")
+    foreign = read_foreign_traces(args.traces) if args.traces else None
+    selected = [] if args.convert or args.traces else select_questions(settings)
+    if selected or settings.distill.convert == "rewrite":
+        with Client(settings.distill, "distill"):
+            pass  # a bad address is reported before anything is written
+    if args.convert and not (workdir / "traces.jsonl").is_file():
+        raise InputError(f"--workdir {workdir}: expected traces.jsonl to convert, got none there")
+    given_up = 0
+    try:
+        with (
+            open_workdir(workdir, settings, allow_changes=args.allow_changes),
+            StopSignal("waiting for the requests in flight, sending no new ones") as stop,
+        ):
+            progress = Progress(len(selected))
+            if selected:
+                given_up = ask_teacher(selected, settings, workdir, progress, stop)
+            traces = read_traces(workdir) if foreign is None else foreign
+            progress.write(convert_traces(traces, settings, workdir, progress, stop))
+            if stop.received:
+                progress.write("stopped; the same command resumes from there")
+    except Fault as error:
+        raise SystemExit(f"crpo_jax.distill: stopped, every reply so far is on disk: {error}") from None
+    if given_up:
+        raise SystemExit(f"crpo_jax.distill: {given_up} questions without a reply; the same command sends them again")
+
+
+def select_questions(settings: Config) -> list[Question]:
+    """The half of the training questions that is for the cold start, in the order of the file."""
+    data = settings.data
+    if data.source == "vignettes":
+        from crpo_jax.data.vignettes import vignettes
+
+        selected = vignettes(data.split, data.vignettes)
+    else:
+        selected = read_questions(data.source, data.path, data.split)
+    selected = select_part(selected, OTHER_HALF[data.part])
+    return selected[: settings.distill.questions or len(selected)]
+
+
+def build_teacher_turn(question: Question, settings: Config) -> list[dict[str, str]]:
     if settings.distill.prompt == "crpo":
         return [{"role": "user", "content": user_turn(question, "crpo")}]
     return [{"role": "user", "content": f"{TEACHER}\n\n{user_turn(question, 'brief')}"}]
 
 
-def rewriting_turn(trace: Trace, letter: str) -> list[dict[str, str]]:
-    notes = "\n\n".join(filter(None, (trace.reasoning, trace.answer)))
-    asked = REWRITE.format(
-        letter=letter, instruction=instruction("crpo"), question=user_turn(trace.question, "brief"), notes=notes
-    )
-    return [{"role": "user", "content": asked}]
+def ask_teacher(
+    selected: Sequence[Question], settings: Config, workdir: Path, progress: Progress, stop: StopSignal
+) -> int:
+    """Requests a trace of every question without a right answer on disk, attempt by attempt.
 
+    Returns how many requests of the last attempt were given up.
+    """
+    attempts, given_up = settings.distill.attempts, 0
+    turns = {question.id: build_teacher_turn(question, settings) for question in selected}
+    parameters = request_parameters(settings.distill)
+    keys = {identity: [request_key(parameters, turn, n) for n in range(attempts)] for identity, turn in turns.items()}
+    with Journal(workdir / "traces.jsonl") as journal, Client(settings.distill, "distill") as client:
+        right = {row["key"]: bool(row["right"]) for row in journal.rows}
+        replies = f"{len(journal.rows)} replies on disk: {journal.path}"
+        progress.write(f"{len(selected)} questions for {settings.distill.model}; {replies}")
 
-def chosen_questions(settings: Config) -> list[Question]:
-    """The half of the training questions that the cold start takes, in the order of the file."""
-    data = settings.data
-    if data.source == "vignettes":
-        from crpo_jax.data.vignettes import vignettes
+        def on_reply(request: tuple[Question, int], reply: Reply | GivenUp) -> None:
+            nonlocal given_up
+            question, attempt = request
+            if isinstance(reply, GivenUp):
+                given_up += 1
+                return progress.write(f"{question.id}: no reply: {reply.reason}")
+            row = trace_to_row(question, attempt, keys[question.id][attempt], reply, settings)
+            journal.append_or_wait(row, progress.write)
+            right[row["key"]] = row["right"]
+            accuracy = sum(right.values()) / len(right)
+            line = f"attempt {attempt + 1}/{attempts}  right {accuracy:.2f}  no reply {given_up}"
+            progress.update(len(right), line)
 
-        found = vignettes(data.split, data.vignettes)
-    else:
-        found = questions.read(data.source, data.path, data.split)
-    found = halves(found, OTHER_HALF[data.part])
-    return found[: settings.distill.questions or len(found)]
-
-
-def fields_of(question: Question) -> dict[str, Any]:
-    own = {
-        "id": question.id,
-        "question": question.question,
-        "options": dict(question.options),
-        "answer": question.answer,
-    }
-    return own | {name: value for name, value in (("source", question.source), ("split", question.split)) if value}
-
-
-def ask_teacher(settings: Config, wanted: Sequence[Question], journal: Journal, progress: Progress, stop: Stop) -> int:
-    """Asks for every question without a right answer on disk, attempt by attempt; how many got no reply in the last round."""
-    shape, failed = parameters(settings.distill), 0
-    right = {row["key"]: bool(row["right"]) for row in journal.rows}
-    rounds = settings.distill.attempts
-    keys = {
-        question.id: [key_of(shape, teacher_turn(question, settings), attempt) for attempt in range(rounds)]
-        for question in wanted
-    }
-
-    def answered(item: tuple[int, Question], reply: Reply | GivenUp) -> None:
-        nonlocal failed
-        attempt, question = item
-        if isinstance(reply, GivenUp):
-            failed += 1
-            return progress.keep(f"{question.id}: no reply: {reply.why}")
-        key, parts = keys[question.id][attempt], traces.parted(reply.content, reply.reasoning)
-        letter = traces.answer_letter(parts[1], question)[0] if parts else None
-        told = {
-            "key": key,
-            "attempt": attempt,
-            "teacher": settings.distill.model,
-            "reasoning": reply.reasoning,
-            "content": reply.content,
-        }
-        told |= {
-            "finish_reason": reply.finish_reason,
-            "usage": dict(reply.usage),
-            "letter": letter,
-            "right": letter == question.answer,
-        }
-        keep(journal, fields_of(question) | told, progress.keep)
-        right[key] = letter == question.answer
-        progress.show(
-            len(right), f"try {attempt + 1}/{rounds}  right {sum(right.values()) / len(right):.2f}  no reply {failed}"
-        )
-
-    with Client(settings.distill, "distill") as client:
-        for attempt in range(rounds):
-            left = [
-                question
-                for question in wanted
+        for attempt in range(attempts):
+            if stop.received:
+                break
+            given_up = 0
+            requests = [
+                (question, attempt)
+                for question in selected
                 if keys[question.id][attempt] not in right and not any(map(right.get, keys[question.id]))
             ]
-            failed = 0
-            if stop.noted:
-                break
-            ask_all(
-                client,
-                [(attempt, question) for question in left],
-                lambda item: teacher_turn(item[1], settings),
-                answered,
-                lambda: stop.noted,
-            )
-    return failed
+            ask_all(client, requests, lambda request: turns[request[0].id], on_reply, lambda: stop.received)
+    return given_up
 
 
-def kept_traces(rows: Iterable[Mapping[str, Any]]) -> list[Trace]:
-    found = []
-    for row in rows:
-        parts = traces.parted(row["content"], row["reasoning"]) or (None, None)
-        found.append(
-            Trace(questions.from_record(questions.Record(row, "traces.jsonl")), row["attempt"], row["teacher"], *parts)
-        )
-    return found
+def trace_to_row(question: Question, attempt: int, key: str, reply: Reply, settings: Config) -> dict[str, Any]:
+    parts = split_reasoning(reply.content, reply.reasoning)
+    letter = find_answer_letter(parts[1], question)[0] if parts else None
+    return question_to_row(question) | {
+        "key": key,
+        "attempt": attempt,
+        "teacher": settings.distill.model,
+        "reasoning": reply.reasoning,
+        "content": reply.content,
+        "finish_reason": reply.finish_reason,
+        "usage": dict(reply.usage),
+        "letter": letter,
+        "right": letter == question.answer,
+    }
 
 
-def foreign_traces(path: str) -> list[Trace]:
-    """Traces of another make: question, options, answer_idx or answer, and `completion` or `reasoning` with `content`."""
+def read_traces(workdir: Path) -> list[Trace]:
+    traces = []
+    with Journal(workdir / "traces.jsonl") as journal:
+        for row in journal.rows:
+            question = question_of(Record(row, "traces.jsonl"))
+            parts = split_reasoning(row["content"], row["reasoning"]) or (None, None)
+            traces.append(Trace(question, row["attempt"], row["teacher"], *parts))
+    return traces
+
+
+def read_foreign_traces(path: str) -> list[Trace]:
+    """Someone else's traces: question, options, answer or answer_idx; `completion`, or `content` and `reasoning`."""
     if not Path(path).is_file():
         raise InputError(f"--traces {path}: expected a file, got none there")
-    found = []
-    for number, record in enumerate(questions.json_records(Path(path))):
-        options = record.options("options")
+    traces = []
+    for number, record in enumerate(json_records(Path(path))):
+        options = record.options()
         answer = record.letter("answer_idx" if record.has("answer_idx") else "answer", options)
-        source = record.text("source") if record.has("source") else ""
-        asked = Question(
-            record.identity("id", default=f"trace-{number:06d}"), record.text("question"), options, answer, source
+        source, reasoning, teacher = (
+            record.text(name) if record.has(name) else "" for name in ("source", "reasoning", "teacher")
         )
-        whole = record.text("completion" if record.has("completion") else "content")
-        parts = traces.parted(whole, record.text("reasoning") if record.has("reasoning") else "") or (None, None)
-        found.append(Trace(asked, number, record.text("teacher") if record.has("teacher") else "", *parts))
-    return found
+        identity = record.identity("id", default=f"trace-{number:06d}")
+        question = Question(identity, record.text("question"), options, answer, source)
+        content = record.text("completion" if record.has("completion") else "content")
+        traces.append(Trace(question, number, teacher, *(split_reasoning(content, reasoning) or (None, None))))
+    return traces
 
 
-def by_rules(trace: Trace, settings: Config) -> traces.Converted:
-    if trace.reasoning is None or trace.answer is None:
-        return traces.Converted(None, "the reasoning was cut off")
-    return traces.converted(trace.question, trace.reasoning, trace.answer, settings.reward)
-
-
-def rewritten(
-    found: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: Stop
-) -> list[traces.Converted]:
-    """The traces with the right answer as the model writes them anew; its replies are kept in rewrites.jsonl."""
-    out = [traces.Converted(None, "not rewritten yet")] * len(found)
-    shape, wanted = parameters(settings.distill), []
-    for index, trace in enumerate(found):
-        letter, why = (
-            traces.answer_letter(trace.answer, trace.question)
-            if trace.answer is not None
-            else (None, "the reasoning was cut off")
-        )
-        if letter is not None and letter == trace.question.answer:
-            wanted.append((index, rewriting_turn(trace, letter)))
-        else:
-            out[index] = traces.Converted(None, why or f"the answer is {letter}, {trace.question.answer} is right")
-    with Journal(workdir / "rewrites.jsonl") as journal, Client(settings.distill, "distill") as client:
-        kept = {row["key"]: row for row in journal.rows}
-
-        def use(index: int, row: Mapping[str, Any]) -> None:
-            parts = traces.parted(row["content"], row["reasoning"])
-            short = traces.Converted(None, "the rewriting was cut off")
-            out[index] = traces.checked(found[index].question, parts[1], settings.reward) if parts else short
-
-        def answered(item: tuple[int, list[dict[str, str]]], reply: Reply | GivenUp) -> None:
-            index, turn = item
-            if isinstance(reply, GivenUp):
-                out[index] = traces.Converted(None, f"not rewritten yet: {reply.why}")
-                return
-            row = {
-                "key": key_of(shape, turn),
-                "id": found[index].question.id,
-                "content": reply.content,
-                "reasoning": reply.reasoning,
-            }
-            keep(journal, row, progress.keep)
-            use(index, row)
-
-        left = []
-        for index, turn in wanted:
-            row = kept.get(key_of(shape, turn))
-            if row is None:
-                left.append((index, turn))
-            else:
-                use(index, row)
-        ask_all(client, left, lambda item: item[1], answered, lambda: stop.noted)
-    return out
-
-
-def convert(found: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: Stop) -> str:
-    """Writes converted.jsonl, one right trace per question, and rejected.jsonl; says what came of them."""
+def convert_traces(
+    traces: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: StopSignal
+) -> str:
+    """Writes converted.jsonl, with one right trace per question, and rejected.jsonl; returns what to report."""
     if settings.distill.convert == "rewrite":
-        outcomes = rewritten(found, settings, workdir, progress, stop)
+        conversions = rewrite_traces(traces, settings, workdir, progress, stop)
     else:
-        outcomes = [by_rules(trace, settings) for trace in found]
-    good: dict[str, dict[str, Any]] = {}
-    bad = []
-    for trace, outcome in zip(found, outcomes, strict=True):
-        question = trace.question
-        if outcome.response is not None and outcome.score is not None and question.id not in good:
-            told = {"response": outcome.response, "teacher": trace.model, "attempt": trace.attempt}
-            good[question.id] = fields_of(question) | told | {"cross_reference": outcome.score.cross_reference}
+        conversions = [
+            CUT_OFF
+            if trace.reasoning is None or trace.answer is None
+            else convert_trace(trace.question, trace.reasoning, trace.answer, settings.reward)
+            for trace in traces
+        ]
+    converted: dict[str, dict[str, Any]] = {}
+    rejected = []
+    for trace, conversion in zip(traces, conversions, strict=True):
+        identity = trace.question.id
+        if conversion.response is not None and conversion.score is not None and identity not in converted:
+            row = {"response": conversion.response, "teacher": trace.model, "attempt": trace.attempt}
+            row["cross_reference"] = conversion.score.cross_reference
+            converted[identity] = question_to_row(trace.question) | row
         else:
-            why = outcome.why or "another trace of this question is taken"
-            bad.append(
-                {
-                    "id": question.id,
-                    "attempt": trace.attempt,
-                    "why": why,
-                    "reasoning": trace.reasoning,
-                    "content": trace.answer,
-                }
-            )
-    replace_rows(workdir / "converted.jsonl", list(good.values()))
-    replace_rows(workdir / "rejected.jsonl", bad)
-    cites = sum(row["cross_reference"] for row in good.values())
-    lines = [
-        f"converted {len(good)} of {len(found)} traces: {workdir / 'converted.jsonl'}  (crpo_jax.sft takes it as sft.path)"
-    ]
-    lines += [f"their conclusions cite their analysis in {cites:.0f}"] if good else []
-    lines += [f"left out {len(bad)}: {workdir / 'rejected.jsonl'}"] if bad else []
-    lines += [f"  {count:5d}  {why}" for why, count in Counter(row["why"] for row in bad).most_common(5)]
+            reason = conversion.reason or "another trace of this question is taken"
+            row = {"id": identity, "attempt": trace.attempt, "why": reason}
+            rejected.append(row | {"reasoning": trace.reasoning, "content": trace.answer})
+    replace_rows(workdir / "converted.jsonl", list(converted.values()))
+    replace_rows(workdir / "rejected.jsonl", rejected)
+    path = workdir / "converted.jsonl"
+    lines = [f"converted {len(converted)} of {len(traces)} traces: {path}  (crpo_jax.sft reads it as sft.path)"]
+    if converted:
+        cites = sum(row["cross_reference"] for row in converted.values())
+        lines.append(f"the conclusion cites the analysis in {cites:.0f} of them")
+    if rejected:
+        lines.append(f"rejected {len(rejected)}: {workdir / 'rejected.jsonl'}")
+        reasons = Counter(row["why"] for row in rejected)
+        lines += [f"  {count:5d}  {reason}" for reason, count in reasons.most_common(5)]
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.parser("distill", __doc__ or "")
-    parser.add_argument("--convert", action="store_true", help="only convert the traces that WORKDIR holds")
-    parser.add_argument(
-        "--traces",
-        metavar="FILE",
-        help="only convert the traces of this file: JSON lines with a completion that holds <think>",
+def build_rewriting_turn(trace: Trace) -> list[dict[str, str]]:
+    question = trace.question
+    text = REWRITE.format(
+        letter=question.answer,
+        instruction=instruction("crpo"),
+        question=user_turn(question, "brief"),
+        notes="\n\n".join(filter(None, (trace.reasoning, trace.answer))),
     )
-    parser.add_argument(
-        "--allow-changes", action="store_true", help="go on in a workdir that holds the traces of another config"
-    )
-    args = parser.parse_args(arguments)
-    settings = cli.from_arguments(args, model=False)
-    workdir = Path(args.workdir or "runs/distill")
-    foreign = foreign_traces(args.traces) if args.traces else None
-    wanted = [] if args.convert or args.traces else chosen_questions(settings)
-    if wanted or settings.distill.convert == "rewrite":
-        Client(settings.distill, "distill").__exit__()  # a bad address is found before anything is made
-    if args.convert and not (workdir / "traces.jsonl").is_file():
-        raise InputError(f"--workdir {workdir}: expected traces.jsonl to convert, got none there")
-    failed = 0
-    try:
-        with (
-            open_workdir(workdir, settings, changes=args.allow_changes),
-            Stop("waiting for the requests under way, asking nothing new") as stop,
-        ):
-            progress = Progress(len(wanted))
-            if foreign is None:
-                with Journal(workdir / "traces.jsonl") as journal:
-                    if wanted:
-                        progress.keep(
-                            f"{len(wanted)} questions for {settings.distill.model}; {len(journal.rows)} replies on disk: {journal.path}"
-                        )
-                        failed = ask_teacher(settings, wanted, journal, progress, stop)
-                with Journal(workdir / "traces.jsonl") as journal:
-                    foreign = kept_traces(journal.rows)
-            progress.keep(convert(foreign, settings, workdir, progress, stop))
-            if stop.noted:
-                progress.keep("stopped; the same command goes on from there")
-    except (ServerError, Full) as error:
-        raise SystemExit(f"crpo_jax.distill: stopped, every reply so far is kept: {error}") from None
-    if failed:
-        raise SystemExit(f"crpo_jax.distill: {failed} questions without a reply; the same command asks them again")
+    return [{"role": "user", "content": text}]
+
+
+def rewrite_traces(
+    traces: Sequence[Trace], settings: Config, workdir: Path, progress: Progress, stop: StopSignal
+) -> list[Conversion]:
+    """The model's own rewriting of every trace with the right answer; rewrites.jsonl keeps its replies."""
+    conversions: list[Conversion] = []
+    turns: dict[int, list[dict[str, str]]] = {}
+    for index, trace in enumerate(traces):
+        if trace.answer is None:
+            conversions.append(CUT_OFF)
+            continue
+        reason = explain_wrong_answer(trace.answer, trace.question)
+        if not reason:
+            turns[index] = build_rewriting_turn(trace)
+        conversions.append(Conversion(None, reason or "not rewritten yet"))
+    parameters = request_parameters(settings.distill)
+    keys = {index: request_key(parameters, turn) for index, turn in turns.items()}
+    with Journal(workdir / "rewrites.jsonl") as journal, Client(settings.distill, "distill") as client:
+        rows: dict[str, Mapping[str, Any]] = {row["key"]: row for row in journal.rows}
+
+        def on_reply(index: int, reply: Reply | GivenUp) -> None:
+            if isinstance(reply, GivenUp):
+                conversions[index] = Conversion(None, f"not rewritten yet: {reply.reason}")
+            else:
+                row = {"key": keys[index], "id": traces[index].question.id}
+                rows[keys[index]] = row | {"content": reply.content, "reasoning": reply.reasoning}
+                journal.append_or_wait(rows[keys[index]], progress.write)
+
+        unanswered = [index for index in turns if keys[index] not in rows]
+        ask_all(client, unanswered, turns.__getitem__, on_reply, lambda: stop.received)
+    for index in turns:
+        if row := rows.get(keys[index]):
+            parts = split_reasoning(row["content"], row["reasoning"])
+            conversions[index] = (
+                validate_response(traces[index].question, parts[1], settings.reward)
+                if parts
+                else Conversion(None, "the rewriting was cut off")
+            )
+    return conversions
 
 
 if __name__ == "__main__":

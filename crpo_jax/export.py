@@ -1,4 +1,5 @@
-"""A run's model as a Hugging Face folder, or its LoRA adapter in PEFT's format: `python -m crpo_jax.export --workdir DIR --out FOLDER`."""
+"""A run's model as a Hugging Face folder, or its LoRA adapter in PEFT's format: `python -m crpo_jax.export --workdir
+DIR --out FOLDER`."""
 
 import argparse
 import re
@@ -21,7 +22,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.parser("export", __doc__ or "")
+    parser = cli.build_parser("export", __doc__ or "")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="a new or empty folder")
     parser.add_argument(
         "--step",
@@ -42,25 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="of a run with LoRA the adapter alone, for PEFT; without this it is merged",
     )
-    processes.add_flags(parser)
+    processes.add_process_flags(parser)
     args = parser.parse_args(arguments)
     if not args.workdir:
         raise InputError("--workdir: expected the folder of a run, got none")
     workdir, shard_bytes = Path(args.workdir), size_of(args.max_shard_size)
     if not (workdir / "config.yaml").is_file():
         raise InputError(f"--workdir {workdir}: expected a run's folder with config.yaml, got none there")
-    with processes.joined("export", args):
+    with processes.join_processes("export", args):
         export(args, workdir, shard_bytes)
 
 
 def export(args: argparse.Namespace, workdir: Path, shard_bytes: int) -> None:
     dtype = args.dtype or ("float32" if args.adapter else "bfloat16")
-    runtime = open_runtime(cli.from_arguments(args, workdir / "config.yaml"))
+    runtime = open_runtime(cli.load_settings(args, workdir / "config.yaml"))
     settings, fine_tuned = runtime.settings, is_cold_start(workdir)
+    start = None if fine_tuned else workdir / "coldstart"
     if settings.model.path:
         start = model_folder(settings.model.path)
-    else:
-        start = None if fine_tuned else workdir / "coldstart"
     trainer = runtime.trainer("supervised" if fine_tuned else "crpo", 1)
     state = trainer.abstract_state()
     if args.adapter and isinstance(state.master, Transformer):
@@ -76,7 +76,7 @@ def export(args: argparse.Namespace, workdir: Path, shard_bytes: int) -> None:
         best = (
             best_step(held_out_losses(workdir), [step for step in checkpoints.steps() if step]) if fine_tuned else None
         )
-        step = checkpoints.chosen(best if args.step is None else args.step)
+        step = checkpoints.select(best if args.step is None else args.step)
         trained = checkpoints.restore(step, state).master
     if args.adapter:
         save_adapters(trained, runtime.shape, args.out, base=settings.model.path or str(start), dtype=dtype)

@@ -1,4 +1,5 @@
-"""Cold start: fine-tuning on teacher traces, the loss on the response. `python -m crpo_jax.sft --help` lists every setting."""
+"""Cold start: fine-tuning on teacher traces, the loss on the response. `python -m crpo_jax.sft --help` lists every
+setting."""
 
 import sys
 from collections.abc import Sequence
@@ -16,16 +17,16 @@ from crpo_jax.runtime.runtime import open_runtime
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.parser("sft", __doc__ or "")
+    parser = cli.build_parser("sft", __doc__ or "")
     parser.add_argument(
         "--allow-changes",
         action="store_true",
         help="continue a workdir that holds a run of another config or other traces",
     )
-    processes.add_flags(parser)
+    processes.add_process_flags(parser)
     args = parser.parse_args(arguments)
-    with processes.joined("sft", args), faults_end_in_one_line("crpo_jax.sft"):
-        settings, name = cli.for_platform(args, jax.default_backend())
+    with processes.join_processes("sft", args), faults_end_in_one_line("crpo_jax.sft"):
+        settings, name = cli.load_platform_settings(args, jax.default_backend())
         workdir = Path(args.workdir or f"runs/{name}-sft")
         folder = workdir / "coldstart"
         runtime = open_runtime(settings)
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fine_tune(runtime, workdir, folder, open_traces(runtime), allow_changes=args.allow_changes)
         elif runtime.writes:
             print(
-                f"{fine_tuning_report.closing(workdir, folder)}\nthis run is finished, nothing to do", file=sys.stderr
+                f"{fine_tuning_report.sft_closing(workdir, folder)}\nthis run is finished, nothing to do",
+                file=sys.stderr,
             )
 
 

@@ -27,7 +27,7 @@ from crpo_jax.model import huggingface
 from crpo_jax.model.shape import forward_flops, read_shape
 from crpo_jax.parallel.layout import LAYOUTS, check_layout
 from crpo_jax.parallel.mesh import data_size, make_mesh, model_size
-from crpo_jax.rollout import Response, Sampling, Tally, load
+from crpo_jax.rollout import Response, RolloutProgress, Sampling, load_engine
 from crpo_jax.update.batches import MicroBatch, Row, micro_batch, micro_batches, of_rows
 from crpo_jax.update.losses import row_weights
 from crpo_jax.update.trainer import on_devices, trainer
@@ -80,18 +80,18 @@ def rollout(args: argparse.Namespace) -> dict[str, Any]:
     Bytes of a decode step on each device: all weights that a token's logits need, and the cache as long as it was.
     """
     how = Sampling(args.temperature, stop_ids=tuple(args.stop))
-    engine, weights = load(
+    engine, weights = load_engine(
         args.model, how, args.max_new, mesh=args.mesh, dtype=args.dtype, slots=args.slots, chunk=args.chunk
     )
     jax.block_until_ready(weights)
     prompts = read_prompts(args.prompts, engine.shape.v)
-    tallies: list[Tally] = []
+    tallies: list[RolloutProgress] = []
 
     def sample(seed: int, limit: int = args.max_new) -> list[list[Response]]:
         tallies.clear()
         limits = [limit] * len(prompts)
         return engine.generate(
-            weights, prompts, key=jax.random.key(seed), group=args.group, limits=limits, progress=tallies.append
+            weights, prompts, key=jax.random.key(seed), group=args.group, limits=limits, on_progress=tallies.append
         )
 
     first, _ = timed(lambda: sample(0))
@@ -148,7 +148,7 @@ def update(args: argparse.Namespace) -> dict[str, Any]:
     With --padded every row is as long as the longest, in arrival order, under the same token budget.
     """
     mesh, lengths = make_mesh(args.mesh), read_lengths(args.lengths)
-    settings = config.load(None, [f"model.dtype={args.dtype}", *args.overrides], model=False)
+    settings = config.load_config(None, [f"model.dtype={args.dtype}", *args.overrides], model=False)
     shape, parallel = read_shape(huggingface.model_folder(args.model)), settings.parallel
     layout = LAYOUTS[parallel.layout]
     check_layout(layout, mesh, {letter: getattr(shape, letter) for letter in "dnkfv"})

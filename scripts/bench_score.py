@@ -1,9 +1,9 @@
-"""How fast rewards are: responses a second through the score command, and the time of the worst 1 MB responses.
+"""How fast rewards are: responses per second through the score command, and the time of the worst 1 MB responses.
 
     python scripts/bench_score.py [--responses 10000] [--workers 2] [--tokenizer DIR]
 
-Responses have about 600 tokens of Qwen2.5 each: a teacher's response to a vignette, its System 2 part drawn out. With
---tokenizer they carry their token ids, and the table of effective tokens decides consistency.
+Responses have about 600 tokens of Qwen2.5 each: a teacher's response to a vignette, its System 2 part extended. With
+--tokenizer they have their token ids, and the table of effective tokens decides consistency.
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from crpo_jax.config import Reward
 from crpo_jax.data.vignettes import TeacherNoise, teacher_response, vignettes
-from crpo_jax.reward import rules
+from crpo_jax.reward.rules import DESIGNS, score_response
 
 MEGABYTE = 1_000_000
 CHARACTERS = 2550  # about 600 tokens: this text has 4.25 characters to a token
@@ -30,10 +30,8 @@ CHARACTERS = 2550  # about 600 tokens: this text has 4.25 characters to a token
 def long_responses(count: int) -> Iterator[dict[str, object]]:
     """Five responses to a question, as in training, each with other questions' analyses put into its System 2 part."""
     questions = vignettes("train", (count + 4) // 5)
-    rng, noise = (
-        Random("bench score"),
-        TeacherNoise(missing_part=0.0, cites=1.0),
-    )  # all well-formed, so that every rule has work to do
+    rng = Random("bench score")
+    noise = TeacherNoise(missing_part=0.0, cites=1.0)  # all have the right format, so that every rule has work to do
     for index in range(count):
         question = questions[index // 5]
         response = teacher_response(question, index, noise)
@@ -51,7 +49,8 @@ def long_responses(count: int) -> Iterator[dict[str, object]]:
 
 
 def wrapped(dx: str, conclusion: str) -> str:
-    return f"<dx>(System 1: Intuitive) Gout comes to mind.\n(System 2: Analytical) {dx}</dx><conclusion>{conclusion} \\boxed{{A}}</conclusion>"
+    dx = f"<dx>(System 1: Intuitive) Gout comes to mind.\n(System 2: Analytical) {dx}</dx>"
+    return f"{dx}<conclusion>{conclusion} \\boxed{{A}}</conclusion>"
 
 
 def adversarial(size: int) -> dict[str, str]:
@@ -93,49 +92,40 @@ def end_to_end(count: int, workers: int, tokenizer: str | None) -> None:
             from tokenizers import Tokenizer
 
             encoder = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
-            for row, encoded in zip(
-                rows,
-                encoder.encode_batch([str(row["response"]) for row in rows], add_special_tokens=False),
-                strict=True,
-            ):
-                row["token_ids"] = encoded.ids
+            encodings = encoder.encode_batch([str(row["response"]) for row in rows], add_special_tokens=False)
+            for row, encoding in zip(rows, encodings, strict=True):
+                row["token_ids"] = encoding.ids
             print(f"tokens a response: {sum(len(row['token_ids']) for row in rows) / count:.0f}")  # pyright: ignore[reportArgumentType]
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         characters = sum(len(str(row["response"])) for row in rows) / count
-        command = [
-            sys.executable,
-            "-m",
-            "crpo_jax.score",
-            "--responses",
-            str(path),
-            "--out",
-            str(out),
-            f"reward.workers={workers}",
-        ]
+        command = [sys.executable, "-m", "crpo_jax.score", "--responses", str(path), "--out", str(out)]
+        command += [f"reward.workers={workers}", *(["--tokenizer", tokenizer] if tokenizer else [])]
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command + (["--tokenizer", tokenizer] if tokenizer else []), check=True)
+        subprocess.run(command, check=True)
         took, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         with open(out, encoding="utf-8") as lines:
             scored = sum(1 for _ in lines)
     by = "tokens" if tokenizer else "characters"
     print(
-        f"{scored} responses of {characters:.0f} characters, {workers} workers, consistency by {by}: {took:.2f} s, {scored / took:.0f} a second"
+        f"{scored} responses of {characters:.0f} characters, {workers} workers, consistency by {by}: "
+        f"{took:.2f} s, {scored / took:.0f} a second"
     )
     print(
-        f"processor time {cpu:.2f} s in all, {1e6 * cpu / scored:.0f} microseconds a response; compare it where other work shares the machine"
+        f"processor time {cpu:.2f} s in all, {1e6 * cpu / scored:.0f} microseconds a response; "
+        "compare it where other work shares the machine"
     )
 
 
 def worst_cases() -> None:
     question = vignettes("train", 1)[0]
-    rules.score(question, "warm", Reward())
-    print(f"\n{'1 MB of':28}" + "".join(f"{design:>12}" for design in rules.DESIGNS) + "   milliseconds")
+    score_response(question, "warm", Reward())
+    print(f"\n{'1 MB of':28}" + "".join(f"{design:>12}" for design in DESIGNS) + "   milliseconds")
     for name, response in adversarial(MEGABYTE).items():
         took = []
-        for design in rules.DESIGNS:
+        for design in DESIGNS:
             start = time.perf_counter()
-            rules.score(question, response, Reward(design=design))
+            score_response(question, response, Reward(design=design))
             took.append(1000 * (time.perf_counter() - start))
         print(f"{name:28}" + "".join(f"{value:12.1f}" for value in took))
 

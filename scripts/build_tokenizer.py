@@ -1,4 +1,4 @@
-"""Build the embedded world's tokenizer: a byte-level BPE in Hugging Face format, trained on vignettes and teacher traces.
+"""Build the embedded world's tokenizer: a byte-level BPE in Hugging Face format, trained on vignettes and their traces.
 
     python scripts/build_tokenizer.py [--out DIR]
 
@@ -21,13 +21,13 @@ VOCAB_SIZE = 1280
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TRAINING_VIGNETTES = 4096
 
-# What may become one token at most, first match first.
+# The longest pieces that may become one token; the first match counts.
 SPLIT = "|".join(
     (
-        r"\(System [12]: \p{L}+\)",  # the response format's own marks: ordinary merges make each a token or two
+        r"\(System [12]: \p{L}+\)",  # the marks of the response format: ordinary merges make each a token or two
         r"</?\p{L}+>",
         r" ?\\boxed\{",
-        r"[A-Z]\)",  # an option's letter with its bracket, so that it stands next to the option's name
+        r"[A-Z]\)",  # an option's letter with its bracket, so that it is next to the option's name
         r" ?[\p{L}\p{M}]+(?:[-/][\p{L}\p{M}]+)*",  # words, with the hyphens and slashes of "anti-CCP" and "mg/dL"
         r" ?\p{N}",  # single digits
         r" ?[^\s\p{L}\p{M}\p{N}]+",  # runs of symbols
@@ -46,10 +46,9 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> Iterator[str]:
-    """The texts of training vignettes as prompts show them, their traces, and what must be whole tokens for other reasons.
+    """The texts of training vignettes as in prompts, their traces, the names of the turns, and µ and °.
 
-    Those are the names of the turns, and µ and °: split into bytes they would look like no language's letters to a rule
-    that judges tokens one by one.
+    Split into bytes, µ and ° would not look like letters of any language to a rule that judges tokens one by one.
     """
     for question in vignettes("train", TRAINING_VIGNETTES):
         yield question.question + "".join(f"\n{letter}) {option}" for letter, option in question.options.items())

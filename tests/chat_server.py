@@ -1,17 +1,17 @@
-"""A chat server on this machine that misbehaves by plan: what it answers to each request is a function of the request and its number."""
+"""A local chat server that misbehaves as planned: each response is a function of the request and of its repetition."""
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = tuple[int, dict[str, str], bytes]
+Response = tuple[int, dict[str, str], bytes | Iterable[bytes]]  # status, headers, body or its chunks
 
 
-def says(content: str | None, reasoning: str | None = None, **message: Any) -> Answer:
+def complete(content: str | None, reasoning: str | None = None, **message: Any) -> Response:
     """A chat completion as OpenAI-compatible servers send it."""
-    told = {
+    answer = {
         "role": "assistant",
         "content": content,
         **({"reasoning_content": reasoning} if reasoning is not None else {}),
@@ -20,7 +20,7 @@ def says(content: str | None, reasoning: str | None = None, **message: Any) -> A
     body = {
         "id": "x",
         "object": "chat.completion",
-        "choices": [{"index": 0, "message": told, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": answer, "finish_reason": "stop"}],
         "usage": {"total_tokens": 7},
     }
     return 200, {}, json.dumps(body).encode()
@@ -31,9 +31,9 @@ def prompt_of(request: dict[str, Any]) -> str:
 
 
 class ChatServer:
-    """Answers with `plan(request, times)`, `times` counting the requests with the same prompt; a context manager."""
+    """Responds with `plan(request, times)`; `times` counts earlier requests with the same prompt. A context manager."""
 
-    def __init__(self, plan: Callable[[dict[str, Any], int], Answer]) -> None:
+    def __init__(self, plan: Callable[[dict[str, Any], int], Response]) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         lock, outer = threading.Lock(), self
@@ -50,14 +50,12 @@ class ChatServer:
                 status, headers, body = plan(request, times)
                 try:
                     self.send_response(status)
-                    for name, value in {
-                        "Content-Type": "application/json",
-                        "Content-Length": str(len(body)),
-                        **headers,
-                    }.items():
+                    length = {"Content-Length": str(len(body))} if isinstance(body, bytes) else {"Connection": "close"}
+                    for name, value in ({"Content-Type": "application/json"} | length | headers).items():
                         self.send_header(name, value)
                     self.end_headers()
-                    self.wfile.write(body)
+                    for chunk in [body] if isinstance(body, bytes) else body:
+                        self.wfile.write(chunk)
                 except OSError:  # the client gave up waiting
                     self.close_connection = True
 

@@ -138,7 +138,7 @@ def where(stacks: str) -> tuple[str, ...]:
     """The section of train.py in the dumped stacks, `cold start` inside it, and `save` where a checkpoint is being written."""
     line = re.search(r'/train\.py", line (\d+) in train\n', stacks)
     parts = [sections()[int(line[1])]] if line else ["before train"]
-    if "/coldstart.py" in stacks:
+    if "/fine_tuning.py" in stacks:
         parts = ["cold start"]
     if "/checkpoint.py" in stacks and "in _finish" in stacks:
         parts.append("save in the background")
@@ -155,7 +155,7 @@ def state_of(workdir: Path) -> str:
         last = max((path for path in (workdir / "checkpoints").iterdir()), key=lambda path: int(path.name))
         tree = ocp.StandardCheckpointer().restore(last.resolve())
         total = hashlib.sha256()
-        for name, leaf in sorted(tree.items(), key=lambda pair: int(pair[0])):
+        for name, leaf in sorted(tree.items()):
             values = np.asarray(leaf)
             total.update(f"{last.name} {name} {values.dtype} {values.shape}".encode() + values.tobytes())
         os.write(writing, total.hexdigest().encode())

@@ -8,7 +8,7 @@ from crpo_jax.data.question import Question
 
 
 def write_jsonl(path: Path, questions: Iterable[Question]) -> None:
-    """One question a line, as `read("jsonl", path)` gives them back, columns included."""
+    """One question a line, as `read_questions("jsonl", path)` gives them back, columns included."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for question in questions:
             own = {

@@ -1,4 +1,4 @@
-"""Responses written by hand, each with what it must earn and the reason. Every decision of the parser and the rules is a row.
+"""Responses written by hand, each with what it must earn and why: a row for every decision of the parser and the rules.
 
 A row is (reason, design, response, accuracy, format, cross_reference, part of the explanation). Consistency has rows of
 its own: (reason, response, effective characters, of how many).
@@ -9,8 +9,9 @@ from crpo_jax.data.question import Question
 GOUT = Question(
     id="gout",
     question=(
-        "A 55-year-old man has sudden pain in the right big toe after a seafood dinner. His temperature is 38.2 °C. He has tophi on "
-        "the ear, and serum uric acid is 9.1 mg/dL. Joint fluid shows needle-shaped crystals. What is the most likely diagnosis?"
+        "A 55-year-old man has sudden pain in the right big toe after a seafood dinner. His temperature is 38.2 °C. "
+        "He has tophi on the ear, and serum uric acid is 9.1 mg/dL. Joint fluid shows needle-shaped crystals. "
+        "What is the most likely diagnosis?"
     ),
     options={"A": "Septic arthritis", "B": "Pseudogout", "C": "Gout", "D": "Rheumatoid arthritis"},
     answer="C",
@@ -20,8 +21,9 @@ SYSTEM1 = (
     "(System 1: Intuitive) Sudden big toe pain after seafood brings gout to mind, with septic arthritis close behind."
 )
 SYSTEM2 = (
-    "(System 2: Analytical) He has tophi on the ear, serum uric acid of 9.1 mg/dL and needle-shaped crystals in joint fluid. Septic "
-    "arthritis would need bacteria in the culture. Pseudogout has rhomboid crystals. Rheumatoid arthritis spares the big toe."
+    "(System 2: Analytical) He has tophi on the ear, serum uric acid of 9.1 mg/dL and needle-shaped crystals in joint "
+    "fluid. Septic arthritis would need bacteria in the culture. Pseudogout has rhomboid crystals. "
+    "Rheumatoid arthritis spares the big toe."
 )
 DX = f"<dx>\n{SYSTEM1}\n{SYSTEM2}\n</dx>"
 CITES = "The tophi on the ear and the needle-shaped crystals, with serum uric acid at 9.1 mg/dL, decide it."
@@ -354,7 +356,7 @@ SYSTEMS: list[Row] = [
     ),
 ]
 
-# The good analysis with these conclusions, each followed by the right box: (reason, conclusion, cross_reference, explanation).
+# The good analysis with these conclusions and the right box: (reason, conclusion, cross_reference, explanation).
 CONCLUSIONS: list[tuple[str, str, float, str]] = [
     ("one whole finding with its words, and a number", "Tophi on the ear and uric acid of 9.1 mg/dL mean gout.", 1, ""),
     ("two whole findings without any number", "Tophi on the ear and needle-shaped crystals mean gout.", 1, ""),
@@ -428,8 +430,8 @@ CONCLUSIONS: list[tuple[str, str, float, str]] = [
     ("a copy of dx", SYSTEM2.partition(") ")[2], 0, "copied from dx"),
     (
         "three hits in much unrelated prose",
-        "Tophi on the ear and crystals aside, monks who brewed ale in cold stone cellars wrote long letters about weather, trade, rivers, "
-        "bridges, taxes, weddings and the price of salt.",
+        "Tophi on the ear and crystals aside, monks who brewed ale in cold stone cellars wrote long letters about "
+        "weather, trade, rivers, bridges, taxes, weddings and the price of salt.",
         0,
         "cited terms are",
     ),

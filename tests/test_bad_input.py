@@ -1,4 +1,4 @@
-"""Bad input through the whole training command: the line it earns, and nothing left behind. Then ten thousand pieces of it, made at random.
+"""Bad input to the whole training command: one line of error, and nothing left behind. Then the same for random input.
 
 CRPO_JAX_FUZZ=5000 tries that many config files and as many question files instead of a few hundred.
 """
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from crpo_jax import config, train
-from crpo_jax.data.question import READERS, read
+from crpo_jax.data.readers import READERS, read_questions
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
 from crpo_jax.model.shape import shape_of
@@ -118,42 +118,45 @@ def own(name: str, *more: str) -> list[str]:
 
 BAD: list[tuple[list[str], str]] = [
     # settings: type, range, missing, unknown
-    (["crpo.steps=1.5"], "crpo.steps: expected whole number, got 1.5"),
-    (["crpo.steps=-1"], "crpo.steps: expected at least 0, got -1"),
+    (["crpo.steps=1.5"], "crpo.steps: expected a whole number >= 0, got 1.5"),
+    (["crpo.steps=-1"], "crpo.steps: expected a whole number >= 0, got -1"),
     (["crpo.steps=99999999999"], "crpo.steps: expected at most 2147483647, got 99999999999"),
-    (["crpo.steps="], "crpo.steps: expected whole number, got None"),
+    (["crpo.steps="], "crpo.steps: expected a whole number >= 0, got None"),
     (["crpo.step=3"], "crpo.step: unknown key; did you mean crpo.steps"),
     (["steps=3"], "steps: unknown key"),
     (["crpo.steps"], "crpo.steps: expected section.key=value"),
-    (["crpo.group_size=1"], "crpo.group_size: expected at least 2, got 1"),
-    (["crpo.clip_low=2"], "crpo.clip_low: expected between 0 and 1, got 2.0"),
-    (["crpo.kl_coef=-0.1"], "crpo.kl_coef: expected at least 0, got -0.1"),
-    (["crpo.kl_coef=.nan"], "crpo.kl_coef: expected number, got nan"),
+    (["crpo.group_size=1"], "crpo.group_size: expected a whole number >= 2, got 1"),
+    (["crpo.clip_low=2"], "crpo.clip_low: expected a number >= 0 and <= 1, got 2"),
+    (["crpo.kl_coef=-0.1"], "crpo.kl_coef: expected a number >= 0, got -0.1"),
+    (["crpo.kl_coef=.nan"], "crpo.kl_coef: expected a number >= 0, got nan"),
     (["crpo.truncated=drop"], "crpo.truncated: expected keep | mask, got 'drop'"),
-    (["run.seed=-1"], "run.seed: expected between 0 and 9223372036854775807, got -1"),
+    (["run.seed=-1"], "run.seed: expected a whole number >= 0 and <= 9223372036854775807, got -1"),
     (
         ["run.seed=18446744073709551616"],
-        "run.seed: expected between 0 and 9223372036854775807, got 18446744073709551616",
+        "run.seed: expected a whole number >= 0 and <= 9223372036854775807, got 18446744073709551616",
     ),
-    (["run.seed=0o7"], "run.seed: expected whole number, got '0o7'"),
+    (["run.seed=0o7"], "run.seed: expected a whole number >= 0 and <= 9223372036854775807, got '0o7'"),
     (["run.seed=010"], "override: run.seed:1: expected a plain decimal number, got '010'"),
-    (["run.save_every=often"], "run.save_every: expected whole number, got 'often'"),
-    (["run.keep=0"], "run.keep: expected at least 1, got 0"),
+    (["run.save_every=often"], "run.save_every: expected a whole number >= 0, got 'often'"),
+    (["run.keep=0"], "run.keep: expected a whole number >= 1, got 0"),
     (["run.limits.action=panic"], "run.limits.action: expected warn | stop, got 'panic'"),
-    (["run.limits.truncated=2"], "run.limits.truncated: expected between 0 and 1, got 2.0"),
-    (["rollout.temperature=hot"], "rollout.temperature: expected number, got 'hot'"),
-    (["rollout.top_p=0"], "rollout.top_p: expected more than 0, got 0"),
-    (["rollout.stop=[1]"], "rollout.stop: expected list of strings, got [1]"),
+    (["run.limits.truncated=2"], "run.limits.truncated: expected a number >= 0 and <= 1, got 2"),
+    (["rollout.temperature=hot"], "rollout.temperature: expected a number >= 0, got 'hot'"),
+    (["rollout.top_p=0"], "rollout.top_p: expected a number > 0 and <= 1, got 0"),
+    (["rollout.stop=[1]"], "rollout.stop: expected a list of strings, got [1]"),
     (["rollout.stop=[<|nowhere|>]"], "rollout.stop: expected tokens of "),
-    (["reward.k=true"], "reward.k: expected number, got True"),
-    (["reward.time_limit=0"], "reward.time_limit: expected at least 0.001, got 0.0"),
+    (["reward.k=true"], "reward.k: expected a number >= 0, got True"),
+    (["reward.time_limit=0"], "reward.time_limit: expected a number >= 0.001, got 0"),
     (["reward.design=best"], "reward.design: expected crpo, grpo, released or module:function, got 'best'"),
     (["reward.design=crpo*much"], "reward.design: expected a number after crpo*, got 'much'"),
     (["reward.design=crpo+crpo"], "reward.design: crpo stands twice in 'crpo+crpo'"),
-    (["optimizer.beta1=1"], "optimizer.beta1: expected less than 1, got 1"),
-    (["optimizer.eps=0"], "optimizer.eps: expected more than 0, got 0"),
-    (["sft.held_out=1"], "sft.held_out: expected between 0 and 0.9, got 1.0"),
-    (["parallel.layout=zero9"], "parallel.layout: expected zero1 | fsdp | replicated | auto, got 'zero9'"),
+    (["optimizer.beta1=1"], "optimizer.beta1: expected a number >= 0 and < 1, got 1"),
+    (["optimizer.eps=0"], "optimizer.eps: expected a number > 0, got 0"),
+    (["sft.held_out=1"], "sft.held_out: expected a number >= 0 and <= 0.9, got 1"),
+    (
+        ["parallel.layout=zero9"],
+        "parallel.layout: expected zero1, fsdp, replicated, auto or a layout of your own as module:NAME, got 'zero9'",
+    ),
     (["data.source=pubmed"], "data.source: expected vignettes | medqa | medmcqa | medxpertqa | jsonl, got 'pubmed'"),
     (["data.prompt=terse"], "data.prompt: expected crpo | grpo | grpo_dx | released | brief, got 'terse'"),
     # settings that contradict each other, or the machine
@@ -200,7 +203,8 @@ BAD: list[tuple[list[str], str]] = [
     (["model.path=FOLDER/cut"], "FOLDER/cut/model.safetensors: expected a whole safetensors file, got 10000 bytes: "),
     (
         ["model.path=FOLDER/pickle"],
-        "FOLDER/pickle: expected model.safetensors or model.safetensors.index.json, got only pytorch_model.bin; a pickle",
+        "FOLDER/pickle: expected model.safetensors or model.safetensors.index.json, "
+        "got only pytorch_model.bin; a pickle",
     ),
     (
         ["model.path=FOLDER/missing"],
@@ -232,7 +236,7 @@ BAD: list[tuple[list[str], str]] = [
     ),
     (
         own("no_answer.jsonl"),
-        "FOLDER/no_answer.jsonl:2: answer: expected such a field among id, question, options, got None",
+        "FOLDER/no_answer.jsonl:2: answer: expected a field of this name, got id, question, options",
     ),
     (own("other_answer.jsonl"), "FOLDER/other_answer.jsonl:1: answer: expected a letter among A, B, got 'C'"),
     (
@@ -288,13 +292,11 @@ def test_there_are_at_least_sixty():
     assert len({line for _, line in BAD}) >= 60
 
 
-# ---- made at random --------------------------------------------------------------------------------------------------
+# ---- random input ----------------------------------------------------------------------------------------------------
 
 EXAMPLES = int(os.environ.get("CRPO_JAX_FUZZ", "200"))
 often = profile(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), deadline=None)
-PLACE = Path(
-    tempfile.mkdtemp()
-)  # hypothesis has no use for a fixture of pytest's: it would be made once for all examples
+PLACE = Path(tempfile.mkdtemp())  # not a fixture of pytest's, which all examples of hypothesis would share
 atexit.register(shutil.rmtree, PLACE, ignore_errors=True)
 
 WRITTEN = ["1e-6", "010", "1:30", "<<", "~", "yes", "2001-99-99"]
@@ -304,21 +306,21 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-keys = st.sampled_from(sorted(config.leaves()))
+keys = st.sampled_from(sorted(config.setting_fields()))
 
 
 @st.composite
 def settings_files(draw: st.DrawFn) -> bytes:
-    """A config with odd values under real keys, or under none; as YAML writes it, then now and then cut, flipped or filled up."""
+    """YAML with odd values under real keys or odd ones; sometimes cut, or with bytes changed or inserted."""
     content: dict[str, Any] = {}
     for _ in range(draw(st.integers(0, 3))):
-        here, *rest = content, *draw(keys).split(".")
-        for name in rest[:-1]:
-            here = here.setdefault(name, {})
-            if not isinstance(here, dict):
+        section, (*sections, setting) = content, draw(keys).split(".")
+        for name in sections:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
                 break
         else:
-            here[rest[-1]] = draw(values)
+            section[setting] = draw(values)
     if draw(st.booleans()):
         content[draw(st.text(max_size=10))] = draw(values)
     try:
@@ -381,12 +383,12 @@ def test_any_config_file_loads_or_is_refused_in_one_line(data: bytes):
     path = PLACE / "run.yaml"
     path.write_bytes(data)
     try:
-        loaded = config.load(path)
+        loaded = config.load_config(path)
     except InputError as error:
         one_line(error)
     else:
-        path.write_text(config.dump(loaded), encoding="utf-8")
-        assert config.load(path) == loaded
+        path.write_text(config.dump_config(loaded), encoding="utf-8")
+        assert config.load_config(path) == loaded
     assert [left.name for left in PLACE.iterdir()] == ["run.yaml"]
     path.unlink()
 
@@ -399,7 +401,7 @@ def test_any_question_file_loads_or_is_refused_in_one_line(file: tuple[str, byte
     path = PLACE / "train.json"
     path.write_bytes(data)
     try:
-        questions = read(source, str(path))
+        questions = read_questions(source, str(path))
     except InputError as error:
         one_line(error)
     else:

@@ -1,22 +1,26 @@
 """Every setting once: what loads, what is refused and with which line, and the command line around it."""
 
 import dataclasses
+import functools
 import itertools
+import operator
+import pickle
+import re
 import typing
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from crpo_jax import cli, config
-from crpo_jax.config import Config, Parallel, load
-from crpo_jax.errors import InputError
-from crpo_jax.parallel.layout import LAYOUTS
+from crpo_jax.config import Config, Lora, load_config
+from crpo_jax.errors import Fault, InputError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-FROM_SCRATCH = (
-    "tokenizer.path=somewhere",
-)  # what the defaults alone do not say: a model from model.shape brings no tokenizer
+FROM_SCRATCH = ("tokenizer.path=somewhere",)
+"""What the defaults lack: a model from model.shape brings no tokenizer."""
 
 
 def written(folder: Path, text: str) -> Path:
@@ -28,7 +32,7 @@ def written(folder: Path, text: str) -> Path:
 def refusal(path: Path | None, *overrides: str) -> str:
     """The line that refuses this input."""
     with pytest.raises(InputError) as error:
-        load(path, overrides)
+        load_config(path, overrides)
     line = str(error.value)
     assert "\n" not in line
     return line
@@ -40,15 +44,15 @@ def refusal(path: Path | None, *overrides: str) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs(path: Path):
     """Each file loads whole, and every key written in it arrives in the config."""
-    loaded = load(path)
+    loaded = load_config(path)
 
     def arrived(values: dict[str, typing.Any], prefix: str = "") -> None:
         for name, value in values.items():
             if isinstance(value, dict):
                 arrived(value, f"{prefix}{name}.")
             else:
-                found = config.get(loaded, prefix + name)
-                assert (list(found) if isinstance(found, tuple) else found) == pytest.approx(value), prefix + name
+                setting = attrgetter(prefix + name)(loaded)
+                assert (list(setting) if isinstance(setting, tuple) else setting) == pytest.approx(value), prefix + name
 
     arrived(yaml.safe_load(path.read_text(encoding="utf-8")))
 
@@ -56,48 +60,47 @@ def test_shipped_configs(path: Path):
 def test_there_are_shipped_configs():
     assert {"tiny.yaml", "clinical_r1_3b.yaml"} <= {path.name for path in CONFIGS}
     assert config.config_folder() == CONFIGS[0].parent
-    assert config.default_config("cpu").name == "tiny.yaml"
-    assert config.default_config("gpu").name == config.default_config("tpu").name == "clinical_r1_3b.yaml"
+    assert config.default_config_path("cpu").name == "tiny.yaml"
+    assert config.default_config_path("gpu").name == config.default_config_path("tpu").name == "clinical_r1_3b.yaml"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_dump_then_load_is_the_same_config(path: Path, tmp_path: Path):
-    """A workdir keeps the resolved config, and a resumed run is compared with it: floats and tuples come back exactly."""
+    """A resumed run is compared with the config that its workdir keeps: floats and tuples come back exactly."""
     overrides = (
         "optimizer.learning_rate=1.2345678901234567e-7",
         "rollout.stop=['<a>', '§']",
         "data.system_prompt=a: 'b'\\n #c",
         "data.split=017",
     )
-    changed = load(path, overrides)
-    assert load(written(tmp_path, config.dump(changed))) == changed
-    assert config.differences(changed, load(written(tmp_path, config.dump(changed)))) == []
+    changed = load_config(path, overrides)
+    assert load_config(written(tmp_path, config.dump_config(changed))) == changed
+    assert config.changed_settings(changed, load_config(written(tmp_path, config.dump_config(changed)))) == []
 
 
 def test_dump_says_every_setting():
-    settings = load(None, FROM_SCRATCH)
-    plain = yaml.safe_load(config.dump(settings))
-    assert set(plain) == {field.name for field in dataclasses.fields(Config)}
-    for key in config.leaves():
-        here = plain
-        for name in key.split("."):
-            here = here[name]
-        assert here == (list(found) if isinstance(found := config.get(settings, key), tuple) else found), key
+    settings = load_config(None, FROM_SCRATCH)
+    written_settings = yaml.safe_load(config.dump_config(settings))
+    assert set(written_settings) == {field.name for field in dataclasses.fields(Config)}
+    for key in config.setting_fields():
+        value = attrgetter(key)(settings)
+        written_value = functools.reduce(operator.getitem, key.split("."), written_settings)
+        assert written_value == (list(value) if isinstance(value, tuple) else value), key
 
 
 def test_an_empty_file_and_empty_sections_are_the_defaults(tmp_path: Path):
-    assert load(written(tmp_path, ""), FROM_SCRATCH) == load(None, FROM_SCRATCH)
-    assert load(written(tmp_path, "crpo:\nmodel:\n"), FROM_SCRATCH) == load(None, FROM_SCRATCH)
+    assert load_config(written(tmp_path, ""), FROM_SCRATCH) == load_config(None, FROM_SCRATCH)
+    assert load_config(written(tmp_path, "crpo:\nmodel:\n"), FROM_SCRATCH) == load_config(None, FROM_SCRATCH)
 
 
 def test_a_file_changes_only_what_it_names(tmp_path: Path):
     """Sections with defaults of their own keep them: sft.optimizer.learning_rate is not optimizer's."""
-    loaded = load(written(tmp_path, "sft:\n  optimizer: {warmup_steps: 3}\n"), FROM_SCRATCH)
+    loaded = load_config(written(tmp_path, "sft:\n  optimizer: {warmup_steps: 3}\n"), FROM_SCRATCH)
     assert loaded.sft.optimizer.warmup_steps == 3
     assert (
         loaded.sft.optimizer.learning_rate == Config().sft.optimizer.learning_rate != Config().optimizer.learning_rate
     )
-    assert config.differences(load(None, FROM_SCRATCH), loaded) == ["sft.optimizer.warmup_steps: 0 -> 3"]
+    assert config.changed_settings(load_config(None, FROM_SCRATCH), loaded) == ["sft.optimizer.warmup_steps: 0 -> 3"]
 
 
 @pytest.mark.parametrize(
@@ -129,24 +132,48 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path):
 )
 def test_overrides(override: str, value: object):
     key = override.partition("=")[0]
-    found = config.get(load(None, (*FROM_SCRATCH, override)), key)
-    assert (found, type(found)) == (value, type(value))
+    setting = attrgetter(key)(load_config(None, (*FROM_SCRATCH, override)))
+    assert (setting, type(setting)) == (value, type(value))
 
 
 def test_later_overrides_win_over_earlier_ones_and_over_the_file(tmp_path: Path):
     path = written(tmp_path, "crpo: {steps: 1, epochs: 7}\n")
-    loaded = load(path, (*FROM_SCRATCH, "crpo.steps=2", "crpo.steps=3"))
+    loaded = load_config(path, (*FROM_SCRATCH, "crpo.steps=2", "crpo.steps=3"))
     assert (loaded.crpo.steps, loaded.crpo.epochs) == (3, 7)
 
 
-def test_layouts_are_those_of_the_table():
-    """config imports no jax, so it spells the names of the layouts a second time."""
-    assert typing.get_args(typing.get_type_hints(Parallel)["layout"]) == (*LAYOUTS, "auto")
+def test_replaced():
+    """By dotted keys of any depth, with the checks of an override; the settings themselves stay as they are."""
+    settings = load_config(None, FROM_SCRATCH)
+    other = config.replaced(settings, {"crpo.steps": 3, "run.limits.kl": 2, "rollout.stop": ("<a>",), "crpo.epochs": 7})
+    assert (other.crpo.steps, other.crpo.epochs, other.run.limits.kl, other.rollout.stop) == (3, 7, 2.0, ("<a>",))
+    assert other == load_config(
+        None, (*FROM_SCRATCH, "crpo.steps=3", "run.limits.kl=2", "rollout.stop=[<a>]", "crpo.epochs=7")
+    )
+    assert settings == load_config(None, FROM_SCRATCH) != other
+    for values, line in (
+        ({"crpo.step": 3}, "override: crpo.step: unknown key; did you mean crpo.steps?"),
+        ({"crpo.steps": -1}, "override: crpo.steps: expected a whole number >= 0, got -1"),
+    ):
+        with pytest.raises(InputError, match=re.escape(line)):
+            config.replaced(settings, values)
+
+
+def test_sections_are_plain_values():
+    """They compare, hash, pickle and replace like the dataclasses they are, and check what they are built from."""
+    lora = Lora(rank=3)
+    assert lora == Lora(3) == dataclasses.replace(Lora(), rank=3) == pickle.loads(pickle.dumps(lora))  # noqa: S301
+    assert hash(Config()) == hash(load_config(None, (), model=False))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        lora.rank = 4  # pyright: ignore[reportAttributeAccessIssue]
+    for values in ({"rank": -1}, {"rank": 1.5}, {"alpha": float("nan")}, {"ranks": 3}):
+        with pytest.raises(ValidationError):
+            Lora(**values)
 
 
 def test_a_command_without_a_model_needs_no_tokenizer():
-    assert load(None, (), model=False) == Config()
-    assert load(None, ("model.shape.num_attention_heads=3",), model=False).model.shape.num_attention_heads == 3
+    assert load_config(None, (), model=False) == Config()
+    assert load_config(None, ("model.shape.num_attention_heads=3",), model=False).model.shape.num_attention_heads == 3
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -163,24 +190,25 @@ BAD_FILES = [
     ("just text", "FILE: the file: expected a mapping of settings, got 'just text'"),
     ("crpo: 3", "FILE: crpo: expected a mapping of settings, got 3"),
     ("crpo: [steps]", "FILE: crpo: expected a mapping of settings, got ['steps']"),
-    ("crpo: {steps: 1.5}", "FILE: crpo.steps: expected whole number, got 1.5"),
-    ("crpo: {steps: true}", "FILE: crpo.steps: expected whole number, got True"),
-    ("crpo: {steps: '3'}", "FILE: crpo.steps: expected whole number, got '3'"),
-    ("crpo: {steps:}", "FILE: crpo.steps: expected whole number, got None"),
-    ("crpo: {kl_coef: true}", "FILE: crpo.kl_coef: expected number, got True"),
-    ("crpo: {kl_coef: small}", "FILE: crpo.kl_coef: expected number, got 'small'"),
-    ("crpo: {kl_coef: .nan}", "FILE: crpo.kl_coef: expected number, got nan"),
-    ("crpo: {kl_coef: .inf}", "FILE: crpo.kl_coef: expected number, got inf"),
+    ("crpo: {steps: 1.5}", "FILE: crpo.steps: expected a whole number >= 0, got 1.5"),
+    ("crpo: {steps: true}", "FILE: crpo.steps: expected a whole number >= 0, got True"),
+    ("crpo: {steps: '3'}", "FILE: crpo.steps: expected a whole number >= 0, got '3'"),
+    ("crpo: {steps:}", "FILE: crpo.steps: expected a whole number >= 0, got None"),
+    ("crpo: {kl_coef: true}", "FILE: crpo.kl_coef: expected a number >= 0, got True"),
+    ("crpo: {kl_coef: small}", "FILE: crpo.kl_coef: expected a number >= 0, got 'small'"),
+    ("crpo: {kl_coef: .nan}", "FILE: crpo.kl_coef: expected a number >= 0, got nan"),
+    ("crpo: {kl_coef: .inf}", "FILE: crpo.kl_coef: expected a number >= 0, got inf"),
     ("parallel: {remat: 1}", "FILE: parallel.remat: expected true or false, got 1"),
-    ("parallel: {layout: zero3}", "FILE: parallel.layout: expected zero1 | fsdp | replicated | auto, got 'zero3'"),
-    ("data: {path: 3}", "FILE: data.path: expected string, got 3"),
-    ("data: {eval_split: no}", "FILE: data.eval_split: expected string, got False"),  # YAML 1.1's booleans
-    ("rollout: {stop: <|im_end|>}", "FILE: rollout.stop: expected list of strings, got '<|im_end|>'"),
-    ("rollout: {stop: [1]}", "FILE: rollout.stop: expected list of strings, got [1]"),
-    ("rollout: {top_p: 1.5}", "FILE: rollout.top_p: expected between 0 and 1, got 1.5"),
-    ("rollout: {temperature: -1}", "FILE: rollout.temperature: expected at least 0, got -1.0"),
-    ("crpo: {group_size: 1}", "FILE: crpo.group_size: expected at least 2, got 1"),
-    ("sft: {held_out: 0.95}", "FILE: sft.held_out: expected between 0 and 0.9, got 0.95"),
+    ("parallel: {attention: fast}", "FILE: parallel.attention: expected auto | xla | cudnn | splash, got 'fast'"),
+    ("parallel: {attention: [xla]}", "FILE: parallel.attention: expected auto | xla | cudnn | splash, got ['xla']"),
+    ("data: {path: 3}", "FILE: data.path: expected a string, got 3"),
+    ("data: {eval_split: no}", "FILE: data.eval_split: expected a string, got False"),  # YAML 1.1's booleans
+    ("rollout: {stop: <|im_end|>}", "FILE: rollout.stop: expected a list of strings, got '<|im_end|>'"),
+    ("rollout: {stop: [1]}", "FILE: rollout.stop: expected a list of strings, got [1]"),
+    ("rollout: {top_p: 1.5}", "FILE: rollout.top_p: expected a number > 0 and <= 1, got 1.5"),
+    ("rollout: {temperature: -1}", "FILE: rollout.temperature: expected a number >= 0, got -1"),
+    ("crpo: {group_size: 1}", "FILE: crpo.group_size: expected a whole number >= 2, got 1"),
+    ("sft: {held_out: 0.95}", "FILE: sft.held_out: expected a number >= 0 and <= 0.9, got 0.95"),
     ("crpo:\n  steps: 1\n  epochs: 2\n  steps: 3\n", "FILE:4: steps: written twice, first in line 2"),
     ("crpo: {steps: 1}\nrun: {seed: 1}\ncrpo: {epochs: 1}\n", "FILE:3: crpo: written twice, first in line 1"),
     ("crpo:\n  steps: [1\n", "FILE:3: not valid YAML: "),
@@ -189,23 +217,30 @@ BAD_FILES = [
     ("run: {seed: 2001-99-99}", "FILE: not valid YAML: month must be in 1..12"),
     ("run: !!int x", "FILE: not valid YAML: invalid literal for int()"),
     ("run: {seed: \0}", "FILE: not valid YAML: unacceptable character #x0000"),
-    ("? [crpo]\n: 1", "FILE:1: expected the name of a setting, got a list or mapping as a key"),
-    ("crpo: {kl_coef: 1" + "0" * 400 + "}", "FILE: crpo.kl_coef: expected number, got a whole number of 1329 bits"),
+    ("? [crpo]\n: 1", "FILE:1: not valid YAML: found unhashable key"),
+    ("? {crpo: 1}\n: 1", "FILE:1: not valid YAML: found unhashable key"),
+    (
+        "crpo: {kl_coef: 1" + "0" * 400 + "}",
+        "FILE: crpo.kl_coef: expected a number >= 0, got a whole number of 1329 bits",
+    ),
     (
         "run: {seed: 18446744073709551616}",
-        "FILE: run.seed: expected between 0 and 9223372036854775807, got 18446744073709551616",
+        "FILE: run.seed: expected a whole number >= 0 and <= 9223372036854775807, got 18446744073709551616",
     ),
-    ("run: {seed: -1}", "FILE: run.seed: expected between 0 and 9223372036854775807, got -1"),
+    ("run: {seed: -1}", "FILE: run.seed: expected a whole number >= 0 and <= 9223372036854775807, got -1"),
     (
         "run: {seed: 0x" + "f" * 5000 + "}",
-        "FILE: run.seed: expected between 0 and 9223372036854775807, got a whole number of 20000 bits",
+        "FILE: run.seed: expected a whole number >= 0 and <= 9223372036854775807, got a whole number of 20000 bits",
     ),
     ("crpo: {steps: 2147483648}", "FILE: crpo.steps: expected at most 2147483647, got 2147483648"),
     ("crpo:\n  steps: 010\n", "FILE:2: expected a plain decimal number, got '010'"),
     ("crpo: {steps: 1:30}", "FILE:1: expected a plain decimal number, got '1:30'"),
     ("reward: {time_limit: 1:30.5}", "FILE:1: expected a plain decimal number, got '1:30.5'"),
     ("crpo: &a {steps: 1}\nrun:\n  <<: *a\n", "FILE:3: <<: expected every setting written out, got a merge key"),
-    ("crpo: &a\n  steps: *a\n", "FILE:1: not valid YAML: found unconstructable recursive node"),
+    (
+        "crpo: &a\n  steps: *a\n",
+        "FILE: crpo.steps: expected a whole number >= 0, got {'steps': {'steps': {'steps': {...}}}}",
+    ),
     ("crpo: {steps: 1}\n---\ncrpo: {steps: 2}\n", "FILE:2: not valid YAML: but found another document"),
     (
         'data: {path: "a\\0b"}',
@@ -213,21 +248,22 @@ BAD_FILES = [
     ),
     (
         'rollout: {stop: ["\\ud800"]}',
-        "FILE: rollout.stop: expected text that a file can hold, without NUL and lone surrogates, got '\\ud800'",
+        "FILE: rollout.stop: expected text that a file can hold, without NUL and lone surrogates, got ['\\ud800']",
     ),
     ("{a: " * 2000 + "}" * 2000, "FILE: expected settings by section, got lists or mappings nested too deeply"),
-    ("crpo: {steps: " + "x" * 5000 + "}", "FILE: crpo.steps: expected whole number, got 'xxxxxx"),
+    ("crpo: {steps: " + "x" * 5000 + "}", "FILE: crpo.steps: expected a whole number >= 0, got 'xxxxxx"),
     ('"a\\e[2Jb": 1', "FILE: a\\x1b[2Jb: unknown key"),
     ("#" + "x" * 1_000_000, "--config FILE: expected at most 1,000,000 characters of settings, got more"),
-    ("optimizer: {beta1: 1}", "optimizer.beta1: expected less than 1, got 1"),
-    ("sft: {optimizer: {beta2: 1}}", "sft.optimizer.beta2: expected less than 1, got 1"),
-    ("optimizer: {eps: 0}", "optimizer.eps: expected more than 0, got 0"),
+    ("optimizer: {beta1: 1}", "FILE: optimizer.beta1: expected a number >= 0 and < 1, got 1"),
+    ("sft: {optimizer: {beta2: 1}}", "FILE: sft.optimizer.beta2: expected a number >= 0 and < 1, got 1"),
+    ("optimizer: {eps: 0}", "FILE: optimizer.eps: expected a number > 0, got 0"),
     (
         "crpo: {mini_batch_prompts: 7}",
         "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7",
     ),
     ("reward: {design: grpo, grpo_tags: [think]}", "reward.grpo_tags: expected two tags, got ['think']"),
-    ("rollout: {top_p: 0}", "rollout.top_p: expected more than 0, got 0"),
+    ("rollout: {top_p: 0}", "FILE: rollout.top_p: expected a number > 0 and <= 1, got 0"),
+    ("evaluate: {top_p: 0}", "FILE: evaluate.top_p: expected a number > 0 and <= 1, got 0"),
     (
         "model: {shape: {num_attention_heads: 3}}",
         "model.shape.hidden_size: expected a multiple of num_attention_heads=3, got 128",
@@ -248,19 +284,21 @@ def test_bad_files(text: str, line: str, tmp_path: Path):
 
 BAD_OVERRIDES = [
     ("crpo.steps", "crpo.steps: expected section.key=value"),
-    ("crpo.stepz=1", "crpo.stepz: unknown key; did you mean crpo.steps"),
-    ("qqqqqq=1", "qqqqqq: unknown key; --help lists the legal ones"),
-    ("crpo=1", "crpo: unknown key"),
-    ("=1", ": unknown key"),
-    ("crpo.steps=", "override: crpo.steps: expected whole number, got None"),
-    ("crpo.steps=[1", "override: crpo.steps: expected whole number, got '[1'"),
-    ("crpo.steps=1e3", "override: crpo.steps: expected whole number, got '1e3'"),
-    ("crpo.steps=-1", "override: crpo.steps: expected at least 0, got -1"),
-    ("optimizer.learning_rate=nan", "override: optimizer.learning_rate: expected number, got nan"),
-    ("optimizer.learning_rate=fast", "override: optimizer.learning_rate: expected number, got 'fast'"),
-    ("rollout.stop=<|im_end|>", "override: rollout.stop: expected list of strings, got '<|im_end|>'"),
-    ("crpo.steps=2001-99-99", "override: crpo.steps: expected whole number, got '2001-99-99'"),
-    ("parallel.layout=ZERO1", "override: parallel.layout: expected zero1 | fsdp | replicated | auto, got 'ZERO1'"),
+    ("crpo.stepz=1", "override: crpo.stepz: unknown key; did you mean crpo.steps? The legal keys here: steps, epochs,"),
+    ("cpro.steps=1", "override: cpro: unknown key; did you mean crpo? The legal keys here: model, tokenizer,"),
+    ("qqqqqq=1", "override: qqqqqq: unknown key; the legal keys here: model, tokenizer, data,"),
+    ("crpo=1", "override: crpo: expected a mapping of settings, got '1'"),
+    ("crpo.steps.x=1", "override: crpo.steps: expected a whole number >= 0, got {'x': '1'}"),
+    ("=1", "override: : unknown key"),
+    ("crpo.steps=", "override: crpo.steps: expected a whole number >= 0, got None"),
+    ("crpo.steps=[1", "override: crpo.steps: expected a whole number >= 0, got '[1'"),
+    ("crpo.steps=1e3", "override: crpo.steps: expected a whole number >= 0, got '1e3'"),
+    ("crpo.steps=-1", "override: crpo.steps: expected a whole number >= 0, got -1"),
+    ("optimizer.learning_rate=nan", "override: optimizer.learning_rate: expected a number >= 0, got 'nan'"),
+    ("optimizer.learning_rate=fast", "override: optimizer.learning_rate: expected a number >= 0, got 'fast'"),
+    ("rollout.stop=<|im_end|>", "override: rollout.stop: expected a list of strings, got '<|im_end|>'"),
+    ("crpo.steps=2001-99-99", "override: crpo.steps: expected a whole number >= 0, got '2001-99-99'"),
+    ("parallel.attention=XLA", "override: parallel.attention: expected auto | xla | cudnn | splash, got 'XLA'"),
     ("parallel.remat=maybe", "override: parallel.remat: expected true or false, got 'maybe'"),
     ("crpo.mini_batch_prompts=7", "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7"),
 ]
@@ -294,25 +332,26 @@ def test_unreadable_files(tmp_path: Path):
 
 def run(arguments: list[str], default: Path | None = None) -> Config:
     """What a command does with its arguments."""
-    found: list[Config] = []
+    configs: list[Config] = []
     with pytest.raises(SystemExit) as stopped:
         cli.run_command(
-            "train", lambda: found.append(cli.from_arguments(cli.parser("train", "").parse_args(arguments), default))
+            "train",
+            lambda: configs.append(cli.load_settings(cli.build_parser("train", "").parse_args(arguments), default)),
         )
     assert stopped.value.code == 0
-    return found[0]
+    return configs[0]
 
 
-def test_from_arguments_without_config_takes_the_commands_default(tmp_path: Path):
+def test_load_settings_without_config_takes_the_commands_default(tmp_path: Path):
     default = written(tmp_path, "crpo: {steps: 5}\ntokenizer: {path: x}\n")
     assert run([], default).crpo.steps == 5
     assert run(["crpo.steps=6"], default).crpo.steps == 6
-    assert run(["--config", str(CONFIGS[0])], default) == load(CONFIGS[0])
+    assert run(["--config", str(CONFIGS[0])], default) == load_config(CONFIGS[0])
 
 
 def test_settings_stand_before_between_and_after_the_flags():
-    found = run(["crpo.steps=5", "--mesh", "4x2", *FROM_SCRATCH, "--workdir", "x", "run.seed=7"])
-    assert (found.crpo.steps, found.parallel.mesh, found.run.seed) == (5, "4x2", 7)
+    loaded = run(["crpo.steps=5", "--mesh", "4x2", *FROM_SCRATCH, "--workdir", "x", "run.seed=7"])
+    assert (loaded.crpo.steps, loaded.parallel.mesh, loaded.run.seed) == (5, "4x2", 7)
 
 
 def test_mesh_is_a_setting(tmp_path: Path):
@@ -323,7 +362,7 @@ def test_mesh_is_a_setting(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["crpo.steps=x"], "crpo_jax.train: override: crpo.steps: expected whole number, got 'x'\n"),
+        (["crpo.steps=x"], "crpo_jax.train: override: crpo.steps: expected a whole number >= 0, got 'x'\n"),
         (["--config", "no/such.yaml"], "crpo_jax.train: --config no/such.yaml: No such file or directory\n"),
         (["--conf"], "python -m crpo_jax.train: argument --config: expected one argument\n"),
         (["--banana"], "python -m crpo_jax.train: unrecognized arguments: --banana\n"),
@@ -331,19 +370,35 @@ def test_mesh_is_a_setting(tmp_path: Path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        cli.run_command("train", lambda: cli.from_arguments(cli.parser("train", "").parse_args(arguments)))
+        cli.run_command("train", lambda: cli.load_settings(cli.build_parser("train", "").parse_args(arguments)))
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", line)
 
 
-def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str]):
-    def interrupted() -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("end", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "crpo_jax.train: interrupted\n"),
+        (Fault("the disk is full"), 1, "crpo_jax.train: stopped: the disk is full\n"),
+    ],
+)
+def test_an_interrupt_and_a_fault_are_one_line_and_an_exit_code(
+    end: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+):
+    def main() -> None:
+        raise end
 
     with pytest.raises(SystemExit) as stopped:
-        cli.run_command("train", interrupted)
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "crpo_jax.train: interrupted\n"
+        cli.run_command("train", main)
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
+def test_a_command_exits_with_what_it_returns(returned: int | None, code: int):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_command("plan", lambda: returned)
+    assert stopped.value.code == code
 
 
 def test_a_bug_is_not_taken_for_bad_input():
@@ -358,22 +413,42 @@ def test_a_bug_is_not_taken_for_bad_input():
 
 def test_help_lists_every_setting_once(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        cli.parser("train", "The loop.").parse_args(["--help"])
+        cli.build_parser("train", "The loop.").parse_args(["--help"])
     assert stopped.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    for key, (_, default, meta) in config.leaves().items():
+    for key, item in config.setting_fields().items():
         assert lines.count(f"  {key}") == 1, key
-        told = lines[lines.index(f"  {key}") + 1]
-        shown = list(default) if isinstance(default, tuple) else default
-        for part in (meta["doc"], f"default {shown!r}", meta["unit"], f"; {meta['source']})"):
-            assert part in told, key
+        text = lines[lines.index(f"  {key}") + 1]
+        default = list(item.default) if isinstance(item.default, tuple) else item.default
+        for part in (item.doc, f"default {default!r}", item.legal, item.unit, f"; {item.source})"):
+            assert part in text, key
 
 
 def test_every_default_is_legal_and_every_source_is_named():
     """Defaults go through no check of their own when nothing overrides them."""
-    for key, (kind, default, meta) in config.leaves().items():
-        assert config.converted(default, kind, key, "default") == default
-        assert meta["source"] in ("paper", "code", "ours"), key
-        low, high = meta["low"], meta["high"]
-        assert low is None or default >= low, key
-        assert high is None or default <= high, key
+    for key, item in config.setting_fields().items():
+        assert attrgetter(key)(config.replaced(Config(), {key: item.default})) == item.default
+        assert item.source in ("paper", "code", "ours"), key
+        assert item.doc, key
+
+
+@pytest.mark.parametrize(
+    ("key", "legal"),
+    [
+        ("crpo.steps", "a whole number >= 0"),
+        ("crpo.group_size", "a whole number >= 2"),
+        ("run.seed", "a whole number >= 0 and <= 9223372036854775807"),
+        ("rollout.top_p", "a number > 0 and <= 1"),
+        ("parallel.remat", "true or false"),
+        ("parallel.layout", "a string"),
+        ("rollout.stop", "a list of strings"),
+        ("crpo.truncated", "keep | mask"),
+    ],
+)
+def test_legal_values_in_words(key: str, legal: str):
+    assert config.setting_fields()[key].legal == legal
+
+
+def test_a_section_may_have_defaults_of_its_own():
+    settings = config.setting_fields()
+    assert settings["sft.lora.rank"].default == 32 != settings["lora.rank"].default

@@ -1,4 +1,4 @@
-"""Distillation end to end against a server that fails: every trace kept once, converted by rules that can be read."""
+"""Distillation end to end against a failing server: every trace is on disk once and is converted by rules."""
 
 import errno
 import json
@@ -8,25 +8,28 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from chat_server import ChatServer, prompt_of, says
+from chat_server import ChatServer, complete, prompt_of
 from question_file import write_jsonl
 
 from crpo_jax import distill
 from crpo_jax.chat import client
-from crpo_jax.chat.traces import answer_letter, converted, parted
+from crpo_jax.chat.traces import convert_trace, find_answer_letter, split_reasoning
 from crpo_jax.config import Reward
-from crpo_jax.data.question import Question, read
+from crpo_jax.data.question import Question
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
-from crpo_jax.reward.rules import score
+from crpo_jax.reward.rules import score_response
 from crpo_jax.store import journal
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "coldstart" / "think_traces.jsonl"
 CASE = "A man of 60 has white ear tophi and a swollen big toe after heavy beer use."
 THINK = (
-    "A man with a swollen big toe and white ear tophi, so gout comes to mind first, since tophi are urate deposits and the toe is typical.\n\n"
-    "A septic joint would need fever and pus, and the case tells of neither. Pseudogout would favour the knee and calcified cartilage.\n\n"
-    "Heavy beer use raises urate, which fits as well. White ear tophi with a swollen big toe and heavy beer use leave only gout, option C, "
-    "so the other options can be put aside with confidence."
+    "A man with a swollen big toe and white ear tophi, so gout comes to mind first, since tophi are "
+    "urate deposits and the toe is typical.\n\n"
+    "A septic joint would need fever and pus, and the case tells of neither. Pseudogout would favour "
+    "the knee and calcified cartilage.\n\n"
+    "Heavy beer use raises urate, which fits as well. White ear tophi with a swollen big toe and heavy beer use leave "
+    "only gout, option C, so the other options can be put aside with confidence."
 )
 QUESTIONS = [
     Question(f"q{n}", f"{CASE} Case {n}?", {"A": "septic joint", "B": "pseudogout", "C": "gout"}, "C")
@@ -60,8 +63,8 @@ def rows(tmp_path: Path, name: str = "traces.jsonl"):
     return [json.loads(line) for line in (tmp_path / "run" / name).read_text(encoding="utf-8").splitlines()]
 
 
-def test_faults_lose_nothing_and_a_second_run_asks_for_nothing(tmp_path, arguments):
-    """Every second request fails, question 5 is refused, 7 answers wrongly, 8 stops thinking halfway; then all is well."""
+def test_faults_lose_nothing_and_a_second_run_only_sends_what_failed(tmp_path, arguments):
+    """Every second request fails, 5 is rejected, 7 answered wrongly and 8 cut off; then the server recovers."""
     healthy = False
 
     def plan(request, times):
@@ -71,8 +74,8 @@ def test_faults_lose_nothing_and_a_second_run_asks_for_nothing(tmp_path, argumen
         if not healthy and times == 0 and number % 2:
             return 500, {}, b"oops"
         if number == 7:
-            return says("The answer is A.", THINK)
-        return says("<think>Hm" if number == 8 else f"<think>{THINK}</think>\n\n**Answer: C**")
+            return complete("The answer is A.", THINK)
+        return complete("<think>Hm" if number == 8 else f"<think>{THINK}</think>\n\n**Answer: C**")
 
     with ChatServer(plan) as server:
         with pytest.raises(SystemExit, match="1 questions without a reply"):
@@ -90,17 +93,17 @@ def test_faults_lose_nothing_and_a_second_run_asks_for_nothing(tmp_path, argumen
     assert bad == {"q7": "the answer is A, C is right", "q8": "the reasoning was cut off"}
 
 
-def test_the_converted_file_is_what_fine_tuning_reads_and_the_reward_takes(tmp_path, arguments):
-    with ChatServer(lambda request, times: says(f"<think>{THINK}</think>C")) as server:
+def test_the_converted_file_is_read_by_fine_tuning_and_accepted_by_the_reward(tmp_path, arguments):
+    with ChatServer(lambda request, times: complete(f"<think>{THINK}</think>C")) as server:
         distill.main([*arguments, f"distill.base_url={server.url}"])
-    for question in read("jsonl", str(tmp_path / "run" / "converted.jsonl")):
-        scored = score(question, question.columns["response"], Reward())
+    for question in read_questions("jsonl", str(tmp_path / "run" / "converted.jsonl")):
+        scored = score_response(question, question.columns["response"], Reward())
         assert (scored.accuracy, scored.format, scored.cross_reference) == (1, 1, question.columns["cross_reference"])
     assert len(rows(tmp_path, "converted.jsonl")) == len(QUESTIONS)
 
 
-def test_a_torn_trace_is_asked_again_and_the_others_are_not(tmp_path, arguments):
-    with ChatServer(lambda request, times: says("C")) as server:
+def test_only_a_torn_trace_is_requested_again(tmp_path, arguments):
+    with ChatServer(lambda request, times: complete("C")) as server:
         distill.main([*arguments, f"distill.base_url={server.url}"])
         path = tmp_path / "run" / "traces.jsonl"
         path.write_bytes(path.read_bytes()[:-20])
@@ -109,15 +112,15 @@ def test_a_torn_trace_is_asked_again_and_the_others_are_not(tmp_path, arguments)
     assert len({row["id"] for row in rows(tmp_path)}) == len(rows(tmp_path)) == len(QUESTIONS)
 
 
-def test_only_wrong_answers_are_tried_again(tmp_path, arguments):
-    with ChatServer(lambda request, times: says("C" if times >= number_of(request) % 3 else "A")) as server:
+def test_only_wrong_answers_are_attempted_again(tmp_path, arguments):
+    with ChatServer(lambda request, times: complete("C" if times >= number_of(request) % 3 else "A")) as server:
         distill.main([*arguments, f"distill.base_url={server.url}", "distill.attempts=3"])
         counts = Counter(map(number_of, server.requests))
     assert counts == {number: number % 3 + 1 for number in range(12)}
     assert len(rows(tmp_path)) == sum(counts.values())
 
 
-def test_a_full_disk_keeps_the_reply_in_hand_until_there_is_room(tmp_path, arguments, monkeypatch, capsys):
+def test_on_a_full_disk_a_reply_waits_for_room(tmp_path, arguments, monkeypatch, capsys):
     real, refusals = os.write, iter(range(4))
 
     def write(fd, data):
@@ -127,14 +130,14 @@ def test_a_full_disk_keeps_the_reply_in_hand_until_there_is_room(tmp_path, argum
 
     monkeypatch.setattr(os, "write", write)
     monkeypatch.setattr(journal.time, "sleep", lambda seconds: None)
-    with ChatServer(lambda request, times: says("C")) as server:
+    with ChatServer(lambda request, times: complete("C")) as server:
         distill.main([*arguments, f"distill.base_url={server.url}"])
         assert len(server.requests) == len(QUESTIONS)
     assert {row["id"] for row in rows(tmp_path)} == {question.id for question in QUESTIONS}
-    assert "No space left on device; what was written before is kept: waiting for room" in capsys.readouterr().err
+    assert "No space left on device; all earlier rows are kept; waiting for room" in capsys.readouterr().err
 
 
-def test_the_model_may_write_the_format_itself_and_each_rewriting_is_kept(tmp_path, arguments):
+def test_rewriting_by_the_model_is_requested_once(tmp_path, arguments):
     formed = (
         "<dx>\n(System 1: Intuitive) Gout comes to mind.\n(System 2: Analytical) White ear tophi are urate.\n</dx>\n"
         "<conclusion>\nThe white ear tophi decide it. \\boxed{C}\n</conclusion>"
@@ -142,8 +145,8 @@ def test_the_model_may_write_the_format_itself_and_each_rewriting_is_kept(tmp_pa
 
     def plan(request, times):
         if "Write the notes down anew" in prompt_of(request):
-            return says(formed if number_of(request) else "I would rather not.", "hm")
-        return says("C", THINK)
+            return complete(formed if number_of(request) else "I would rather not.", "hm")
+        return complete("C", THINK)
 
     with ChatServer(plan) as server:
         for _ in range(2):
@@ -191,31 +194,31 @@ def test_the_model_may_write_the_format_itself_and_each_rewriting_is_kept(tmp_pa
         ],
     ],
 )
-def test_the_one_answer_is_found_or_none(answer, letter):
-    assert answer_letter(answer, QUESTIONS[0])[0] == letter
+def test_an_answer_settles_on_one_letter_or_none(answer, letter):
+    assert find_answer_letter(answer, QUESTIONS[0])[0] == letter
 
 
-def test_reasoning_and_answer_part_wherever_the_server_puts_them():
-    assert parted("<think>a</think>b") == ("a", "b")
-    assert parted("a</think> b") == ("a", "b")  # templates that open the tag in the prompt
-    assert parted("b", "a") == ("a", "b")
-    assert parted("<think>a") is None
+def test_reasoning_and_answer_are_split_however_the_server_sends_them():
+    assert split_reasoning("<think>a</think>b") == ("a", "b")
+    assert split_reasoning("a</think> b") == ("a", "b")  # templates that open the tag in the prompt
+    assert split_reasoning("b", "a") == ("a", "b")
+    assert split_reasoning("<think>a") is None
 
 
 def test_conversion_adds_no_word_and_drops_none_but_the_bare_answer():
-    done = converted(QUESTIONS[0], THINK, "**Answer: C**", Reward())
-    assert done.response is not None
-    bare = re.sub(r"</?\w+>|\(System [12]: \w+\)|\\boxed\{C\}", " ", done.response)
+    conversion = convert_trace(QUESTIONS[0], THINK, "**Answer: C**", Reward())
+    assert conversion.response is not None
+    bare = re.sub(r"</?\w+>|\(System [12]: \w+\)|\\boxed\{C\}", " ", conversion.response)
     assert bare.split() == THINK.split()
 
 
-def test_conversion_by_rules_refuses_what_it_cannot_read():
+def test_conversion_by_rules_rejects_unusable_traces():
     assert (
-        converted(QUESTIONS[0], "Gout.", "C", Reward()).why
-        == "the reasoning is too short to be parted into System 1 and System 2"
+        convert_trace(QUESTIONS[0], "Gout.", "C", Reward()).reason
+        == "the reasoning is too short to be split into System 1 and System 2"
     )
-    assert converted(QUESTIONS[0], THINK + "<|im_end|>", "C", Reward()).why == "the trace spells a special token"
-    tagged = converted(QUESTIONS[0], THINK.replace("Heavy", "</dx> System 2: \\boxed{A} Heavy"), "C", Reward())
+    assert convert_trace(QUESTIONS[0], THINK + "<|im_end|>", "C", Reward()).reason == "the trace spells a special token"
+    tagged = convert_trace(QUESTIONS[0], THINK.replace("Heavy", "</dx> System 2: \\boxed{A} Heavy"), "C", Reward())
     assert tagged.response is not None
     assert tagged.response.count("\\boxed") == 1
 
@@ -227,7 +230,7 @@ def test_real_teacher_traces_convert(tmp_path):
     assert len(good) + len(rows(tmp_path, "rejected.jsonl")) == 1304
     assert len(good) >= 1290
     assert sum(row["cross_reference"] for row in good) > 300
-    assert len(read("jsonl", str(tmp_path / "run" / "converted.jsonl"))) == len(good)
+    assert len(read_questions("jsonl", str(tmp_path / "run" / "converted.jsonl"))) == len(good)
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,9 @@ def test_table_of_a_tokenizer(name: str, path: Path) -> None:
 
 
 def test_qwen_has_few_ways_to_hide_a_character() -> None:
-    """Characters whose tokens all pass though they should not: some hundreds of rare ones that share a first byte with symbols.
+    """Characters whose tokens all pass though they should not: some hundreds of rare ones that begin like symbols.
 
-    Among them are joiners and direction marks, which the vocabulary spells in bytes; the other invisible ones are tokens.
+    Among them are joiners and direction marks, which the vocabulary spells in bytes; other invisible ones are tokens.
     """
     if not QWEN.exists():
         pytest.skip(f"no Qwen2.5 tokenizer at {QWEN}")

@@ -1,4 +1,4 @@
-"""The evaluate command: a small model end to end, stopped and resumed; files of others without a model or jax."""
+"""The evaluate command: a small model end to end, stopped and resumed; someone else's responses without jax."""
 
 import json
 import shutil
@@ -11,13 +11,10 @@ import pytest
 
 from crpo_jax import config, evaluate
 from crpo_jax.answer import datasets
-from crpo_jax.answer.records import Answer, row_of
+from crpo_jax.answer.records import Answer, answer_to_row
 from crpo_jax.data.vignettes import teacher_response, vignettes
 from crpo_jax.errors import InputError
-from crpo_jax.model import huggingface
-from crpo_jax.parallel.layout import TENSOR
-from crpo_jax.parallel.mesh import make_mesh
-from crpo_jax.runtime import setup, start
+from crpo_jax.runtime.runtime import open_runtime
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -39,13 +36,9 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    settings = config.load(TINY, SHAPE)
-    mesh = make_mesh("8x1")
-    settings, shape = setup.shape_for(settings, mesh)
+    runtime = open_runtime(config.load_config(TINY, [*SHAPE, "parallel.mesh=8x1"]))
     folder = tmp_path_factory.mktemp("model") / "small"
-    tokenizer = str(setup.text_for(settings, shape).folder)
-    model = start.start_model(None, settings, shape, mesh, TENSOR, "float32")
-    huggingface.save(model, shape, str(folder), dtype="float32", tokenizer_folder=tokenizer, generation=None)
+    runtime.export(runtime.start_weights(None, runtime.layout.master, "float32"), None, folder)
     return str(folder)
 
 
@@ -63,8 +56,8 @@ def rows(workdir: Path) -> list[dict]:
     ]
 
 
-def by_sample(found: list[dict]) -> dict[tuple[str, int], str]:
-    return {(row["id"], row["sample"]): row["response"] for row in found}
+def by_sample(responses: list[dict]) -> dict[tuple[str, int], str]:
+    return {(row["id"], row["sample"]): row["response"] for row in responses}
 
 
 @pytest.fixture(scope="module")
@@ -76,40 +69,40 @@ def whole(tmp_path_factory, model, compiled_once) -> Path:
 
 def test_every_question_is_answered_and_counted(whole):
     assert len(rows(whole)) == len(by_sample(rows(whole))) == 80
-    found = json.loads((whole / "summary.json").read_text(encoding="utf-8"))["data"]["vignettes"]
-    assert (found["questions"], found["samples"], found["responses"], found["dropped"]) == (40, 2, 80, 0)
-    assert found["length"]["unit"] == "tokens"
-    assert found["consistency_by"] == "tokens"
-    assert set(found["exact"]) >= {"true_claims", "case_findings", "valid_rejections", "findings_invented"}
+    summary = json.loads((whole / "summary.json").read_text(encoding="utf-8"))["data"]["vignettes"]
+    assert (summary["questions"], summary["samples"], summary["responses"], summary["dropped"]) == (40, 2, 80, 0)
+    assert summary["length"]["unit"] == "tokens"
+    assert summary["consistency_by"] == "tokens"
+    assert set(summary["exact"]) >= {"true_claims", "case_findings", "valid_rejections", "findings_invented"}
     assert len({row["response"] for row in rows(whole)}) > 60, "samples differ"
 
 
 def test_a_stop_between_waves_and_a_torn_line_change_no_response(whole, model, tmp_path, capsys):
     """Waves of 8 questions: stopped after the first, a line of it torn, then resumed on another mesh."""
-    real, waves = datasets.Tally.add, []
+    real, waves = datasets.Status.add, []
 
-    def add(tally, answers):
-        real(tally, answers)
+    def add(status, answers):
+        real(status, answers)
         waves.append(len(answers))
         if len(waves) == 1:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.Tally, "add", add)
+        patch.setattr(datasets.Status, "add", add)
         run(tmp_path / "run", model)
-    assert "stopped; the same command goes on from there" in capsys.readouterr().err
+    assert "stopped; the same command resumes from there" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
     path = tmp_path / "run" / "responses" / "vignettes.jsonl"
     assert len(rows(tmp_path / "run")) == waves[0] < 80
     path.write_bytes(path.read_bytes()[:-30])
-    run(tmp_path / "run", model, mesh="8x1")
+    run(tmp_path / "run", model, mesh="4x2")
     assert by_sample(rows(tmp_path / "run")) == by_sample(rows(whole))
     assert len(rows(tmp_path / "run")) == 80
 
 
-def test_a_finished_evaluation_draws_nothing_and_can_be_counted_anew(whole, model, monkeypatch):
+def test_a_finished_evaluation_samples_nothing_and_can_be_summarized_again(whole, model, monkeypatch):
     before = (whole / "responses" / "vignettes.jsonl").read_bytes()
-    monkeypatch.setattr(datasets, "sampling_weights", lambda *_: pytest.fail("the model is not needed"))
+    monkeypatch.setattr(datasets, "evaluated_weights", lambda *_: pytest.fail("the model is not needed"))
     run(whole, model)
     evaluate.main(["--workdir", str(whole), "evaluate.answer=anywhere", "evaluate.subjects=[sex]"])
     assert (whole / "responses" / "vignettes.jsonl").read_bytes() == before
@@ -120,14 +113,14 @@ def test_responses_to_other_questions_are_refused(whole, model, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run" / "responses" / "vignettes.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("woman", "person"), encoding="utf-8")
-    with pytest.raises(InputError, match="expected responses to the questions of --data, got one to 'test-"):
+    with pytest.raises(InputError, match="expected responses to the questions of --data, got a response to 'test-"):
         run(tmp_path / "run", model)
 
 
-def test_responses_of_another_make_need_no_jax(tmp_path):
+def test_someone_elses_responses_need_no_jax(tmp_path):
     question = vignettes("test", 1)[0]
     (tmp_path / "theirs.jsonl").write_text(
-        json.dumps(row_of(Answer(question, 0, teacher_response(question, 0)))) + "\n", encoding="utf-8"
+        json.dumps(answer_to_row(Answer(question, 0, teacher_response(question, 0)))) + "\n", encoding="utf-8"
     )
     check = (
         "import sys\nfrom crpo_jax import evaluate\nevaluate.main(sys.argv[1:])\n"

@@ -1,4 +1,4 @@
-"""One run in several processes: who is who, an end for all where one ends, the recipes that launch it. test_train.py has a whole run."""
+"""One run in several processes: process ids, ending together, launch recipes. test_train.py covers a whole run."""
 
 import argparse
 import os
@@ -27,23 +27,25 @@ BODY = """
     import sys
     import time
     import jax
-    from crpo_jax.config import InputError
+    from crpo_jax.errors import InputError
     from crpo_jax.parallel import processes
 
     parser = argparse.ArgumentParser()
-    processes.add_flags(parser)
+    processes.add_process_flags(parser)
     args = parser.parse_args()
-    with processes.joined("train", args):
-        assert processes.gathered([(jax.process_index(), "x" * i) for i in range(jax.process_index() + 1)]) == [(0, ""), (1, ""), (1, "x")]
-        assert [*processes.share(5)] == [[0, 1], [2, 3, 4]][jax.process_index()]
-        assert processes.anywhere(jax.process_index() == 1) and not processes.anywhere(False)
+    with processes.join_processes("train", args):
+        index = jax.process_index()
+        items = [(index, "x" * i) for i in range(index + 1)]
+        assert processes.gather_from_processes(items) == [(0, ""), (1, ""), (1, "x")]
+        assert [*processes.process_share(5)] == [[0, 1], [2, 3, 4]][index]
+        assert processes.any_process(index == 1) and not processes.any_process(False)
         sys.stderr.write("joined\\n")
 """
 
 
-def script(of_each: str) -> list[str]:
-    """A program that joins, checks what processes tell each other, and goes on with these lines."""
-    return ["-c", textwrap.dedent(BODY) + textwrap.indent(textwrap.dedent(of_each), "    ")]
+def script(lines: str) -> list[str]:
+    """A program that joins, checks the exchange of values, and continues with these lines."""
+    return ["-c", textwrap.dedent(BODY) + textwrap.indent(textwrap.dedent(lines), "    ")]
 
 
 @pytest.mark.slow
@@ -59,18 +61,18 @@ def script(of_each: str) -> list[str]:
         ),
     ],
 )
-def test_what_ends_one_ends_the_other_and_says_why(who, raised, code, line):
-    """The other one waits in a collective that would never end."""
-    ended = Pair(*script(f"if jax.process_index() == {who}: raise {raised}\nprocesses.anywhere(True)")).ended()
-    assert [one for one, _ in ended] == [code, code], ended
+def test_an_error_in_one_process_ends_both_with_its_message(who, raised, code, line):
+    """The other process waits in a collective that would never end."""
+    ended = Pair(*script(f"if jax.process_index() == {who}: raise {raised}\nprocesses.any_process(True)")).ended()
+    assert [code for code, _ in ended] == [code, code], ended
     assert f"crpo_jax.train: process {who} of 2: {line}\n" in ended[who][1]
-    if who:  # the first process keeps what they tell each other: where it ends, JAX may end the others before they have read why
+    if who:  # process 0 hosts the key-value store: when it ends, JAX may abort the other before it has read the message
         assert f"crpo_jax.train: process 0 of 2 ends with process 1: {line}\n" in ended[0][1]
 
 
 @pytest.mark.slow
-def test_the_loss_of_the_first_process_is_said_though_jax_aborts():
-    """jax.distributed ends the others from C++ at once; the line comes from outside the process."""
+def test_the_loss_of_process_0_is_reported_although_jax_aborts():
+    """jax.distributed aborts the other process from C++ at once; the line is printed from outside the process."""
     pair = Pair(*script("time.sleep(120)"))
     assert pair.processes[0].stderr is not None
     while "joined" not in pair.processes[0].stderr.readline():
@@ -78,13 +80,14 @@ def test_the_loss_of_the_first_process_is_said_though_jax_aborts():
     pair.processes[0].kill()
     (_, first), (code, second) = pair.ended()
     assert code != 0
-    assert (
-        "crpo_jax.train: process 1 of 2 was killed, or ended by jax.distributed because it lost another one" in second
+    expected = (
+        "crpo_jax.train: process 1 of 2 was killed, or aborted by jax.distributed because it lost another process"
     )
+    assert expected in second
     assert "crpo_jax.train: process 0 of 2 was killed" in first
 
 
-def test_a_collective_that_hangs_ends_the_process_with_what_to_try():
+def test_a_hanging_collective_ends_the_process_with_advice():
     check = """
         import time
         import jax
@@ -93,7 +96,7 @@ def test_a_collective_that_hangs_ends_the_process_with_what_to_try():
         processes.self_test(lambda: time.sleep(60), seconds=0.2)
     """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(check)],
         env=environment,
         capture_output=True,
@@ -101,32 +104,32 @@ def test_a_collective_that_hangs_ends_the_process_with_what_to_try():
         timeout=50,
         check=False,
     )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        "crpo_jax: a sum over all 2 devices did not end within 0.2 seconds; peer-to-peer copies between these GPUs may be broken: "
-        "set NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO says more"
+    assert completed.returncode == 1
+    assert completed.stderr.splitlines()[-1] == (
+        "crpo_jax: a sum over all 2 devices did not end within 0.2 seconds; "
+        "peer-to-peer copies between these GPUs may be broken: set NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO says more"
     )
 
 
-def test_the_self_test_adds_up_and_finds_a_wrong_sum():
+def test_the_self_test_passes_and_detects_a_wrong_sum():
     processes.self_test()
     with pytest.raises(SystemExit, match="a sum over all 8 devices gave 35 instead of 36"):
         processes.self_test(lambda: 35.0)
 
 
-# --- who is who -------------------------------------------------------------------------------------------------------
+# --- process ids ------------------------------------------------------------------------------------------------------
 
 
-def asked(*arguments: str) -> argparse.Namespace:
+def parse_flags(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    processes.add_flags(parser)
+    processes.add_process_flags(parser)
     return parser.parse_args(arguments)
 
 
 @pytest.fixture
-def nowhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in [
-        *processes.FLAGS.values(),
+        *processes.PROCESS_FLAGS.values(),
         *(name for name in os.environ if name.startswith("SLURM_")),
         "TPU_ML_PLATFORM",
     ]:
@@ -146,17 +149,19 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ),
     ],
 )
-def test_half_a_cluster_is_refused(nowhere, arguments, line):
-    """A process that does not find the others would train alone on its own."""
+def test_incomplete_flags_are_refused(no_cluster, arguments, line):
+    """A process that does not find the others would train by itself."""
     with pytest.raises(InputError, match=line):
-        processes.cluster(asked(*arguments))
+        processes.distributed_arguments(parse_flags(*arguments))
 
 
-def test_flags_and_variables_say_the_same(nowhere):
-    by_flags = processes.cluster(asked("--coordinator", "a:1", "--processes", "2", "--process", "1"))
-    for name, value in zip(processes.FLAGS.values(), ["a:1", "2", "1"], strict=True):
-        nowhere.setenv(name, value)
-    assert processes.cluster(asked()) == by_flags
+def test_flags_and_variables_are_equivalent(no_cluster):
+    by_flags = processes.distributed_arguments(
+        parse_flags("--coordinator", "a:1", "--processes", "2", "--process", "1")
+    )
+    for name, value in zip(processes.PROCESS_FLAGS.values(), ["a:1", "2", "1"], strict=True):
+        no_cluster.setenv(name, value)
+    assert processes.distributed_arguments(parse_flags()) == by_flags
     assert by_flags == {
         "coordinator_address": "a:1",
         "num_processes": 2,
@@ -165,23 +170,21 @@ def test_flags_and_variables_say_the_same(nowhere):
     }
 
 
-def test_slurm_and_tpu_are_found(nowhere):
-    assert processes.cluster(asked()) is None
-    nowhere.setenv("SLURM_NTASKS", "2")
-    assert processes.cluster(asked()) is None  # inside salloc or sbatch, but not started by srun
-    nowhere.setenv("SLURM_STEP_NODELIST", "node[1-2]")
-    nowhere.setenv("SLURM_STEP_NUM_NODES", "2")
-    nowhere.setenv("SLURM_GPUS_ON_NODE", "4")
-    assert processes.cluster(asked()) == {
-        "cluster_detection_method": "slurm",
-        "local_device_ids": [0, 1, 2, 3],
-    }  # a process per node
-    nowhere.setenv("SLURM_NTASKS", "8")
-    assert processes.cluster(asked()) == {"cluster_detection_method": "slurm"}  # a process per GPU
-    nowhere.setenv("SLURM_NTASKS", "1")
-    nowhere.setenv("TPU_ML_PLATFORM", "JAX")
-    nowhere.setenv("JAX_PLATFORMS", "tpu,cpu")
-    assert processes.cluster(asked()) == {}
+def test_slurm_and_tpu_are_detected(no_cluster):
+    assert processes.distributed_arguments(parse_flags()) is None
+    no_cluster.setenv("SLURM_NTASKS", "2")
+    assert processes.distributed_arguments(parse_flags()) is None  # inside salloc or sbatch, but not started by srun
+    no_cluster.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    no_cluster.setenv("SLURM_STEP_NUM_NODES", "2")
+    no_cluster.setenv("SLURM_GPUS_ON_NODE", "4")
+    per_node = {"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2, 3]}
+    assert processes.distributed_arguments(parse_flags()) == per_node
+    no_cluster.setenv("SLURM_NTASKS", "8")
+    assert processes.distributed_arguments(parse_flags()) == {"cluster_detection_method": "slurm"}  # a process per GPU
+    no_cluster.setenv("SLURM_NTASKS", "1")
+    no_cluster.setenv("TPU_ML_PLATFORM", "JAX")
+    no_cluster.setenv("JAX_PLATFORMS", "tpu,cpu")
+    assert processes.distributed_arguments(parse_flags()) == {}
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -190,24 +193,24 @@ ARGUMENTS = ["--mesh", "16x1", "model.path=/share/a model", "reward.grpo_tags=[d
 
 
 def dry_run(recipe: str, **environment: str) -> str:
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", str(LAUNCH / recipe), "--dry-run", *ARGUMENTS],
         env={"PATH": os.environ["PATH"]} | environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    return done.stdout
+    return completed.stdout
 
 
-def trained(command: Sequence[str]) -> argparse.Namespace:
-    """What crpo_jax.train reads of a launched command; its settings must load."""
+def train_arguments(command: Sequence[str]) -> argparse.Namespace:
+    """The arguments that crpo_jax.train parses from a launched command; its settings must load."""
     at = command.index("crpo_jax.train")
     assert list(command[at - 2 : at]) in (["python", "-m"], [".venv/bin/python", "-m"])
-    parser = cli.parser("train", "")
-    processes.add_flags(parser)
+    parser = cli.build_parser("train", "")
+    processes.add_process_flags(parser)
     args = parser.parse_args(command[at + 1 :])
-    settings = cli.from_arguments(args)
+    settings = cli.load_settings(args)
     assert (settings.parallel.mesh, settings.model.path, settings.reward.grpo_tags) == (
         "16x1",
         "/share/a model",
@@ -231,7 +234,7 @@ def test_the_recipe_for_a_tpu_slice():
     assert all("--worker=all" in line for line in lines[-4:])
     assert "mount -t nfs host:/e /share" in mount
     assert "'.[tpu]'" in install
-    assert trained(shlex.split(train.partition("&& ")[2])).workdir == "/share/runs/crpo"
+    assert train_arguments(shlex.split(train.partition("&& ")[2])).workdir == "/share/runs/crpo"
 
 
 def test_the_recipe_for_slurm():
@@ -241,44 +244,41 @@ def test_the_recipe_for_slurm():
         for line in text.splitlines()
         if line.startswith("#SBATCH")
     )
-    assert (options["ntasks-per-node"], options["signal"]) == (
-        "1",
-        "TERM@600",
-    )  # a process per node; time to save before the end
+    assert options["ntasks-per-node"] == "1"
+    assert options["signal"] == "TERM@600"  # leaves time to save
     (line,) = dry_run("slurm.sbatch").splitlines()
     command = shlex.split(line)
     assert command[0] == "srun"
     assert "--kill-on-bad-exit=1" in command
-    trained(command)
+    train_arguments(command)
 
 
 def test_the_recipe_for_kubernetes():
-    made = yaml.safe_load(dry_run("kubernetes_jobset.sh", NAME="crpo", HOSTS="2", IMAGE="i", CLAIM="c"))
-    (hosts,) = made["spec"]["replicatedJobs"]
+    job_set = yaml.safe_load(dry_run("kubernetes_jobset.sh", NAME="crpo", HOSTS="2", IMAGE="i", CLAIM="c"))
+    (hosts,) = job_set["spec"]["replicatedJobs"]
     job = hosts["template"]["spec"]
     assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 2, 2)
     (container,) = job["template"]["spec"]["containers"]
     variables = {each["name"]: each.get("value", each.get("valueFrom")) for each in container["env"]}
-    assert set(variables) == set(processes.FLAGS.values())
+    assert set(variables) == set(processes.PROCESS_FLAGS.values())
     assert variables["JAX_NUM_PROCESSES"] == "2"
-    name = made["metadata"]["name"]
-    assert (
-        variables["JAX_COORDINATOR_ADDRESS"] == f"{name}-{hosts['name']}-0-0.{name}:8476"
-    )  # a JobSet's name for pod 0 of job 0
+    name = job_set["metadata"]["name"]
+    pod_0 = f"{name}-{hosts['name']}-0-0.{name}"  # a JobSet's name for pod 0 of job 0
+    assert variables["JAX_COORDINATOR_ADDRESS"] == f"{pod_0}:8476"
     assert "job-completion-index" in variables["JAX_PROCESS_ID"]["fieldRef"]["fieldPath"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    assert trained(container["command"]).workdir == "/share/runs/crpo"
+    assert train_arguments(container["command"]).workdir == "/share/runs/crpo"
     assert {each["mountPath"] for each in container["volumeMounts"]} == {"/share", "/dev/shm"}
 
 
 @pytest.mark.parametrize("recipe", ["tpu_slice.sh", "kubernetes_jobset.sh"])
-def test_a_recipe_says_what_it_needs(recipe):
-    done = subprocess.run(
+def test_a_recipe_names_missing_variables(recipe):
+    completed = subprocess.run(
         ["bash", str(LAUNCH / recipe), "--dry-run"],
         env={"PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode != 0
-    assert "NAME: name of the" in done.stderr
+    assert completed.returncode != 0
+    assert "NAME: name of the" in completed.stderr

@@ -1,16 +1,16 @@
-"""Judges: own prompt per measure, replies kept by what was asked, unreadable ones counted and never read as 0, agreement."""
+"""Judges: a prompt per measure, replies on disk by prompt, unparsed replies counted and never read as 0, agreement."""
 
 import json
 
 import pytest
-from chat_server import ChatServer, prompt_of, says
+from chat_server import ChatServer, complete, prompt_of
 
 from crpo_jax import evaluate
-from crpo_jax.answer.records import Answer, row_of
-from crpo_jax.answer.truth import exact
+from crpo_jax.answer.records import Answer, answer_to_row
+from crpo_jax.answer.truth import count_exactly
 from crpo_jax.chat import client
 from crpo_jax.data.vignettes import teacher_response, vignettes
-from crpo_jax.judge.measures import MEASURES, agreement, asking, chosen, counted
+from crpo_jax.judge.measures import MEASURES, build_judge_turn, measure_agreement, parse_count, select_responses
 
 QUESTIONS = vignettes("test", 6)
 ANSWERS = [
@@ -22,7 +22,7 @@ ANSWERS = [
 def responses(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
     (tmp_path / "vignettes.jsonl").write_text(
-        "".join(json.dumps(row_of(answer)) + "\n" for answer in ANSWERS), encoding="utf-8"
+        "".join(json.dumps(answer_to_row(answer)) + "\n" for answer in ANSWERS), encoding="utf-8"
     )
     return [
         "--responses",
@@ -34,7 +34,7 @@ def responses(tmp_path, monkeypatch):
     ]
 
 
-def told(tmp_path):
+def read_summary(tmp_path):
     return json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["data"]["vignettes"]
 
 
@@ -58,12 +58,12 @@ def told(tmp_path):
         ],
     ],
 )
-def test_a_count_is_read_from_its_own_line_or_not_at_all(reply, number):
-    assert counted(reply) == number
+def test_a_count_is_parsed_from_its_own_line_or_not_at_all(reply, number):
+    assert parse_count(reply) == number
 
 
-def test_every_measure_has_a_prompt_of_its_own_with_all_that_is_judged():
-    texts = {measure: asking(measure, ANSWERS[0])[0]["content"] for measure in MEASURES}
+def test_every_measure_has_its_own_prompt_with_question_and_response():
+    texts = {measure: build_judge_turn(measure, ANSWERS[0])[0]["content"] for measure in MEASURES}
     assert len(set(texts.values())) == len(MEASURES) == 8
     for text in texts.values():
         assert ANSWERS[0].response in text
@@ -71,80 +71,80 @@ def test_every_measure_has_a_prompt_of_its_own_with_all_that_is_judged():
 
 
 def test_two_judges_their_agreement_and_the_truth(tmp_path, responses, capsys):
-    """The first judge knows the truth, the second counts one too many and mumbles at backtracking, now and then nothing arrives."""
-    truth = {answer.response: exact(answer.question, answer.response) for answer in ANSWERS}
+    """The first judge counts exactly; the second counts one more, refuses backtracking and rejects subgoal."""
+    truth = {answer.response: count_exactly(answer.question, answer.response) for answer in ANSWERS}
 
     def plan(request, times):
         text = prompt_of(request)
         measure = next(name for name, what in MEASURES.items() if what.instance in text)
-        counts = next(one for response, one in truth.items() if response in text)
+        counts = next(exact for response, exact in truth.items() if response in text)
         number = counts[
             {"faithfulness": "true_claims", "cecd": "case_findings", "drc": "valid_rejections"}.get(
                 measure, "findings_invented"
             )
         ]
         if request["model"] == "b" and measure == "backtracking":
-            return says("I would rather not say")
+            return complete("I would rather not say")
         if request["model"] == "b" and measure == "subgoal":
             return 400, {}, b"too long"
         return (
             (500, {}, b"")
             if times == 0 and number % 2
-            else says(f"<list>\nCOUNT: {number + (request['model'] == 'b')}")
+            else complete(f"<list>\nCOUNT: {number + (request['model'] == 'b')}")
         )
 
     with ChatServer(plan) as server:
         judge = [f"judge.base_url={server.url}", "judge.model=a", "judge.second.model=b", "judge.samples=1"]
         evaluate.main([*responses, *judge])
-        asked = len(server.requests)
-        found = told(tmp_path)
+        requests = len(server.requests)
+        summary = read_summary(tmp_path)
         assert {request["model"] for request in server.requests} == {"a", "b"}
         evaluate.main(["--workdir", str(tmp_path / "run"), *responses[:2], *judge])
-        assert len(server.requests) == asked + len(QUESTIONS), "only what got no reply is asked again"
+        assert len(server.requests) == requests + len(QUESTIONS), "only what got no reply is sent again"
     cecd = sum(truth[answer.response]["case_findings"] for answer in ANSWERS if answer.sample == 0) / len(QUESTIONS)
-    assert found["judges"]["a"]["cecd"]["mean"] == pytest.approx(cecd)
-    assert found["judges"]["a"]["cecd"]["judged"] == len(QUESTIONS)
-    assert found["judges"]["b"]["cecd"]["mean"] == pytest.approx(cecd + 1)
+    assert summary["judges"]["a"]["cecd"]["mean"] == pytest.approx(cecd)
+    assert summary["judges"]["a"]["cecd"]["judged"] == len(QUESTIONS)
+    assert summary["judges"]["b"]["cecd"]["mean"] == pytest.approx(cecd + 1)
     nothing = {"mean": None, "low": None, "high": None, "judged": 0}
-    assert found["judges"]["b"]["backtracking"] == nothing | {"unparsed": len(QUESTIONS), "missing": 0}
-    assert found["judges"]["b"]["subgoal"] == nothing | {"unparsed": 0, "missing": len(QUESTIONS)}
-    assert found["agreement"]["cecd"] | {"spearman": 1.0} == {
+    assert summary["judges"]["b"]["backtracking"] == nothing | {"unparsed": len(QUESTIONS), "missing": 0}
+    assert summary["judges"]["b"]["subgoal"] == nothing | {"unparsed": 0, "missing": len(QUESTIONS)}
+    assert summary["agreement"]["cecd"] | {"spearman": 1.0} == {
         "both": 6,
         "equal": 0,
         "within_one": 1,
         "difference": -1,
         "spearman": 1.0,
     }
-    assert found["judges_and_truth"]["a"]["drc"]["equal"] == 1
-    assert found["judges_and_truth"]["b"]["drc"]["difference"] == 1
-    shown = capsys.readouterr().out
-    assert "no count (6 unparsed)" in shown
-    assert "no count (6 missing)" in shown
+    assert summary["judges_and_truth"]["a"]["drc"]["equal"] == 1
+    assert summary["judges_and_truth"]["b"]["drc"]["difference"] == 1
+    output = capsys.readouterr().out
+    assert "no count (6 unparsed)" in output
+    assert "no count (6 missing)" in output
 
 
-def test_a_part_is_the_same_questions_whatever_order_the_responses_ended_in():
-    part = chosen(ANSWERS, 1, 2)
-    assert chosen(ANSWERS[::-1], 1, 2) == part
-    assert [answer.question.id for answer in part] == sorted(question.id for question in QUESTIONS)[:2]
+def test_the_judged_questions_do_not_depend_on_the_order_of_responses():
+    selected = select_responses(ANSWERS, 1, 2)
+    assert select_responses(ANSWERS[::-1], 1, 2) == selected
+    assert [answer.question.id for answer in selected] == sorted(question.id for question in QUESTIONS)[:2]
 
 
-def test_agreement_in_numbers():
-    assert agreement([1, 2, 3, None], [1, 3, 5, 7]) == {
+def test_agreement_against_worked_values():
+    assert measure_agreement([1, 2, 3, None], [1, 3, 5, 7]) == {
         "both": 3,
         "equal": 1 / 3,
         "within_one": 2 / 3,
         "difference": -1,
         "spearman": pytest.approx(1),
     }
-    assert agreement([1, 1, 1], [1, 2, 3])["spearman"] is None
-    assert agreement([None], [1])["equal"] is None
+    assert measure_agreement([1, 1, 1], [1, 2, 3])["spearman"] is None
+    assert measure_agreement([None], [1])["equal"] is None
 
 
-def test_a_judge_that_refuses_ends_with_the_counts_that_need_none(tmp_path, responses):
+def test_the_summary_is_written_even_if_the_judge_refuses(tmp_path, responses):
     with (
         ChatServer(lambda request, times: (401, {}, b"who are you")) as server,
         pytest.raises(SystemExit, match="who are you"),
     ):
         evaluate.main([*responses, f"judge.base_url={server.url}", "judge.model=a"])
-    assert told(tmp_path)["accuracy"]["mean"] > 0
-    assert "judges" not in told(tmp_path)
+    assert read_summary(tmp_path)["accuracy"]["mean"] > 0
+    assert "judges" not in read_summary(tmp_path)

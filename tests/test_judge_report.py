@@ -1,4 +1,4 @@
-"""The report: the right numbers in the right cells, figures that are drawn, one file that fetches nothing and runs nothing."""
+"""The report: the right numbers in the right cells, all figures, one file that fetches and runs nothing."""
 
 import json
 import re
@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from crpo_jax import config, evaluate
-from crpo_jax.answer.records import Answer, row_of, summary
+from crpo_jax.answer.records import Answer, answer_to_row
+from crpo_jax.answer.statistics import summarize
 from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import TeacherNoise, teacher_response, vignettes
 from crpo_jax.errors import InputError
@@ -16,27 +17,27 @@ from crpo_jax.judge.measures import MEASURES
 from crpo_jax.reward import terms
 
 QUESTIONS = vignettes("test", 20)
-SETTINGS = config.load(None, ["reward.workers=0"], model=False)
+SETTINGS = config.load_config(None, ["reward.workers=0"], model=False)
 EVIL = "<script>alert(1)</script><img src=http://evil/x.png onerror=alert(2)>"
 
 
 def evaluated(folder, cites: float, seed: int = 0, judges: bool = False) -> str:
     """An evaluation's workdir inside a run's, as the commands leave them."""
     noise = TeacherNoise(cites=cites, cites_a_word=0, cites_twice=0, missing_part=0, drift=0)
-    found = [Answer(question, 0, teacher_response(question, seed, noise)) for question in QUESTIONS]
-    found.append(
+    answers = [Answer(question, 0, teacher_response(question, seed, noise)) for question in QUESTIONS]
+    answers.append(
         Answer(Question("evil", EVIL, {"A": EVIL, "B": "b"}, "A", columns=dict(QUESTIONS[0].columns)), 0, EVIL)
     )
     inner = folder / "evaluation"
     (inner / "responses").mkdir(parents=True)
     (inner / "responses" / "vignettes.jsonl").write_text(
-        "".join(json.dumps(row_of(one)) + "\n" for one in found), encoding="utf-8"
+        "".join(json.dumps(answer_to_row(answer)) + "\n" for answer in answers), encoding="utf-8"
     )
-    told = summary(found, SETTINGS)
+    summary = summarize(answers, SETTINGS)
     if judges:
         count = {"mean": 2.0, "low": 1.0, "high": 3.0, "judged": 21, "unparsed": 4, "missing": 1}
-        told["judges"] = {"llama": dict.fromkeys(MEASURES, count)}
-    (inner / "summary.json").write_text(json.dumps({"model": "m", "data": {"vignettes": told}}), encoding="utf-8")
+        summary["judges"] = {"llama": dict.fromkeys(MEASURES, count)}
+    (inner / "summary.json").write_text(json.dumps({"model": "m", "data": {"vignettes": summary}}), encoding="utf-8")
     steps = [
         {
             "step": n,
@@ -54,21 +55,21 @@ def evaluated(folder, cites: float, seed: int = 0, judges: bool = False) -> str:
 class Tags(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
 
 def test_a_report_over_seeds_and_methods(tmp_path, capsys):
     rows = [f"GRPO={evaluated(tmp_path / f'g{seed}', 0.0, seed)}" for seed in (0, 1)]
     rows += [f"CRPO={evaluated(tmp_path / f'c{seed}', 1.0, seed, judges=True)}" for seed in (0, 1)]
     evaluate.main(["--report", *rows, "--workdir", str(tmp_path)])
-    said = capsys.readouterr().out
-    cites = next(line for line in said.splitlines() if line.startswith("cites %"))
+    output = capsys.readouterr().out
+    cites = next(line for line in output.splitlines() if line.startswith("cites %"))
     assert re.fullmatch(r"cites %\s+0\.0 ± 0\.0\s+9[0-9]\.\d ± \d\.\d \*", cites)
-    assert re.search(r"Backtracking\s+-\s+2\.00 ± 0\.00", said)
+    assert re.search(r"Backtracking\s+-\s+2\.00 ± 0\.00", output)
     folder = tmp_path / "report"
     assert {path.name for path in folder.iterdir()} == {
         "index.html",
@@ -79,29 +80,28 @@ def test_a_report_over_seeds_and_methods(tmp_path, capsys):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
 
     text = (folder / "index.html").read_text(encoding="utf-8")
-    tags = Tags(text).found
+    tags = Tags(text).tags
     assert [dict(attrs)["src"][:22] for tag, attrs in tags if tag == "img"] == ["data:image/png;base64,"] * 3
     assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
     assert not [attrs for _, attrs in tags if any(name.startswith("on") or name == "href" for name in attrs)]
     assert "21 questions x 1 samples" in text
     assert "judge llama: 336 counts, 64 replies unparsed, 16 missing" in text
-    assert text.count("<section>") == report.CASES
+    assert text.count("<section>") == report.MAX_CASES
     assert re.search(r"<mark>\w+</mark> <mark>\w+</mark>", text), "cited findings are marked"
 
 
 def test_text_of_a_model_is_text():
-    found = Answer(Question("evil", EVIL, {"A": EVIL, "B": "b"}, "A"), 0, EVIL)
-    row = report.Row("<b>me</b>", [], [], [])
-    scored = report.rules.crpo(found.question, found.response, SETTINGS.reward, None, None)
-    shown = report.case_html("d", [(row.name, found, scored), (row.name, found, scored)])
-    assert {tag for tag, _ in Tags(shown).found} <= {"section", "h3", "p", "ul", "li", "div", "h4", "pre", "mark"}
+    answer = Answer(Question("evil", EVIL, {"A": EVIL, "B": "b"}, "A"), 0, EVIL)
+    score = report.score_response(answer.question, answer.response, SETTINGS.reward)
+    page = report.case_html("d", [report.Sample("<b>me</b>", answer, score)] * 2)
+    assert {tag for tag, _ in Tags(page).tags} <= {"section", "h3", "p", "ul", "li", "div", "h4", "pre", "mark"}
 
 
 def test_marking_keeps_every_character():
     text = "İstanbul: white ear tophi & <dx> 9.8 mg/dL; WHITE."
-    shown = report.marked(text, {terms.term("white"), terms.term("9.8 mg/dl")})
-    assert shown.count("<mark>") == 3
-    assert report.html.unescape(re.sub("</?mark>", "", shown)) == text
+    marked = report.mark_citations(text, {terms.term_of("white"), terms.term_of("9.8 mg/dl")})
+    assert marked.count("<mark>") == 3
+    assert report.html.unescape(re.sub("</?mark>", "", marked)) == text
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from crpo_jax.update.trainer import Trainer, make_optimizer
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
 LORA = config.Lora(rank=5, alpha=2.0)
-SETTINGS = config.load(
+SETTINGS = config.load_config(
     None, ["model.dtype=float32", "parallel.remat=false", "sft.optimizer.learning_rate=0.01"], model=False
 )
 ROWS = [Row([3, 1, 4], [1, 5, 9, 2]), Row([6], [5, 3, 5]), Row([8, 9], [7]), Row([9, 3, 2], [3, 8, 4, 6, 2])]
@@ -201,9 +201,9 @@ def test_muon_treats_an_adapter_as_a_matrix_with_rank_r():
         ("lora.targets=[q_proj, lm_head]", r"lora.targets: expected some of q_proj, .*, got \['q_proj', 'lm_head'\]"),
         ("sft.lora.targets=[]", r"sft.lora.targets: expected some of"),
         ("sft.lora.targets=[q_proj, q_proj]", r"sft.lora.targets: expected some of .* each once"),
-        ("lora.rank=-1", "lora.rank: expected at least 0"),
+        ("lora.rank=-1", "lora.rank: expected a whole number >= 0"),
     ],
 )
 def test_bad_settings_of_adapters_are_refused(override: str, message: str):
     with pytest.raises(InputError, match=message):
-        config.load(None, [override], model=False)
+        config.load_config(None, [override], model=False)

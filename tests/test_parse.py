@@ -8,17 +8,20 @@ import pytest
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
-from crpo_jax.reward import rules
-from crpo_jax.reward.parse import MAX_BOXES, Box, find_boxes, parse, two_systems
+from crpo_jax.reward.parse import MAX_BOXES, Box, find_boxes, parse_response, split_systems
+from crpo_jax.reward.rules import DESIGNS, score_response
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from bench_score import adversarial  # the same texts that the benchmark times
 
-WHOLE = " <dx>a (System 1: Intuitive) fast\n(System 2: Analytical) slow</dx>\n<conclusion>So. \\boxed{C} Yes.</conclusion>\n"
+WHOLE = (
+    " <dx>a (System 1: Intuitive) fast\n(System 2: Analytical) slow</dx>\n"
+    "<conclusion>So. \\boxed{C} Yes.</conclusion>\n"
+)
 
 
 def test_the_parts_of_a_whole_response() -> None:
-    parsed = parse(WHOLE)
+    parsed = parse_response(WHOLE)
     assert parsed.problems == ()
     assert parsed.dx == "a (System 1: Intuitive) fast\n(System 2: Analytical) slow"
     assert (parsed.system1, parsed.system2) == (" fast\n", " slow")
@@ -30,13 +33,13 @@ def test_the_parts_of_a_whole_response() -> None:
 
 
 def test_other_tags_and_no_systems() -> None:
-    parsed = parse("<think>a</think><answer>\\boxed{B}</answer>", ("think", "answer"), systems=False)
+    parsed = parse_response("<think>a</think><answer>\\boxed{B}</answer>", ("think", "answer"), systems=False)
     assert (parsed.dx, parsed.system1, parsed.conclusion, parsed.problems) == ("a", None, "\\boxed{B}", ())
 
 
 def test_every_problem_is_named() -> None:
-    assert parse("").problems == ("no <dx>", "no </dx>", "no <conclusion>", "no </conclusion>")
-    assert parse("x<dx></dx>y<conclusion></conclusion>z").problems == (
+    assert parse_response("").problems == ("no <dx>", "no </dx>", "no <conclusion>", "no </conclusion>")
+    assert parse_response("x<dx></dx>y<conclusion></conclusion>z").problems == (
         "text before <dx>",
         "text between </dx> and <conclusion>",
         "text after </conclusion>",
@@ -90,9 +93,9 @@ def test_boxes_are_counted_beyond_those_kept() -> None:
     ],
 )
 def test_headings(heading: str, is_heading: bool) -> None:
-    _, _, problems = two_systems(f"{heading}\nfast\n(System 2: Analytical) slow")
+    _, _, problems = split_systems(f"{heading}\nfast\n(System 2: Analytical) slow")
     assert (problems == []) == is_heading
-    _, _, problems = two_systems(f"Before.\n{heading}\nfast\n(System 2: Analytical) slow")
+    _, _, problems = split_systems(f"Before.\n{heading}\nfast\n(System 2: Analytical) slow")
     assert (problems == []) == is_heading, "the same in a later line"
 
 
@@ -101,7 +104,7 @@ QUESTION = Question("q", "A man has tophi on the ear.", {"A": "Gout", "B": "Pseu
 
 def seconds(response: str, design: str) -> float:
     start = time.perf_counter()
-    rules.score(QUESTION, response, Reward(design=design))
+    score_response(QUESTION, response, Reward(design=design))
     return time.perf_counter() - start
 
 
@@ -112,5 +115,5 @@ def test_a_megabyte_of_anything_is_quick(name: str) -> None:
     The bound is loose, and the best of three counts, since other work on a shared machine must not fail the test.
     """
     response = adversarial(1_000_000)[name]
-    for design in rules.DESIGNS:
+    for design in DESIGNS:
         assert min(seconds(response, design) for _ in range(3)) < 1.0, design

@@ -1,4 +1,4 @@
-"""The planner: what it counts against the real programs and arrays, its estimates against compiled figures, the command."""
+"""The planner: its counts against the real programs and arrays, its estimates against compiled figures, the command."""
 
 import json
 import os
@@ -13,25 +13,32 @@ from conftest import SHAPE, mesh_of
 
 from crpo_jax import config, plan
 from crpo_jax.errors import InputError
-from crpo_jax.model.transformer import abstract, parameter_count
+from crpo_jax.hardware import GIB
+from crpo_jax.model.transformer import parameter_count
 from crpo_jax.parallel.layout import LAYOUTS
-from crpo_jax.planner import compiled, hlo, report
-from crpo_jax.planner.cost import works
-from crpo_jax.planner.job import PUBLISHED, Job, job_for, planned_shape
-from crpo_jax.planner.memory import PHASES, estimated, held, resident, set_aside
-from crpo_jax.planner.plan import all_jobs, from_shapes, remedy, search
-from crpo_jax.planner.targets import GIB, parse_target, plug_in_missing
-from crpo_jax.update.trainer import trainer
+from crpo_jax.planner import compiled, hlo
+from crpo_jax.planner.cost import count_work
+from crpo_jax.planner.memory import (
+    PHASES,
+    count_array_bytes,
+    count_resident_memory,
+    count_waiting_bytes,
+    estimate_memory,
+)
+from crpo_jax.planner.plan import estimate_plan, find_changes, list_runs, rank_meshes
+from crpo_jax.planner.planned_run import QWEN_SIZES, PlannedRun, resolve_run, resolve_shape
+from crpo_jax.planner.targets import find_missing_compiler, parse_target
+from crpo_jax.update.trainer import Trainer
 
 PAPER = config.config_folder() / "clinical_r1_3b.yaml"
 FIGURES = json.loads((Path(__file__).parent / "plan_figures.json").read_text(encoding="utf-8"))
 
 
-def paper(target: str, mesh: str = "", *overrides: str) -> Job:
-    return job_for(config.load(PAPER, list(overrides)), parse_target(target), mesh)
+def plan_paper(target: str, mesh: str = "", *overrides: str) -> PlannedRun:
+    return resolve_run(config.load_config(PAPER, list(overrides)), parse_target(target), mesh)
 
 
-def small(data: int, model: int, *overrides: str) -> Job:
+def plan_small(data: int, model: int, *overrides: str) -> PlannedRun:
     """The tests' model and a batch to match, for as many GPUs as there are virtual devices."""
     sizes = (
         "rollout.max_new_tokens=32",
@@ -46,8 +53,8 @@ def small(data: int, model: int, *overrides: str) -> Job:
         "parallel.micro_batch_tokens=96",
         "parallel.length_multiple=16",
     )
-    settings = config.load(PAPER, [*sizes, *batch, "parallel.logprob_chunk=16", *overrides])
-    return Job(settings, SHAPE, parse_target(f"{data * model}xh100"), data, model)
+    settings = config.load_config(PAPER, [*sizes, *batch, "parallel.logprob_chunk=16", *overrides])
+    return PlannedRun(settings, SHAPE, parse_target(f"{data * model}xh100"), data, model)
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -58,14 +65,14 @@ def small(data: int, model: int, *overrides: str) -> Job:
 )
 def test_published_sizes_have_their_published_parameters(size: str, count: int):
     """The safetensors of these models on the hub hold this many."""
-    shape = planned_shape(config.load(PAPER, [f"model.path=Qwen/Qwen2.5-{size}-Instruct"]))
-    assert parameter_count(shape) == report.parameters(shape) == count
-    assert size in PUBLISHED
+    shape = resolve_shape(config.load_config(PAPER, [f"model.path=Qwen/Qwen2.5-{size}-Instruct"]))
+    assert parameter_count(shape) == count
+    assert size in QWEN_SIZES
 
 
 def test_a_model_that_is_nowhere_is_refused():
     with pytest.raises(InputError, match=r"model.path: expected a folder with config.json or one of Qwen/Qwen2.5-0.5B"):
-        planned_shape(config.load(PAPER, ["model.path=Qwen/Qwen2.5-9B"]))
+        resolve_shape(config.load_config(PAPER, ["model.path=Qwen/Qwen2.5-9B"]))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -75,12 +82,12 @@ def test_a_model_that_is_nowhere_is_refused():
 @pytest.mark.parametrize(("layout", "algorithm"), [(layout, "adamw") for layout in LAYOUTS] + [("zero1", "muon")])
 def test_state_is_as_large_as_the_trainers(data: int, model: int, layout: str, algorithm: str):
     """Masters and moments of the real state in its real shardings, muon's two kinds of moments included."""
-    job = small(data, model, f"parallel.layout={layout}", f"optimizer.algorithm={algorithm}")
-    run = trainer(SHAPE, mesh_of(data, model), job.settings, job.settings.optimizer, 1, loss="crpo")
-    state = jax.eval_shape(run.begin, abstract(SHAPE))
-    parts = resident(job)["decode"]
-    assert held(state.master, run.states.master) == parts["master"]
-    counters = held(state.optimizer, run.states.optimizer) - parts["moments"]
+    run = plan_small(data, model, f"parallel.layout={layout}", f"optimizer.algorithm={algorithm}")
+    trainer = Trainer(SHAPE, mesh_of(data, model), run.settings, run.settings.optimizer, 1, loss="crpo")
+    state = trainer.abstract_state()
+    parts = count_resident_memory(run)["decode"]
+    assert count_array_bytes(state.master, trainer.shardings.master) == parts["master"]
+    counters = count_array_bytes(state.optimizer, trainer.shardings.optimizer) - parts["moments"]
     assert 0 <= counters <= 32
 
 
@@ -98,45 +105,45 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize(("data", "model"), [(4, 2)])
 def test_programs_take_the_arrays_that_are_counted(data: int, model: int):
-    """What a device holds of the arguments that are compiled for: the parts named here, and of tokens and scalars little more."""
-    job, mesh = small(data, model, "model.dtype=float32"), mesh_of(data, model)
-    found = {}
-    for one in [*compiled.update_programs(job, mesh), *compiled.rollout_programs(job, mesh)]:
-        found[one.phase] = held(one.arguments, jax.tree.map(lambda x: x.sharding, one.arguments))
-        one.lower()  # the real program accepts them
-    assert set(found) == set(PHASES)
+    """A device holds the counted parts of the arguments to compile for, and beside them only tokens and scalars."""
+    run, mesh = plan_small(data, model, "model.dtype=float32"), mesh_of(data, model)
+    sizes = {}
+    for program in [*compiled.list_update_programs(run, mesh), *compiled.list_rollout_programs(run, mesh)]:
+        arguments = program.arguments
+        sizes[program.phase] = count_array_bytes(arguments, jax.tree.map(lambda x: x.sharding, arguments))
+        program.lower()  # the real program accepts them
+    assert set(sizes) == set(PHASES)
+    resident, waiting = count_resident_memory(run), {"decode": count_waiting_bytes(run)}
     for phase, parts in ARGUMENTS.items():
-        counted = sum(resident(job)[phase][part] for part in parts) - (set_aside(job) if phase == "decode" else 0)
-        assert counted <= found[phase] <= counted + 8192, phase
+        counted = sum(resident[phase][part] for part in parts) - waiting.get(phase, 0)
+        assert counted <= sizes[phase] <= counted + 8192, phase
 
 
 def test_one_optimizer_step_needs_no_old_logprobs():
-    assert "old log-probs" not in {
-        phase.name for phase in from_shapes(paper("8xa6000", "8x1", "crpo.mini_batch_prompts=512")).phases
-    }
+    plan = estimate_plan(plan_paper("8xa6000", "8x1", "crpo.mini_batch_prompts=512"))
+    assert "old log-probs" not in {phase.name for phase in plan.phases}
 
 
-@pytest.mark.parametrize("recorded", FIGURES, ids=lambda one: f"{one['target']}-{one['mesh']}-{one['layout']}")
+@pytest.mark.parametrize("recorded", FIGURES, ids=lambda row: f"{row['target']}-{row['mesh']}-{row['layout']}")
 def test_the_estimate_is_within_a_tenth_of_what_was_compiled(recorded: dict[str, Any]):
     """Recorded by `python -m crpo_jax.plan --json` with the compilers installed."""
-    job = paper(recorded["target"], recorded["mesh"], f"parallel.layout={recorded['layout']}", *recorded["overrides"])
-    guessed = from_shapes(job)
-    aside = {"decode": set_aside(job)}  # beside the programs: exact, and not the compiler's to say
-    totals = {phase.name: phase.total - aside.get(phase.name, 0.0) for phase in guessed.phases}
+    layout = f"parallel.layout={recorded['layout']}"
+    run = plan_paper(recorded["target"], recorded["mesh"], layout, *recorded["overrides"])
+    waiting = {"decode": count_waiting_bytes(run)}  # exact, and beside the program that was compiled
+    totals = {phase.name: phase.total - waiting.get(phase.name, 0.0) for phase in estimate_plan(run).phases}
     assert totals == pytest.approx({name: gib * GIB for name, gib in recorded["gib"].items()}, rel=0.1)
 
 
-def test_a_chunk_more_of_anything_costs_memory():
-    """The estimate follows every knob that the verdict can name."""
-    job = paper("8xa6000", "8x1")
-    for phase, changed in {
-        "decode": {"rollout.slots": 64},
-        "accumulate": {"parallel.micro_batch_tokens": 4096},
-    }.items():
-        assert sum(estimated(job.having(changed))[phase].values()) < sum(estimated(job)[phase].values())
-    assert sum(estimated(job.having({"parallel.remat": False}))["accumulate"].values()) > sum(
-        estimated(job)["accumulate"].values()
-    )
+def test_larger_batches_cost_memory():
+    """The estimate follows every setting that the verdict can name."""
+    run = plan_paper("8xa6000", "8x1")
+
+    def total(phase: str, changes: dict[str, Any]) -> float:
+        return sum(estimate_memory(run.with_settings(changes))[phase].values())
+
+    assert total("decode", {"rollout.slots": 64}) < total("decode", {})
+    assert total("accumulate", {"parallel.micro_batch_tokens": 4096}) < total("accumulate", {})
+    assert total("accumulate", {"parallel.remat": False}) > total("accumulate", {})
 
 
 # ---- collectives -----------------------------------------------------------------------------------------------------
@@ -189,12 +196,12 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
   %cp = (f32[10]{0}, f32[10]{0}) collective-permute-start(%x), channel_id=3, source_target_pairs={{0,2},{2,4}}
   %all = (f32[4]{0}, bf16[2,2]{1,0}) all-reduce-start(%x, %y), channel_id=4, replica_groups=mesh['a'=4,'b'=2] {'a','b'}, to_apply=%add
 }
-"""
+"""  # noqa: E501
 
 
 def test_collectives_are_read_with_their_loops_axes_and_bytes():
-    found = {(one.kind, one.axis): (one.sent, one.times) for one in hlo.collectives(PROGRAM, 4, 2)}
-    assert found == {
+    collectives = {(kind, axis): (sent, times) for kind, axis, sent, times in hlo.read_collectives(PROGRAM, 4, 2)}
+    assert collectives == {
         ("all-reduce", "model"): (12 * 2 * 1 / 2 * 8 * 4 * 4, 12),
         ("reduce-scatter", "data"): (3 / 4 * 64 * 4, 1),
         ("collective-permute", "data"): (5 * 40, 5),
@@ -208,47 +215,47 @@ def test_collectives_are_read_with_their_loops_axes_and_bytes():
 
 def test_arithmetic_is_what_the_field_counts():
     """6 operations a parameter and token for a step, 8 with remat, plus attention; halved by a second model shard."""
-    job = paper("8xa6000", "8x1", "parallel.remat=false")
-    tokens = 512 * 5 / 8 * (job.prompt_tokens + job.response_tokens)
-    again = 2 * 151936 * 2048  # the logits are made again whatever remat says
-    parameters = report.parameters(job.shape)
-    assert works(job)["accumulate"].flops == pytest.approx(tokens * (6 * parameters + again), rel=0.06)
-    assert works(job)["accumulate"].flops > tokens * (6 * parameters + again)
-    remat = works(paper("8xa6000", "8x1"))["accumulate"].flops
-    assert remat == pytest.approx(works(job)["accumulate"].flops * 8 / 6, rel=0.06)
-    assert works(paper("8xa6000", "4x2"))["accumulate"].flops == pytest.approx(remat)
+    run = plan_paper("8xa6000", "8x1", "parallel.remat=false")
+    tokens = 512 * 5 / 8 * (run.mean_prompt + run.mean_response)
+    again = 2 * 151936 * 2048  # the backward pass recomputes the logits whatever remat says
+    parameters = parameter_count(run.shape)
+    assert count_work(run)["accumulate"].flops == pytest.approx(tokens * (6 * parameters + again), rel=0.06)
+    assert count_work(run)["accumulate"].flops > tokens * (6 * parameters + again)
+    remat = count_work(plan_paper("8xa6000", "8x1"))["accumulate"].flops
+    assert remat == pytest.approx(count_work(run)["accumulate"].flops * 8 / 6, rel=0.06)
+    assert count_work(plan_paper("8xa6000", "4x2"))["accumulate"].flops == pytest.approx(remat)
 
 
 def test_more_slots_read_the_weights_less_often():
-    few, many = (works(paper("h200", "", f"rollout.slots={slots}"))["decode"] for slots in (40, 160))
-    assert few.runs == pytest.approx(4 * many.runs)
+    few, many = (count_work(plan_paper("h200", "", f"rollout.slots={slots}"))["decode"] for slots in (40, 160))
+    assert few.executions == pytest.approx(4 * many.executions)
     assert few.flops == pytest.approx(many.flops)
-    assert few.moved > many.moved
+    assert few.traffic > many.traffic
 
 
-# ---- search and remedies ---------------------------------------------------------------------------------------------
+# ---- search and changes ----------------------------------------------------------------------------------------------
 
 
-def test_a_remedy_makes_it_fit():
-    job = paper("v5e-16", "16x1")
-    assert not from_shapes(job).fits
-    changed = remedy(job)
-    assert changed
-    assert from_shapes(job.having(changed)).fits
-    assert remedy(paper("rtx4090")) is None  # 46 GiB of masters, moments and gradients fit by no batch size
+def test_the_changes_make_it_fit():
+    run = plan_paper("v5e-16", "16x1")
+    assert not estimate_plan(run).fits
+    changes = find_changes(run)
+    assert changes
+    assert estimate_plan(run.with_settings(changes)).fits
+    assert find_changes(plan_paper("rtx4090")) is None  # 46 GiB of masters, moments and gradients fit by no batch size
 
 
 def test_search_ranks_every_possible_mesh_and_layout():
-    settings, target = config.load(PAPER), parse_target("v5e-16")
-    fitting, others, refused = search(settings, target)
+    settings, target = config.load_config(PAPER), parse_target("v5e-16")
+    fitting, others, refused = rank_meshes(settings, target)
     assert [plan.bound for plan in fitting] == sorted(plan.bound for plan in fitting)
     assert all(plan.fits for plan in fitting)
     assert not any(plan.fits for plan in others)
     assert (
-        len(fitting) + len(others) == len(all_jobs(settings, target)[0]) == 4 * len(LAYOUTS) + 1
+        len(fitting) + len(others) == len(list_runs(settings, target)[0]) == 4 * len(LAYOUTS) + 1
     )  # 1x16 has no data axis to split over
     assert not refused
-    refused = search(config.load(PAPER, ["model.path=Qwen/Qwen2.5-0.5B"]), parse_target("4xh100"))[2]
+    refused = rank_meshes(config.load_config(PAPER, ["model.path=Qwen/Qwen2.5-0.5B"]), parse_target("4xh100")).refused
     assert "expected a model axis that divides the 14 query heads" in refused["1x4 zero1"]
 
 
@@ -259,8 +266,8 @@ def test_the_plan_prints_tables_and_a_verdict(capsys: pytest.CaptureFixture[str]
     assert plan.main(["--target", "8xa6000", "--mesh", "8x1", "--fast"]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0].startswith("Qwen/Qwen2.5-3B-Instruct, 3,085,938,688 parameters, on 8xa6000 as 8x1")
-    assert lines[-1].startswith("fits: decode needs the most")
+    assert lines[0].startswith("Qwen/Qwen2.5-3B-Instruct (3,085,938,688 parameters) on 8xa6000, mesh 8x1")
+    assert lines[-1].startswith("fits: decode needs the most memory")
     assert "estimated from shapes; usable 44.54 of 47.54" in out
     rows = [line for line in lines if line.startswith(tuple(PHASES))]
     assert len(rows) >= 2 * len(PHASES)
@@ -269,37 +276,37 @@ def test_the_plan_prints_tables_and_a_verdict(capsys: pytest.CaptureFixture[str]
 
 def test_what_does_not_fit_names_a_setting_and_exits_with_1(capsys: pytest.CaptureFixture[str]):
     assert plan.main(["--target", "v5e-16", "--mesh", "16x1", "--fast", "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["fits"] is False
-    assert told["peak_bytes"] > told["usable_bytes"] == int(15.75 * GIB)
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["fits"] is False
+    assert planned["peak_bytes"] > planned["usable_bytes"] == int(15.75 * GIB)
     assert plan.main(["--target", "v5e-16", "--mesh", "16x1", "--fast"]) == 1
     assert "it would fit with rollout.slots=" in capsys.readouterr().out.splitlines()[-1]
     assert plan.main(["--target", "8xa6000", "--layout", "replicated", "--fast"]) == 1
     assert "it would fit with --mesh 8x1 parallel.layout=fsdp" in capsys.readouterr().out.splitlines()[-1]
     assert plan.main(["--target", "rtx4090", "--fast"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].endswith("of rtx4090 does: more devices")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("size fits rtx4090: use more or larger devices")
 
 
 def test_json_adds_up(capsys: pytest.CaptureFixture[str]):
     plan.main(["--target", "h100x8", "--mesh", "4x2", "--layout", "fsdp", "--fast", "--json", "--search"][:8])
-    told = json.loads(capsys.readouterr().out)
-    assert told["layout"] == "fsdp"
-    for phase in told["phases"]:
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["layout"] == "fsdp"
+    for phase in planned["phases"]:
         assert sum(phase["memory_bytes"].values()) == pytest.approx(phase["total_bytes"])
         assert phase["seconds"]["bound"] == max(phase["seconds"].values())
-    assert told["peak_bytes"] == max(phase["total_bytes"] for phase in told["phases"])
-    assert told["bound_seconds"] == pytest.approx(sum(phase["seconds"]["bound"] for phase in told["phases"]))
+    assert planned["peak_bytes"] == max(phase["total_bytes"] for phase in planned["phases"])
+    assert planned["bound_seconds"] == pytest.approx(sum(phase["seconds"]["bound"] for phase in planned["phases"]))
 
 
 def test_search_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     picture = tmp_path / "plan.png"
     assert plan.main(["--target", "v6e-8", "--search", "--fast", "--plot", str(picture)]) == 0
-    assert "meshes and layouts by the least time of a step" in capsys.readouterr().out
+    assert "meshes and layouts by least seconds per step" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--target", "8xa600"], "did you mean 8xa6000?"),
         (
@@ -309,30 +316,30 @@ def test_search_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (["--target", "8xa6000", "--mesh", "1x3"], "got 1 x 3 = 3"),
         (["--target", "8xa6000", "--mesh", "eight"], "--mesh: expected DxM in devices"),
         (["--target", "8xa6000", "--layout", "zero9"], "parallel.layout: expected zero1 | fsdp | replicated"),
-        (["--target", "8xa6000", "--mesh", "8x1", "--search"], "--search: expected no --mesh beside it"),
+        (["--target", "8xa6000", "--mesh", "8x1", "--search"], "--search: expected no --mesh, since"),
         (["--target", "8xa6000", "--plot", "x.pdf"], "--plot: expected a file that ends in .png"),
         (["--target", "8xa6000", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: no such folder"),
         (["--target", "8xa6000", "--fast", "model.path=Qwen/Qwen3-1B"], "model.path: expected a folder"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_bad_input_is_one_line(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refused:
         plan.main(arguments)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_without_a_compiler_it_says_which_to_install_and_estimates(
+def test_without_a_compiler_it_names_the_package_and_estimates(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(
-        plan, "plug_in_missing", lambda target: f"needs its compiler: pip install 'crpo_jax[{target.extra}]'"
+        plan, "find_missing_compiler", lambda target: f"needs its compiler: pip install 'crpo_jax[{target.extra}]'"
     )
     assert plan.main(["--target", "v6e-8", "--mesh", "4x2"]) == 0
-    told = capsys.readouterr()
-    assert "crpo_jax[plan-tpu]" in told.err
-    assert "estimated from shapes" in told.out
+    output = capsys.readouterr()
+    assert "crpo_jax[plan-tpu]" in output.err
+    assert "estimated from shapes" in output.out
 
 
 def test_the_estimate_loads_nothing_heavy():
@@ -350,10 +357,10 @@ def test_the_estimate_loads_nothing_heavy():
 
 
 @pytest.mark.slow
-def test_a_small_model_compiles_for_a_gpu_that_is_not_here():
-    """Every phase through the real compiler, where it is installed; a process of its own, since plug-ins load once."""
+def test_a_small_model_compiles_for_a_gpu_that_is_not_attached():
+    """Every phase through the real compiler if it is installed, in a new process since plug-ins load once."""
     target = parse_target("2xh100")
-    if missing := plug_in_missing(target):
+    if missing := find_missing_compiler(target):
         pytest.skip(missing)
     sizes = [
         "model.path=",
@@ -374,8 +381,8 @@ def test_a_small_model_compiles_for_a_gpu_that_is_not_here():
     command = [sys.executable, "-m", "crpo_jax.plan", "--target", "2xh100", "--mesh", "1x2", "--json", *sizes, *batch]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=clean)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["source"] == "compiled"
-    assert {phase["name"] for phase in told["phases"]} == set(PHASES)
-    decode = next(phase for phase in told["phases"] if phase["name"] == "decode")
-    assert any(one["kind"] == "all-reduce" and one["axis"] == "model" for one in decode["collectives"])
+    planned = json.loads(done.stdout)
+    assert planned["source"] == "compiled"
+    assert {phase["name"] for phase in planned["phases"]} == set(PHASES)
+    decode = next(phase for phase in planned["phases"] if phase["name"] == "decode")
+    assert any(sent["kind"] == "all-reduce" and sent["axis"] == "model" for sent in decode["collectives"])

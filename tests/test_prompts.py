@@ -1,4 +1,4 @@
-"""Prompts: the tokenizer is the published one, every turn is written once, nothing in a text becomes a special token, nothing is cut."""
+"""Prompts: the published tokenizer, every turn once, no special tokens from a text, and nothing cut."""
 
 import dataclasses
 import json
@@ -10,17 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crpo_jax.config import Data
-from crpo_jax.data.prompts import (
-    PROMPTS,
-    boilerplate,
-    encode_response,
-    fitting,
-    load_tokenizer,
-    render,
-    render_all,
-    user_turn,
-)
-from crpo_jax.data.question import Question, read
+from crpo_jax.data.prompts import PROMPTS, encode_response, fit_prompts, load_tokenizer, render_prompts, user_turn
+from crpo_jax.data.question import Question
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -47,6 +39,11 @@ def tokenizer(request):
     return request.getfixturevalue(request.param)
 
 
+def render(question, name, system_prompt, tokenizer):
+    (tokens,) = render_prompts([question], name, system_prompt, tokenizer)
+    return tokens
+
+
 def test_published_encodings(qwen):
     path = SHARED / "golden" / "qwen2_tokenizer_expected_ids.json"
     if not path.exists():
@@ -71,7 +68,7 @@ def test_prompt_is_the_chat_templates_conversation(qwen):
 
 
 def test_empty_system_prompt_is_an_empty_turn_not_the_templates_default(qwen):
-    """The template inserts a system prompt of its own where a conversation has none; cold start and RL then disagree."""
+    """The template inserts its own system prompt where a conversation has none; cold start and RL then disagree."""
     decoded = qwen.decode(render(QUESTION, "crpo", "", qwen))
     assert decoded.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
     assert "Alibaba" not in decoded
@@ -112,11 +109,6 @@ def test_every_setting_has_its_prompt():
         user_turn(QUESTION, "cot")
 
 
-def test_boilerplate_is_the_instructions_words():
-    assert {"clinical", "system", "findings"} <= boilerplate("crpo")
-    assert boilerplate("brief") == frozenset()
-
-
 def test_response_ends_with_the_end_of_turn(tokenizer):
     text = "<dx>\nGout.\n</dx>\n<conclusion>\nUrate. \\boxed{A}\n</conclusion>"
     tokens = encode_response(text, tokenizer)
@@ -125,7 +117,7 @@ def test_response_ends_with_the_end_of_turn(tokenizer):
 
 
 def test_response_tokens_do_not_depend_on_the_prompt_before_them(qwen):
-    """Encoded in one piece, a response that starts with a line break merges with the template's own: no sampler draws that."""
+    """In one piece, a response's first line break would merge with the template's own: no sampler draws that."""
     prompt = render(QUESTION, "brief", SYSTEM, qwen)
     response = encode_response("\nYes.", qwen)
     whole = qwen.encode(qwen.decode(prompt + response), add_special_tokens=False)
@@ -173,13 +165,13 @@ def test_no_text_opens_or_closes_a_turn(tiny, question, option):
 
 def test_batch_equals_one_by_one(tokenizer):
     questions = [dataclasses.replace(QUESTION, id=f"q{number}", question="x " * number + "?") for number in range(5)]
-    assert render_all(questions, "crpo", SYSTEM, tokenizer) == [
+    assert render_prompts(questions, "crpo", SYSTEM, tokenizer) == [
         render(question, "crpo", SYSTEM, tokenizer) for question in questions
     ]
-    assert render_all([], "crpo", SYSTEM, tokenizer) == []
+    assert render_prompts([], "crpo", SYSTEM, tokenizer) == []
 
 
-# ---- the limit --------------------------------------------------------------------------------------------------------
+# ---- the limit -------------------------------------------------------------------------------------------------------
 
 
 def long_and_short():
@@ -192,14 +184,14 @@ def long_and_short():
 
 def test_prompts_over_the_limit_are_dropped_and_counted_never_cut(tokenizer):
     data = Data(prompt="brief", system_prompt="", max_prompt_tokens=300)
-    fitted = fitting(long_and_short(), data, tokenizer)
+    fitted = fit_prompts(long_and_short(), data, tokenizer)
     assert [question.id for question in fitted.questions] == ["short", "last"]
     assert fitted.prompts == [render(question, "brief", "", tokenizer) for question in fitted.questions]
     length = len(render(long_and_short()[1], "brief", "", tokenizer))
     assert fitted.dropped == {"long": length}
-    assert fitting(long_and_short(), dataclasses.replace(data, max_prompt_tokens=length), tokenizer).dropped == {}, (
-        "the limit itself fits"
-    )
+    assert (
+        fit_prompts(long_and_short(), dataclasses.replace(data, max_prompt_tokens=length), tokenizer).dropped == {}
+    ), "the limit itself fits"
 
 
 def test_prompts_over_the_limit_are_an_error_by_setting(tokenizer):
@@ -207,15 +199,16 @@ def test_prompts_over_the_limit_are_an_error_by_setting(tokenizer):
     with pytest.raises(
         InputError, match=r"question long: expected a prompt of at most data\.max_prompt_tokens=300, got \d+"
     ):
-        fitting(long_and_short(), data, tokenizer)
+        fit_prompts(long_and_short(), data, tokenizer)
 
 
 def test_a_limit_that_nothing_fits_is_an_error(tokenizer):
     with pytest.raises(
         InputError,
-        match=r"data\.max_prompt_tokens: expected room for at least one question, got 5; the shortest prompt has \d+ tokens",
+        match=r"data\.max_prompt_tokens: expected room for at least one question, got 5; "
+        r"the shortest prompt has \d+ tokens",
     ):
-        fitting(long_and_short(), Data(max_prompt_tokens=5), tokenizer)
+        fit_prompts(long_and_short(), Data(max_prompt_tokens=5), tokenizer)
 
 
 @pytest.mark.parametrize(("source", "split"), [("medqa", "test"), ("medmcqa", "dev"), ("medxpertqa", "test")])
@@ -223,14 +216,14 @@ def test_published_questions_fit_the_papers_limit(qwen, source, split):
     folder = SHARED / source
     if not folder.exists():
         pytest.skip(f"the published data is not here: shared/data/{source}")
-    sample = read(source, str(folder), split)[::4]
-    fitted = fitting(sample, Data(), qwen)
+    sample = read_questions(source, str(folder), split)[::4]
+    fitted = fit_prompts(sample, Data(), qwen)
     assert len(fitted.questions) + len(fitted.dropped) == len(sample)
     assert len(fitted.dropped) <= 0.005 * len(sample)
     assert min(map(len, fitted.prompts)) > 200
 
 
-# ---- tokenizers that cannot be used -----------------------------------------------------------------------------------
+# ---- tokenizers that cannot be used ----------------------------------------------------------------------------------
 
 
 def copied(folder, **changed):

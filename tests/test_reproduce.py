@@ -23,7 +23,7 @@ PLANS = sorted((ROOT / "configs" / "reproduce").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_a_plan_has_the_papers_rows_and_commands_with_known_settings(path, tmp_path):
-    plan, known = reproduce.read_plan(path), config.leaves()
+    plan, known = reproduce.read_plan(path), config.setting_fields()
     assert list(plan["rows"]) == ["Baseline", "GRPO", "CRPO", "Cold start + GRPO", "Cold start + CRPO"]
     base = (path.parent / plan["config"]).resolve()
     jobs, rows = reproduce.jobs_of(plan, base, ["data.vignettes=40"], tmp_path)
@@ -33,7 +33,7 @@ def test_a_plan_has_the_papers_rows_and_commands_with_known_settings(path, tmp_p
         assert set(job.needs) <= {other.name for other in jobs}
         for _, (command, *words) in job.stages:
             assert (ROOT / "crpo_jax" / f"{command}.py").is_file()
-            config.load(base, [word for word in words if word.split("=")[0] in known], model=False)
+            config.load_config(base, [word for word in words if word.split("=")[0] in known], model=False)
 
 
 def test_the_baselines_teacher_is_another_one_on_the_same_half(tmp_path):

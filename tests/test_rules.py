@@ -12,9 +12,9 @@ from response_table import CITES, CONSISTENCY, GOOD, GOUT, ROWS, concluding
 from crpo_jax.config import CrossReference, Reward
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
-from crpo_jax.reward import terms
 from crpo_jax.reward.citation import copied_share
-from crpo_jax.reward.rules import DESIGNS, score
+from crpo_jax.reward.rules import DESIGNS, score_response
+from crpo_jax.reward.terms import FRAME, STOP_WORDS, TOKEN, read_terms
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from crpo_jax.reward.rules import DESIGNS, score
     ids=[f"{row[1]}: {row[0]}" for row in ROWS],
 )
 def test_table(reason: str, design: str, response: str, accuracy: float, formed: float, cited: float, why: str) -> None:
-    found = score(GOUT, response, Reward(design=design))
+    found = score_response(GOUT, response, Reward(design=design))
     assert (found.accuracy, found.format, found.cross_reference) == (accuracy, formed, cited), f"{reason}: {found.why}"
     explanation = (
         found.why["answer"]
@@ -46,53 +46,53 @@ def test_the_table_is_large_enough_and_without_doubles() -> None:
 
 @pytest.mark.parametrize(("reason", "response", "count", "of"), CONSISTENCY, ids=[row[0] for row in CONSISTENCY])
 def test_consistency_by_characters(reason: str, response: str, count: int, of: int) -> None:
-    found = score(GOUT, response, Reward())
+    found = score_response(GOUT, response, Reward())
     assert found.why["consistency"] == {"by": "characters", "effective": count, "of": of}
     assert found.consistency == (count / of if of else 0.0)
 
 
 def test_total_is_the_papers_sum() -> None:
-    found = score(GOUT, GOOD, Reward())
+    found = score_response(GOUT, GOOD, Reward())
     assert (found.clinical_reasoning, found.consistency, found.total) == (1.5, 1.0, 12.0)
     assert found.components == {"crpo": 12.0}
     assert found.answer_found == "C"
-    assert score(GOUT, GOOD, Reward(k=3, format=2, citation=0.25, consistency=4)).total == 3 + 2 + 0.25 + 4
-    assert score(GOUT, concluding("So it is gout. \\boxed{C}"), Reward()).total == 11.5
-    assert score(GOUT, GOOD + "x", Reward()).total == 10.5
+    assert score_response(GOUT, GOOD, Reward(k=3, format=2, citation=0.25, consistency=4)).total == 3 + 2 + 0.25 + 4
+    assert score_response(GOUT, concluding("So it is gout. \\boxed{C}"), Reward()).total == 11.5
+    assert score_response(GOUT, GOOD + "x", Reward()).total == 10.5
 
 
 def test_grpo_leaves_consistency_out_of_the_total_and_takes_other_tags() -> None:
     settings = Reward(design="grpo", grpo_tags=("dx", "conclusion"))
-    found = score(GOUT, GOOD.replace("big toe.", "big toe. 可能"), settings)
+    found = score_response(GOUT, GOOD.replace("big toe.", "big toe. 可能"), settings)
     assert (found.accuracy, found.format, found.cross_reference, found.total) == (1, 1, 0, 11)
     assert found.consistency < 1
-    assert score(GOUT, "<dx>Gout.</dx><conclusion>\\boxed{C}</conclusion>", settings).format == 1, (
+    assert score_response(GOUT, "<dx>Gout.</dx><conclusion>\\boxed{C}</conclusion>", settings).format == 1, (
         "no System 1 and 2 asked for"
     )
 
 
 def test_released_adds_up_as_published() -> None:
     settings = Reward(design="released")
-    assert score(GOUT, "<think>a</think><answer>Gout. \\boxed{C}</answer>", settings).total == 10 + 1.5 + 0.5
-    assert score(GOUT, "<think>a</think><answer>\\boxed{C}</answer>", settings).total == 10 + 1 + 0.5, (
+    assert score_response(GOUT, "<think>a</think><answer>Gout. \\boxed{C}</answer>", settings).total == 10 + 1.5 + 0.5
+    assert score_response(GOUT, "<think>a</think><answer>\\boxed{C}</answer>", settings).total == 10 + 1 + 0.5, (
         "no text besides the box"
     )
-    assert score(GOUT, "<think>a</think><answer>Gout.</answer>", settings).total == 0 + 1 + 0.5, (
+    assert score_response(GOUT, "<think>a</think><answer>Gout.</answer>", settings).total == 0 + 1 + 0.5, (
         "no box in the answer, no summary"
     )
-    assert score(GOUT, "aé", settings).consistency == 0.5
-    assert score(GOUT, "a\tb", settings).consistency == 2 / 3, "a tab is not on their list"
-    assert score(GOUT, "", settings).total == 0
-    assert score(GOUT, "\\boxed{C} \\boxed{C}", settings).total == -20 + 0.5
+    assert score_response(GOUT, "aé", settings).consistency == 0.5
+    assert score_response(GOUT, "a\tb", settings).consistency == 2 / 3, "a tab is not on their list"
+    assert score_response(GOUT, "", settings).total == 0
+    assert score_response(GOUT, "\\boxed{C} \\boxed{C}", settings).total == -20 + 0.5
 
 
 def test_unknown_design_is_named() -> None:
     with pytest.raises(InputError, match=r"reward.design: expected one of crpo, grpo, released, got 'ppo'"):
-        score(GOUT, GOOD, Reward(design="ppo"))
+        score_response(GOUT, GOOD, Reward(design="ppo"))
 
 
 def test_why_shows_the_parts_of_the_citation() -> None:
-    why = score(GOUT, GOOD, Reward()).why["cross_reference"]
+    why = score_response(GOUT, GOOD, Reward()).why["cross_reference"]
     assert why["cited"] == ["9.1 mg/dl", "acid", "crystal", "ear", "needl", "serum", "shap", "tophi", "uric"]
     assert why["case_facts"] == ["tophi ear", "needl shap crystal", "serum uric acid 9.1 mg/dl"]
     assert (why["cited_share"], why["distinct_share"], why["repeats"]) == (1.0, 1.0, 0)
@@ -103,14 +103,16 @@ def test_why_shows_the_parts_of_the_citation() -> None:
 def test_a_measurement_is_a_finding_with_its_value_only() -> None:
     question = replace(
         GOUT,
-        question="A 55-year-old man has a blood pressure of 170/95 mm Hg, headache and blurred vision. What is the diagnosis?",
+        question="A 55-year-old man has a blood pressure of 170/95 mm Hg, headache and blurred vision. "
+        "What is the diagnosis?",
     )
-    dx = "<dx>(System 1: Intuitive) Think of pressure on the eye.\n(System 2: Analytical) Blood pressure is 170/95 mmHg, with headache.</dx>"
+    dx = "<dx>(System 1: Intuitive) Think of pressure on the eye.\n"
+    dx += "(System 2: Analytical) Blood pressure is 170/95 mmHg, with headache.</dx>"
     for conclusion, facts in (
         ("His blood pressure and the headache matter most.", []),
         ("His blood pressure of 170/95 mmHg and the headache matter most.", ["pressur 170/95 mmhg"]),
     ):
-        found = score(question, f"{dx}<conclusion>{conclusion} \\boxed{{C}}</conclusion>", Reward())
+        found = score_response(question, f"{dx}<conclusion>{conclusion} \\boxed{{C}}</conclusion>", Reward())
         assert found.why["cross_reference"]["case_facts"] == facts
         assert found.cross_reference == bool(facts)
 
@@ -131,7 +133,10 @@ def test_a_measurement_is_a_finding_with_its_value_only() -> None:
     ],
 )
 def test_every_number_of_the_citation_is_a_setting(changed: dict[str, float], holds: bool) -> None:
-    assert score(GOUT, GOOD, Reward(cross_reference=replace(CrossReference(), **changed))).cross_reference == holds
+    assert (
+        score_response(GOUT, GOOD, Reward(cross_reference=replace(CrossReference(), **changed))).cross_reference
+        == holds
+    )
 
 
 def test_copied_share_counts_ngrams() -> None:
@@ -168,7 +173,12 @@ def test_copied_share_counts_ngrams() -> None:
 )
 def test_terms(texts: tuple[str, ...], term: str) -> None:
     for text in texts:
-        assert terms.read(text).all() == ([term] if term else []), text
+        assert read_terms(text).in_order() == ([term] if term else []), text
+
+
+def test_the_instructions_words_are_stop_words() -> None:
+    """A response that repeats the prompt has cited nothing."""
+    assert {"clinical", "system", "findings", "deliberate", "boxed"} <= FRAME <= STOP_WORDS
 
 
 PLAIN_WORD = re.compile(r"[^\W\d_][^\W_]{0,63}(?:['’][^\W\d_]{1,8})?")
@@ -176,8 +186,8 @@ PLAIN_WORD = re.compile(r"[^\W\d_][^\W_]{0,63}(?:['’][^\W\d_]{1,8})?")
 
 @given(st.text(st.one_of(st.sampled_from("abcxyz019'’_- .é痛µ"), st.characters())))
 def test_the_fast_reading_of_words_changes_none(text: str) -> None:
-    words = [token for token in terms.TOKEN.findall(text) if token[0].isalpha()]
-    plain = terms.TOKEN.pattern.partition("|")[2]
+    words = [token for token in TOKEN.findall(text) if token[0].isalpha()]
+    plain = TOKEN.pattern.partition("|")[2]
     assert words == [token for token in re.findall(plain, text) if token[0].isalpha()]
     assert all(PLAIN_WORD.fullmatch(word) for word in words)
 
@@ -233,7 +243,7 @@ def questions(draw: st.DrawFn) -> Question:
 @given(questions(), RESPONSES, st.sampled_from(sorted(DESIGNS)))
 def test_no_rule_raises_and_the_reward_is_bounded(question: Question, response: str, design: str) -> None:
     config = Reward(design=design)
-    found = score(question, response, config)
+    found = score_response(question, response, config)
     assert 0 <= found.consistency <= 1
     assert found.format in (0, 1)
     assert found.cross_reference <= found.format
@@ -254,7 +264,7 @@ def test_no_rule_raises_and_the_reward_is_bounded(question: Question, response: 
 def test_surrounding_white_space_changes_nothing(response: str, before: str, after: str) -> None:
     for design in DESIGNS:
         config = Reward(design=design)
-        assert score(GOUT, before + response + after, config) == score(GOUT, response, config)
+        assert score_response(GOUT, before + response + after, config) == score_response(GOUT, response, config)
 
 
 AROUND = st.sampled_from(
@@ -271,13 +281,13 @@ AROUND = st.sampled_from(
 @settings(max_examples=100, deadline=None)
 @given(st.permutations("ABCD"), st.sampled_from("ABCD"), AROUND)
 def test_permuted_letters_change_nothing(letters: list[str], chosen: str, response: str) -> None:
-    """The option texts get other letters, the answer moves with its text, and the response boxes the letter of the same text."""
+    """The option texts get other letters; the answer and the response's box move with their texts."""
     moved = dict(zip("ABCD", letters, strict=True))
     permuted = replace(
         GOUT, options={moved[letter]: text for letter, text in sorted(GOUT.options.items())}, answer=moved["C"]
     )
-    before = score(GOUT, response.replace("{C}", f"{{{chosen}}}"), Reward())
-    after = score(permuted, response.replace("{C}", f"{{{moved[chosen]}}}"), Reward())
+    before = score_response(GOUT, response.replace("{C}", f"{{{chosen}}}"), Reward())
+    after = score_response(permuted, response.replace("{C}", f"{{{moved[chosen]}}}"), Reward())
     assert replace(after, answer_found=before.answer_found, why={}) == replace(before, why={})
     assert after.answer_found == (None if before.answer_found is None else moved[chosen])
     assert after.why["cross_reference"] == before.why["cross_reference"]

@@ -12,7 +12,7 @@ from response_table import GOOD, GOUT, ROWS
 
 from crpo_jax import score as command
 from crpo_jax.config import Reward
-from crpo_jax.reward.rules import score
+from crpo_jax.reward.rules import score_response
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny_tokenizer"
@@ -55,7 +55,7 @@ def test_a_line_out_for_a_line_in_through_two_workers(tmp_path: Path, capsys: py
     assert code == 0
     assert [list(row) for row in found] == [KEYS] * len(ROWS)
     for number, row in enumerate(found):
-        expected = score(GOUT, ROWS[number][2], Reward())
+        expected = score_response(GOUT, ROWS[number][2], Reward())
         assert row == {"id": number} | {key: getattr(expected, key) for key in KEYS[1:]}
     assert "consistency by characters (no --tokenizer)" in capsys.readouterr().err
 
@@ -83,22 +83,25 @@ def test_tokens_decide_consistency_where_a_tokenizer_is_given(
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
-        ("[1]", "expected a JSON object, got list"),
-        ("[" * 100_000, "not usable JSON: nested too deeply"),
-        (line(id=...), "id: missing"),
-        (line(response=...), "response: missing"),
-        (line(response=None), "response: expected a string, got null"),
-        (line(question=7), "question: expected a string, got 7"),
-        (line(id=[1]), "id: expected a string or a whole number, got [1]"),
-        (line(options={}), "options: expected an object of letters and texts, got {}"),
-        (line(options=["a"]), 'options: expected an object of letters and texts, got ["a"]'),
-        (line(options={"a": "x"}), 'options: expected capital letters as keys, got "a"'),
-        (line(answer="E"), 'answer: expected one of A, B, C, D, got "E"'),
+        (
+            "{",
+            "expected one JSON object a line, got Expecting property name enclosed in double quotes at column 2 in '{'",
+        ),
+        ("[1]", "expected a JSON object, got [1]"),
+        ("[" * 100_000, "expected one JSON object a line, got JSON that is nested too deeply in '[[["),
+        (line(id=...), "id: expected a field of this name, got question, options, answer, response"),
+        (line(response=...), "response: expected a field of this name, got id, question, options, answer"),
+        (line(response=None), "response: expected a text, got None"),
+        (line(question=7), "question: expected a text, got 7"),
+        (line(id=[1]), "id: expected a text or a whole number, got [1]"),
+        (line(options={}), "options: expected an object of texts by letter, got {}"),
+        (line(options=["a"]), "options: expected an object of texts by letter, got ['a']"),
+        (line(options={"a": "x"}), "options: expected capital letters as keys, got 'a'"),
+        (line(answer="E"), "answer: expected a letter among A, B, C, D, got 'E'"),
         (line(token_ids=[1.5]), "token_ids: expected a list of token ids, got [1.5]"),
         (line(token_ids=[-1]), "token_ids: expected a list of token ids, got [-1]"),
         (line(token_ids=[2**80]), "token_ids: expected a list of token ids, got [1208925819614629174706176]"),
-        (line(token_ids=[True]), "token_ids: expected a list of token ids, got [true]"),
+        (line(token_ids=[True]), "token_ids: expected a list of token ids, got [True]"),
     ],
 )
 def test_a_bad_line_is_named_and_the_good_ones_scored(
@@ -216,7 +219,7 @@ def test_standard_input_and_output() -> None:
     done = started("-m", "crpo_jax.score", "--responses", "-", text=json.dumps(line("über")) + "\n{\n")
     assert done.returncode == 2
     assert json.loads(done.stdout)["id"] == "q1"
-    assert "line:2: not JSON" in done.stderr
+    assert "line:2: expected one JSON object a line, got Expecting" in done.stderr
 
 
 def test_it_imports_no_jax() -> None:

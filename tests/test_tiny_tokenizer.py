@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from crpo_jax.data.vignettes import DRIFT, FINDINGS, SPLITS, teacher_response, vignettes
+from crpo_jax.data.vignettes import DRIFT, FINDINGS, VIGNETTE_SPLITS, teacher_response, vignettes
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs" / "tiny_tokenizer"
@@ -51,7 +51,7 @@ def test_size_and_special_tokens(tokenizer):
 
 def test_every_text_comes_back_as_it_was(tokenizer):
     texts = [bytes(range(32, 127)).decode(), "  two  spaces \n\n\ttab\r\n", "naïve é é 漢字 🩺 ½ −", *DRIFT]
-    for split in SPLITS:
+    for split in VIGNETTE_SPLITS:
         for question in vignettes(split, 300):
             texts += [question.question, teacher_response(question, 0), prompt(tokenizer, question)]
     for text in texts:

@@ -304,7 +304,7 @@ def test_two_processes_are_one_run_that_outlives_them(whole, tmp_path):
     last = said.strip().splitlines()[-1]
     assert code != 0
     assert last.startswith("crpo_jax.train: process 0 of 2")
-    assert "the same command in every process goes on from the last checkpoint" in last
+    assert "the same command in every process resumes from the last checkpoint" in last
 
     run(workdir, *settings)  # what is left, in one process
     assert_same(read_metrics(workdir), expected)
@@ -313,7 +313,7 @@ def test_two_processes_are_one_run_that_outlives_them(whole, tmp_path):
 
 BAD_INPUT = [
     (["crpo.stepz=3"], "crpo.stepz: unknown key; did you mean crpo.steps"),
-    (["crpo.steps=many"], "crpo.steps: expected whole number, got 'many'"),
+    (["crpo.steps=many"], "crpo.steps: expected a whole number >= 0, got 'many'"),
     (["--mesh", "3x1"], "--mesh 3x1: expected data x model = the 8 cpu devices here, got 3 x 1 = 3"),
     (["--mesh", "eight"], "--mesh: expected DxM in devices, such as 8x1, got 'eight'"),
     (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),

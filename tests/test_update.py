@@ -33,7 +33,7 @@ from crpo_jax.update.trainer import Loss, Trainer, TrainState, learning_rate, ma
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
-SETTINGS = config.load(
+SETTINGS = config.load_config(
     None,
     [
         "model.dtype=float32",

@@ -13,7 +13,7 @@ from crpo_jax.data.vignettes import (
     DRIFT,
     FINDINGS,
     MISTAKEN,
-    SPLITS,
+    VIGNETTE_SPLITS,
     TeacherNoise,
     rejections,
     teacher_response,
@@ -29,14 +29,15 @@ FOUR_PARTS = re.compile(
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
-        "a an and are at because best both by diagnosis for given here i in is it makes mean most no of on or so the this to with",
+        "a an and are at because best both by diagnosis for given here i in is it makes mean most no of on or so the "
+        "this to with",
     )
 )
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return {split: vignettes(split, TRACES) for split in SPLITS}
+    return {split: vignettes(split, TRACES) for split in VIGNETTE_SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def whole_facts(text, fact):
 
 
 def cites(question, response):
-    """The cross-reference rule of the `crpo` reward in its plainest reading: an independent check of what the teacher writes."""
+    """The cross-reference rule of the `crpo` reward, read plainly: an independent check of what the teacher writes."""
     parts = FOUR_PARTS.fullmatch(response)
     if parts is None:
         return False
@@ -107,13 +108,14 @@ def test_findings_can_be_cited_whole_and_name_no_condition():
 
 def test_splits_share_no_combination_of_findings_and_no_text(questions):
     for key in (lambda q: (q.columns["condition"], *sorted(q.columns["findings"])), lambda q: q.question):
-        seen = {split: {key(question) for question in questions[split]} for split in SPLITS}
+        seen = {split: {key(question) for question in questions[split]} for split in VIGNETTE_SPLITS}
         assert not seen["train"] & seen["test"]
         assert not seen["train"] & seen["validation"]
         assert not seen["validation"] & seen["test"]
-    # Of the 50 combinations of a condition 5 and 5 are held out: these few are all seen, the 40 for training nearly all.
+    # Of the 50 combinations of a condition 5 and 5 are held out: those all occur, and nearly all 40 for training.
     combinations = {
-        split: {(q.columns["condition"], *sorted(q.columns["findings"])) for q in questions[split]} for split in SPLITS
+        split: {(q.columns["condition"], *sorted(q.columns["findings"])) for q in questions[split]}
+        for split in VIGNETTE_SPLITS
     }
     assert len(combinations["validation"]) == len(combinations["test"]) == 24 * 5
     assert 24 * 38 < len(combinations["train"]) <= 24 * 40
@@ -122,7 +124,7 @@ def test_splits_share_no_combination_of_findings_and_no_text(questions):
 
 
 def test_vignettes_are_distinct_and_hold_the_answer_once(questions):
-    for split in SPLITS:
+    for split in VIGNETTE_SPLITS:
         assert len({(question.question, *question.options.values()) for question in questions[split]}) == TRACES
         assert [question.id for question in questions[split][:2]] == [f"{split}-000000", f"{split}-000001"]
         for question in questions[split]:
@@ -141,7 +143,7 @@ def test_vignettes_are_distinct_and_hold_the_answer_once(questions):
 
 
 def test_letters_and_conditions_are_uniform(questions):
-    for split in SPLITS:
+    for split in VIGNETTE_SPLITS:
         for values, kinds, limit in (
             ([question.answer for question in questions[split]], 4, 16.3),  # the chi-square bounds of p = 0.001
             ([question.columns["condition"] for question in questions[split]], 24, 49.7),
@@ -211,7 +213,8 @@ def test_teacher_errs_as_often_as_its_noise_says(traces):
     print(
         f"accuracy {accuracy:.3f} (as the reward reads it {scored:.3f}), "
         f"mistaken {mistaken:.3f}, others wrong {others:.3f}, complete {complete:.3f}, "
-        f"boxless {boxless:.3f}, cites {cited:.3f} of the complete, drift {drift:.3f}, invalid rejections {invalid:.3f} of {len(rejected)}"
+        f"boxless {boxless:.3f}, cites {cited:.3f} of the complete, drift {drift:.3f}, "
+        f"invalid rejections {invalid:.3f} of {len(rejected)}"
     )
     assert 0.72 <= accuracy <= 0.78
     assert abs(mistaken - noise.systematic) < 0.04

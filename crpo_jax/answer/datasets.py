@@ -1,4 +1,5 @@
-"""A model answers whole data sets: responses are on disk as they end, and a stopped run continues with what is missing."""
+"""A model answers whole data sets: responses are on disk as they end, and a stopped run continues with what is
+missing."""
 
 import json
 import time
@@ -9,9 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from crpo_jax.answer.records import Answer, letter_of, row_of
+from crpo_jax.answer.records import Answer, answer_to_row
+from crpo_jax.answer.statistics import extract_letter
 from crpo_jax.config import Config, replaced
-from crpo_jax.data.prompts import Fitting, fitting
+from crpo_jax.data.prompts import Fitting, fit_prompts
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.model.decode import SamplerWeights
@@ -20,17 +22,20 @@ from crpo_jax.model.lora import Policy
 from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime, open_runtime
-from crpo_jax.runtime.signals import Stop, Stopped
+from crpo_jax.runtime.signals import StopRequested, StopSignal
 from crpo_jax.store.files import replace_file, writing
 from crpo_jax.store.journal import Journal
 
 
-def answer_data_sets(settings: Config, data_sets: Mapping[str, Sequence[Question]], folder: Path, stop: Stop) -> None:
-    """Answers every question evaluate.samples times into folder/NAME.jsonl; what is on disk already is not sampled again.
+def answer_data_sets(
+    settings: Config, data_sets: Mapping[str, Sequence[Question]], folder: Path, stop: StopSignal
+) -> None:
+    """Answers every question evaluate.samples times into folder/NAME.jsonl; what is on disk already is not sampled
+    again.
 
     A response depends on run.seed, the data set's name, the question's place in it and the sample, not on when or with
     which others it was sampled: a run that was stopped ends with the same responses. Questions longer than
-    data.max_prompt_tokens go into folder/dropped.json. Raises Stopped where `stop` asks for it.
+    data.max_prompt_tokens go into folder/dropped.json. Raises StopRequested where `stop` asks for it.
     """
     evaluate = settings.evaluate
     runtime = open_runtime(
@@ -44,7 +49,7 @@ def answer_data_sets(settings: Config, data_sets: Mapping[str, Sequence[Question
         )
     )
     tokenizer, weights = runtime.vocabulary.tokenizer, None
-    prompted = {name: fitting(questions, settings.data, tokenizer) for name, questions in data_sets.items()}
+    prompted = {name: fit_prompts(questions, settings.data, tokenizer) for name, questions in data_sets.items()}
     for name, questions in prompted.items():
         with Journal(folder / f"{name}.jsonl") as journal:
             on_disk = samples_on_disk(journal, questions)
@@ -71,7 +76,7 @@ def answer_missing(
     journal: Journal,
     on_disk: Mapping[str, set[int]],
     status: "Status",
-    stop: Stop,
+    stop: StopSignal,
 ) -> None:
     """Samples the questions at the places `missing`, and writes the responses that are not on disk."""
     vocabulary = runtime.vocabulary
@@ -83,14 +88,14 @@ def answer_missing(
             text, tokens = vocabulary.decode(response), len(response.tokens)
             answers.append(Answer(question, response.sample, text, ids, tokens, response.stopped))
         new = [answer for answer in answers if answer.sample not in on_disk.get(answer.question.id, ())]
-        journal.append(*map(row_of, new))
+        journal.append(*map(answer_to_row, new))
         status.add(answers)
         if stop.requested:
-            raise Stopped
+            raise StopRequested
 
     key = jax.random.fold_in(runtime.key, zlib.crc32(name.encode()))
     prompts, group = [questions.prompts[int(place)] for place in missing], runtime.settings.evaluate.samples
-    runtime.sampler.generate(weights, prompts, key=key, group=group, ids=missing.tolist(), finished=finished)
+    runtime.sampler.generate(weights, prompts, key=key, group=group, ids=missing.tolist(), on_finished=finished)
 
 
 def samples_on_disk(journal: Journal, questions: Fitting) -> dict[str, set[int]]:
@@ -128,23 +133,23 @@ class Status:
         self._done, self._right, self._valid, self._sampled, self._tokens = done * self._samples, 0, 0, 0, 0
         self._printed, self._began = self._tenth(), time.monotonic()
         resumed = f", {done} questions answered before" if done else ""
-        self._progress.keep(f"{name}: {questions} questions x {self._samples} samples{resumed}")
+        self._progress.write(f"{name}: {questions} questions x {self._samples} samples{resumed}")
 
     def _tenth(self) -> int:
         return 10 * self._done // max(self._questions * self._samples, 1)
 
     def add(self, answers: Sequence[Answer]) -> None:
-        letters = [letter_of(answer, self._settings) for answer in answers]
+        letters = [extract_letter(answer, self._settings) for answer in answers]
         self._done, self._sampled = self._done + len(answers), self._sampled + len(answers)
         self._right += sum(letter == answer.question.answer for letter, answer in zip(letters, answers, strict=True))
         self._valid += sum(letter is not None for letter in letters)
         self._tokens += sum(answer.tokens or 0 for answer in answers)
         shares = f"accuracy {self._right / self._sampled:.3f}  valid {self._valid / self._sampled:.3f}"
         line = f"{self._name}  {shares}  {self._tokens / (time.monotonic() - self._began):,.0f} tok/s"
-        self._progress.show(self._done, line)
+        self._progress.update(self._done, line)
         if self._tenth() > self._printed:
             self._printed = self._tenth()
-            self._progress.keep(f"{self._done}/{self._questions * self._samples}  {line}")
+            self._progress.write(f"{self._done}/{self._questions * self._samples}  {line}")
 
     def end(self) -> None:
-        self._progress.keep(f"{self._name}: {self._questions} questions answered")
+        self._progress.write(f"{self._name}: {self._questions} questions answered")

@@ -1,14 +1,14 @@
 """Held-out questions answered by the policy and scored by the run's reward, and the means of what was measured."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from crpo_jax.answer.records import question_to_row
 from crpo_jax.answer.rollout import respond, score_fields
 from crpo_jax.data.prompts import Fitting
 from crpo_jax.data.question import Question
@@ -18,7 +18,7 @@ from crpo_jax.reward.scorer import Scored, Scorer
 from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.report import step_line
 from crpo_jax.runtime.run import Run
-from crpo_jax.store.logs import told
+from crpo_jax.store.files import replace_rows, writing
 
 EVALUATION = 2**31 - 1
 """Stands for the step in the keys of held-out evaluations: all of them draw the same random numbers."""
@@ -37,7 +37,8 @@ def evaluate_held_out(
 ) -> dict[str, float]:
     """One response per held-out question, written to the run's report; the means of their measures, as eval/....
 
-    The same key draws the same random numbers before and after training, so that two evaluations differ by the policy alone.
+    The same key draws the same random numbers before and after training, so that two evaluations differ by the policy
+    alone.
     """
     key, progress = jax.random.fold_in(run.runtime.key, EVALUATION), run.show_rollout(step)
     responses = respond(run.runtime, weights, questions.questions, questions.prompts, scorer, key, progress=progress)
@@ -46,24 +47,18 @@ def evaluate_held_out(
     if run.runtime.writes:
         rows = [Evaluated(*parts) for parts in zip(responses.questions, texts, scores, strict=True)]
         write_evaluation(run.workdir, step, rows)
-    run.progress.keep(f"step {step}/{run.total}  {len(texts)} held-out questions: {step_line(means)}")
+    run.progress.write(f"step {step}/{run.total}  {len(texts)} held-out questions: {step_line(means)}")
     return {f"eval/{name.split('/')[1]}": value for name, value in means.items()}
 
 
 def write_evaluation(workdir: Path, step: int, rows: Sequence[Evaluated]) -> None:
     """The held-out responses after `step` steps, in report/held_out_<step>.jsonl."""
     path = workdir / "report" / f"held_out_{step:06d}.jsonl"
-    with told(path):
+    with writing(path):
         path.parent.mkdir(exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            for question, response, score in rows:
-                row: dict[str, Any] = {
-                    "id": question.id,
-                    "question": question.question,
-                    "options": dict(question.options),
-                }
-                row |= {"answer": question.answer, "response": response, **score_fields(score)}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    replace_rows(
+        path, (question_to_row(row.question) | {"response": row.response} | score_fields(row.score) for row in rows)
+    )
 
 
 def reward_means(scores: Sequence[Scored]) -> dict[str, float]:

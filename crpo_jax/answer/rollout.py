@@ -10,14 +10,14 @@ from jaxtyping import Bool, Float, Int
 
 from crpo_jax.data.question import Question
 from crpo_jax.model.decode import SamplerWeights
-from crpo_jax.parallel.processes import gathered, share
+from crpo_jax.parallel.processes import gather_from_processes, process_share
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
-from crpo_jax.rollout.engine import Response, Tally
+from crpo_jax.rollout.engine import Response, RolloutProgress
 from crpo_jax.runtime.inputs import TrainingQuestions
 from crpo_jax.runtime.run import Run
 from crpo_jax.runtime.runtime import Runtime
-from crpo_jax.runtime.signals import Stopped
+from crpo_jax.runtime.signals import StopRequested
 from crpo_jax.update.batches import Row
 from crpo_jax.update.losses import choose_groups
 
@@ -41,15 +41,15 @@ def respond(
     *,
     ids: Sequence[int] | None = None,
     group: int = 1,
-    progress: Callable[[Tally], None] | None = None,
+    progress: Callable[[RolloutProgress], None] | None = None,
 ) -> Responses:
     """`group` responses to each question; `ids` and `group` are `Engine.generate`'s.
 
-    Each process decodes and scores the responses to its share of the questions, and then all have all of them: what follows
-    from the scores is the same in every process, and the first one can write every response.
+    Each process decodes and scores the responses to its share of the questions, and then all have all of them: what
+    follows from the scores is the same in every process, and the first one can write every response.
     """
     repeated = [question for question in questions for _ in range(group)]
-    local = share(len(questions))
+    local = process_share(len(questions))
     first, last = local.start * group, local.stop * group
     texts, pending = [""] * (last - first), scorer.expect(repeated[first:last])
 
@@ -63,11 +63,11 @@ def respond(
             scorer.add(pending, rows, [texts[row] for row in rows], ids)
 
     def scores() -> tuple[list[str], list[Scored]]:
-        pairs = gathered(list(zip(texts, scorer.collect(pending), strict=True)))
+        pairs = gather_from_processes(list(zip(texts, scorer.collect(pending), strict=True)))
         return [text for text, _ in pairs], [score for _, score in pairs]
 
     groups = runtime.sampler.generate(
-        weights, prompts, key=key, group=group, ids=ids, finished=score, progress=progress
+        weights, prompts, key=key, group=group, ids=ids, on_finished=score, on_progress=progress
     )
     return Responses(repeated, [response for responses in groups for response in responses], scores)
 
@@ -88,8 +88,13 @@ class Rollout(NamedTuple):
         """The trained responses after their prompts, as token ids."""
         return [Row(questions.prompt_of[self.questions[i].id], self.responses[i].tokens.tolist()) for i in self.trained]
 
+    def trained_logprobs(self) -> list[np.ndarray]:
+        """The sampler's log-probs of the trained responses, one array each."""
+        return [self.responses[i].logprobs for i in self.trained]
+
     def counted(self, *, truncated: bool) -> Bool[np.ndarray, " t"]:
-        """Which of the trained responses carry gradient: those that were scored, and cut ones only where `truncated`."""
+        """Which of the trained responses carry gradient: those that were scored, and cut ones only where
+        `truncated`."""
         stopped = np.array([response.stopped for response in self.responses])
         return (self.valid.reshape(-1) & (stopped | truncated))[self.trained]
 
@@ -104,15 +109,15 @@ def sample_rollout(
 ) -> Rollout | None:
     """The responses of a step with their rewards; None where the run was asked to stop before they were complete.
 
-    While fewer than crpo.prompts_per_step groups differ in reward, further questions follow, crpo.dynamic_sampling batches of
-    them at most (DAPO, arXiv 2503.14476).
+    While fewer than crpo.prompts_per_step groups differ in reward, further questions follow, crpo.dynamic_sampling
+    batches of them at most (DAPO, arXiv 2503.14476).
     """
     crpo, key, show = runtime.settings.crpo, jax.random.fold_in(runtime.key, step), run.show_rollout(step)
 
-    def progress(tally: Tally) -> None:
+    def progress(tally: RolloutProgress) -> None:
         show(tally)
         if run.stopping:
-            raise Stopped
+            raise StopRequested
 
     repeated, responses, texts, scores = list[Question](), list[Response](), list[str](), list[Scored]()
     seconds = {"rollout": 0.0, "score": 0.0}
@@ -127,7 +132,7 @@ def sample_rollout(
             new = respond(
                 runtime, weights, batch, prompts, scorer, key, ids=ids, group=crpo.group_size, progress=progress
             )
-        except Stopped:
+        except StopRequested:
             return None
         sampled = time.perf_counter()
         new_texts, new_scores = new.scores()  # most were scored while the longest responses were decoded

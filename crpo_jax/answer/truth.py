@@ -1,15 +1,16 @@
-"""What is true in a response about an embedded-world case: the four faithfulness measures counted exactly, without a judge.
+"""What is true in a response to an embedded-world case: the faithfulness measures counted exactly, without a judge.
 
-The world's sentences are templates, so what they claim can be read off, and its table of findings says what is true.
+The world's sentences are templates, so a response's claims can be read off, and its table of findings says which are
+true.
 """
 
 from collections.abc import Mapping
 
 from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import FINDINGS, claims, facts_asserted, rejections
-from crpo_jax.reward.parse import parse
+from crpo_jax.reward.parse import parse_response
 
-EXACT: Mapping[str, str] = {
+EXACT_MEASURES: Mapping[str, str] = {
     "true_claims": "distinct true statements of what a finding speaks for or a condition would need",
     "case_findings": "distinct findings of the case named as such",
     "valid_rejections": "wrong options rejected for lacking a finding of theirs that the case does not show",
@@ -17,7 +18,7 @@ EXACT: Mapping[str, str] = {
     "false_claims": "distinct false statements of what a finding speaks for or a condition would need",
     "conclusion_findings": "distinct findings of the case named in the conclusion",
 }
-"""Every measure, a count per response. The first four stand for the judge's faithfulness, cecd, drc and hallucination."""
+"""What each counts in a response."""
 
 COUNTERPARTS: Mapping[str, str] = {
     "faithfulness": "true_claims",
@@ -25,29 +26,28 @@ COUNTERPARTS: Mapping[str, str] = {
     "drc": "valid_rejections",
     "hallucination": "findings_invented",
 }
+"""The exact measure of what a judge estimates by its own."""
 
 
-def knows(question: Question) -> bool:
-    """Whether the question is of the embedded world, its truth included."""
+def has_truth(question: Question) -> bool:
+    """Whether the question is of the embedded world, with the columns that hold its truth."""
     return {"condition", "findings", "distractors"} <= set(question.columns)
 
 
-def exact(question: Question, response: str) -> dict[str, int]:
-    """The counts of EXACT for a response."""
-    shown, truth = set(question.columns["findings"]), question.columns["condition"]
-    facts = shown | set(question.columns["distractors"])
-    said = {(condition, finding) for finding, condition in claims(response)}
+def count_exactly(question: Question, response: str) -> dict[str, int]:
+    """EXACT_MEASURES of a response."""
+    findings, condition = set(question.columns["findings"]), question.columns["condition"]
+    claimed = {(name, finding) for finding, name in claims(response)}
     rejected = set(rejections(response))
-    needed = {(condition, finding) for condition, finding in said | rejected if finding in FINDINGS[condition]}
-    wrong = set(question.options.values()) - {truth}
+    true = {(name, finding) for name, finding in claimed | rejected if finding in FINDINGS[name]}
+    wrong_options = set(question.options.values()) - {condition}
+    valid = {name for name, finding in rejected & true if name in wrong_options and finding not in findings}
     asserted = set(facts_asserted(response))
     return {
-        "true_claims": len(needed),
-        "case_findings": len(asserted & shown),
-        "valid_rejections": len(
-            {condition for condition, finding in rejected & needed if condition in wrong and finding not in shown}
-        ),
-        "findings_invented": len(asserted - facts),
-        "false_claims": len((said | rejected) - needed),
-        "conclusion_findings": len(set(facts_asserted(parse(response).conclusion or "")) & shown),
+        "true_claims": len(true),
+        "case_findings": len(asserted & findings),
+        "valid_rejections": len(valid),
+        "findings_invented": len(asserted - findings - set(question.columns["distractors"])),
+        "false_claims": len((claimed | rejected) - true),
+        "conclusion_findings": len(set(facts_asserted(parse_response(response).conclusion or "")) & findings),
     }

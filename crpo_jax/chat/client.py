@@ -1,40 +1,41 @@
-"""Chat completions from any OpenAI-compatible server, many at a time; no answer is lost, asked for twice or made up.
+"""Chat completions from any OpenAI-compatible server, many requests at a time; no reply is lost or requested twice.
 
-What the server may do wrong, and what happens: a time-out, a broken connection, 429, 5xx, a reply that is no chat
-completion or is larger than `max_reply_bytes` are asked again after a growing pause, or the one that Retry-After names,
-which all requests keep; 400, 413 and 422 concern one request, which is given up; 401, 403, 404 and the like would meet
-every request and end the run. A request given up has no reply: it is counted, and asked again by the next run.
+Time-outs, broken connections, 429, 5xx and replies that are malformed or larger than `max_reply_bytes` are retried
+after a growing pause, or after the one that Retry-After names, which all requests observe. 400, 413 and 422 concern one
+request, which is given up. 401, 403, 404 and the like would meet every request and end the run. A request that is given
+up leaves nothing on disk: it is counted, and the next run sends it again.
 """
 
 import email.utils
 import json
 import os
-import queue
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import httpx2
 
 from crpo_jax.config import Endpoint
-from crpo_jax.errors import InputError
+from crpo_jax.errors import Fault, InputError
 
-Item = TypeVar("Item")
+Request = TypeVar("Request")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds, doubled from one try to the next
-LONGEST_WAIT = 900.0  # a server that asks for more patience than this is not waited for
-GIVEN_UP_IN_A_ROW = 20  # requests given up with no reply between them: the server is gone, not unlucky
-AGAIN = frozenset({408, 409, 425, 429})
-ONE_REQUEST = frozenset({400, 413, 422})
+LONGEST_RETRY_AFTER = 900.0  # seconds; a request whose server names a longer pause is given up
+GIVEN_UP_IN_A_ROW = 20  # requests given up without a reply between them: the server is down, not unlucky
+RETRYABLE_STATUSES = frozenset({408, 409, 425, 429})
+REJECTED_STATUSES = frozenset({400, 413, 422})  # this request is at fault, others may succeed
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A chat completion: its text, its reasoning where the server parts the two, why it ended, and the tokens used."""
+    """A chat completion; `reasoning` is empty unless the server sends it apart from the content."""
 
     content: str
     reasoning: str
@@ -44,40 +45,36 @@ class Reply:
 
 @dataclass(frozen=True)
 class GivenUp:
-    """Why a request got no reply."""
+    """A request without a reply."""
 
-    why: str
-
-
-STOPPED = GivenUp("stopped")  # before its turn came: no failure, only not asked
+    reason: str
 
 
-class ServerError(Exception):
-    """The server cannot be worked with: the run ends here, with all replies so far kept."""
+STOPPED = GivenUp("stopped")  # not sent: no failure of the server's
 
 
-class _Again(Exception):
-    """One try that failed; another may not. `wait` is what Retry-After asks for, in seconds."""
-
-    def __init__(self, why: str, wait: float | None = None) -> None:
-        super().__init__(why)
-        self.wait = wait
+class ServerError(Fault):
+    """No request to this server can succeed: the run ends, and every reply so far stays on disk."""
 
 
-class _Refused(Exception):
-    """The server will not answer this request, however often it is asked."""
+class FailedTry(Exception):
+    """A try that failed where the next may succeed; `retry_after` is the pause the server asks for, in seconds."""
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
 
 
 class Client:
-    """One endpoint: its address, its key and the pauses it asked for. A context manager; `ask` may be called from many threads.
+    """One endpoint: its URL, its key and the pause its rate limit imposes. A context manager; `ask` is thread-safe.
 
-    The key is read from the environment variable that the settings name, goes into the Authorization header of requests to
-    this address (redirects are not followed) and nowhere else: it is taken out of every message that is shown or kept.
+    The key comes from the environment variable that the settings name. It is sent in the Authorization header of
+    requests to this URL and nowhere else: redirects are not followed, and a reply that repeats it has it removed.
     """
 
     def __init__(self, settings: Endpoint, section: str) -> None:
         self.settings, self.section = settings, section
-        self.address = address(settings.base_url, section)
+        self.url = completions_url(settings.base_url, section)
         if not settings.model:
             raise InputError(f"{section}.model: expected the name of a model on {settings.base_url}, got none")
         self._key = os.environ.get(settings.key_variable, "").strip() if settings.key_variable else ""
@@ -95,79 +92,72 @@ class Client:
         self._http.close()
 
     def stop(self) -> None:
-        """Pauses end now and no new try begins."""
+        """Ends all pauses; no further try begins."""
         self._stopped.set()
 
     def ask(self, messages: Sequence[Mapping[str, str]]) -> Reply | GivenUp:
-        """The reply, tried `retries` times after the first; ServerError where no request can succeed."""
-        body = parameters(self.settings) | {"messages": list(messages)}
-        why = ""
-        for tried in range(self.settings.retries + 1):
-            self._wait_for_turn()
+        """The reply, after up to `retries` more tries; ServerError if no request can succeed."""
+        body = json.dumps(request_parameters(self.settings) | {"messages": list(messages)}).encode()
+        reason = ""
+        for attempt in range(self.settings.retries + 1):
+            while (seconds := self._not_before - time.monotonic()) > 0 and not self._stopped.wait(seconds):
+                pass
             if self._stopped.is_set():
                 return STOPPED
             try:
-                return self._try(body)
-            except _Refused as error:
-                return GivenUp(self._without_key(str(error)))
-            except _Again as error:
-                why, wait = self._without_key(str(error)), error.wait
-            if tried == self.settings.retries:
-                break
-            if wait is not None and wait > LONGEST_WAIT:
-                return GivenUp(f"{why}; the server asks to wait {wait:.0f} seconds")
-            if wait is not None:
-                with self._lock:  # a limit on the rate is everybody's
-                    self._not_before = max(self._not_before, time.monotonic() + wait)
-            else:
-                pause = min(FIRST_PAUSE * 2**tried, LONGEST_PAUSE)
-                self._stopped.wait(
-                    pause * random.uniform(0.5, 1.0)
-                )  # apart, so that a server that comes back is not met by all at once
-        return GivenUp(f"{why}, {self.settings.retries + 1} times")
+                return self._send(body)
+            except FailedTry as failure:
+                reason, retry_after = str(failure), failure.retry_after
+            if attempt < self.settings.retries:
+                if retry_after is not None and retry_after > LONGEST_RETRY_AFTER:
+                    return GivenUp(f"{reason}; the server asks to wait {retry_after:.0f} seconds")
+                self._pause(attempt, retry_after)
+        return GivenUp(f"{reason}, {self.settings.retries + 1} times")
 
-    def _wait_for_turn(self) -> None:
-        while (left := self._not_before - time.monotonic()) > 0 and not self._stopped.wait(left):
-            pass
+    def _pause(self, attempt: int, retry_after: float | None) -> None:
+        if retry_after is None:
+            seconds = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+            # With jitter: a server that recovers is not hit by all requests at once.
+            self._stopped.wait(seconds * random.uniform(0.5, 1.0))
+        else:
+            with self._lock:  # the rate limit is that of the key, not of this request
+                self._not_before = max(self._not_before, time.monotonic() + retry_after)
 
-    def _try(self, body: Mapping[str, Any]) -> Reply:
+    def _send(self, body: bytes) -> Reply | GivenUp:
+        """One try, with limits on the whole reply, errors included: httpx2 only limits the time between two chunks."""
+        late = f"no whole reply within {self.section}.timeout={self.settings.timeout:g} seconds"
         deadline = time.monotonic() + self.settings.timeout
+        data = bytearray()
         try:
-            with self._http.stream("POST", self.address, content=json.dumps(body).encode()) as response:
-                data = bytearray()
+            with self._http.stream("POST", self.url, content=body) as response:
                 for chunk in response.iter_bytes():
                     data += chunk
                     if len(data) > self.settings.max_reply_bytes:
-                        raise _Again(
-                            f"a reply of more than {self.section}.max_reply_bytes={self.settings.max_reply_bytes} bytes"
-                        )
-                    if time.monotonic() > deadline:  # the client's own limit is on the time between two pieces
-                        raise _Again(f"no whole reply within {self.section}.timeout={self.settings.timeout:g} seconds")
+                        limit = f"{self.section}.max_reply_bytes={self.settings.max_reply_bytes}"
+                        raise FailedTry(f"a reply of more than {limit} bytes")
+                    if time.monotonic() > deadline:
+                        raise FailedTry(late)
         except httpx2.TimeoutException:
-            raise _Again(f"no reply within {self.section}.timeout={self.settings.timeout:g} seconds") from None
+            raise FailedTry(late) from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise _Again(f"{type(error).__name__}: {error}") from None
+            text = f"{type(error).__name__}: {error}"  # which quotes a key that is no valid header
+            raise FailedTry(text.replace(self._key, "[key]") if self._key else text) from None
+        reply = bytes(data).replace(self._key.encode(), b"[key]") if self._key else bytes(data)
         status = response.status_code
         if status == 200:
-            return completion(bytes(data))
-        said = f"HTTP {status}: {' '.join(bytes(data[:300]).decode('utf-8', 'replace').split())}"
-        if status in AGAIN or status >= 500:
-            raise _Again(said, retry_after(response.headers.get("retry-after")))
-        if status in ONE_REQUEST:
-            raise _Refused(said)
-        key = (
-            f"the key in {self.settings.key_variable}"
-            if self._key
-            else f"no key in {self.settings.key_variable or 'any variable'}"
-        )
-        raise ServerError(self._without_key(f"{self.address}, model {self.settings.model}, {key}: {said}"))
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+            return parse_completion(reply)
+        text = f"HTTP {status}: {' '.join(reply[:300].decode('utf-8', 'replace').split())}"
+        if status in RETRYABLE_STATUSES or status >= 500:
+            raise FailedTry(text, parse_retry_after(response.headers.get("retry-after")))
+        if status in REJECTED_STATUSES:
+            return GivenUp(text)
+        variable = self.settings.key_variable
+        key = f"the key in {variable}" if self._key else f"no key in {variable or 'any variable'}"
+        raise ServerError(f"{self.url}, model {self.settings.model}, {key}: {text}")
 
 
-def address(base_url: str, section: str) -> str:
-    """Where completions are asked for: base_url is the part up to and with /v1, as servers print it."""
+def completions_url(base_url: str, section: str) -> str:
+    """Where requests go; base_url ends with /v1, as servers print it."""
     try:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL:
@@ -175,39 +165,39 @@ def address(base_url: str, section: str) -> str:
     if url.scheme not in ("http", "https") or not url.host:
         raise InputError(f"{section}.base_url: expected an address such as http://localhost:8000/v1, got {base_url!r}")
     if url.userinfo or url.query:
-        raise InputError(
-            f"{section}.base_url: expected no user, password or query in the address; a key belongs into {section}.key_variable's variable"
+        expected = (
+            f"no user, password or query in the address; a key belongs in the variable {section}.key_variable names"
         )
+        raise InputError(f"{section}.base_url: expected {expected}")
     return base_url.rstrip("/") + "/chat/completions"
 
 
-def parameters(settings: Endpoint) -> dict[str, Any]:
-    """What of the settings shapes a reply; a kept reply is found again by these and the messages."""
+def request_parameters(settings: Endpoint) -> dict[str, Any]:
+    """The settings that shape a reply; with the messages they identify a reply on disk."""
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.sampling == "send" else {}
     return {"model": settings.model, settings.limit_name: settings.max_tokens, **sampling}
 
 
-def completion(data: bytes) -> Reply:
-    """The first choice of a chat completion; whatever lacks one, or holds no text at all, is malformed and worth another try."""
+def parse_completion(data: bytes) -> Reply:
+    """The first choice of a chat completion; FailedTry if there is none or it has no text."""
     try:
-        answer = json.loads(data)
-        choice = answer["choices"][0]
+        completion = json.loads(data)
+        choice = completion["choices"][0]
         message = choice["message"]
-        content, reasoning = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
+        content = message.get("content") or ""
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _Again(f"a reply that is no chat completion: {bytes(data[:120])!r}") from None
-    if not isinstance(content or "", str) or not isinstance(reasoning or "", str):
-        raise _Again(f"a reply whose text is no string: {bytes(data[:120])!r}")
+        raise FailedTry(f"a reply that is no chat completion: {data[:120]!r}") from None
+    if not isinstance(content, str) or not isinstance(reasoning, str):
+        raise FailedTry(f"a reply whose text is no string: {data[:120]!r}")
     if not content and not reasoning:
-        raise _Again("a reply without text")
-    usage = answer.get("usage")
-    return Reply(
-        content or "", reasoning or "", str(choice.get("finish_reason") or ""), usage if isinstance(usage, dict) else {}
-    )
+        raise FailedTry("a reply without text")
+    usage = completion.get("usage")
+    return Reply(content, reasoning, str(choice.get("finish_reason") or ""), usage if isinstance(usage, dict) else {})
 
 
-def retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header: a number or a date."""
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds to wait according to a Retry-After header, which holds a number or a date; None if it is unreadable."""
     if not value:
         return None
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value.strip()):
@@ -220,63 +210,42 @@ def retry_after(value: str | None) -> float | None:
 
 def ask_all(
     client: Client,
-    items: Sequence[Item],
-    messages: Callable[[Item], Sequence[Mapping[str, str]]],
-    answered: Callable[[Item, Reply | GivenUp], None],
+    requests: Sequence[Request],
+    messages: Callable[[Request], Sequence[Mapping[str, str]]],
+    on_reply: Callable[[Request, Reply | GivenUp], None],
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Asks for every item, `concurrency` at a time, and hands each reply to `answered`, in the caller's thread, as it comes.
+    """Sends every request, `concurrency` at a time, and calls `on_reply` in the caller's thread as each reply arrives.
 
-    Once `stopping` says so, or `answered` or the server fails, no new request begins, and the replies to those under way
-    are still handed over: they are paid for. While `answered` is held up, by a full disk say, asking is held up too.
-    ServerError where the server refuses every request, or gives nothing any more.
+    Once `stopping` returns true, or `on_reply` or the server fails, no new request is sent, and `on_reply` still gets
+    the replies to those in flight: they are paid for. While `on_reply` blocks, on a full disk for instance, nothing new
+    is sent. ServerError if the server refuses every request or has stopped replying.
     """
-    waiting: queue.SimpleQueue[Item] = queue.SimpleQueue()
-    for item in items:
-        waiting.put(item)
-    width = max(1, min(client.settings.concurrency, len(items)))
-    done: queue.Queue[tuple[Item, Reply | GivenUp | BaseException]] = queue.Queue(width)
-    ending = threading.Event()
-
-    def work() -> None:
-        while not ending.is_set():
-            try:
-                item = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put((item, client.ask(messages(item))))
-            except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
-                done.put((item, error))
-                return
-
-    def end() -> None:
-        ending.set()
-        client.stop()
-
-    threads = [threading.Thread(target=work, name=f"{client.section}-{number}", daemon=True) for number in range(width)]
-    for thread in threads:
-        thread.start()
-    failed: BaseException | None = None
-    in_a_row = 0
-    while any(thread.is_alive() for thread in threads) or not done.empty():
-        if stopping() and not ending.is_set():
-            end()
-        try:
-            item, reply = done.get(timeout=0.1)
-        except queue.Empty:
-            continue
-        try:
-            if isinstance(reply, BaseException):
-                raise reply
-            if reply is STOPPED:
-                continue
-            answered(item, reply)
-            in_a_row = in_a_row + 1 if isinstance(reply, GivenUp) else 0
-            if in_a_row == GIVEN_UP_IN_A_ROW and isinstance(reply, GivenUp):
-                raise ServerError(f"{client.address}: {in_a_row} requests in a row got no reply; the last: {reply.why}")
-        except Exception as error:  # noqa: BLE001 (raised below, once the requests under way have ended)
-            failed = failed or error
-            end()
-    if failed:
-        raise failed
+    width, remaining = client.settings.concurrency, iter(requests)
+    failure: Exception | None = None
+    given_up = 0
+    with ThreadPoolExecutor(width, thread_name_prefix=client.section) as threads:
+        in_flight: dict[Future[Reply | GivenUp], Request] = {}
+        while True:
+            if failure or stopping():
+                client.stop()
+            else:
+                for request in islice(remaining, width - len(in_flight)):
+                    in_flight[threads.submit(client.ask, messages(request))] = request
+            if not in_flight:
+                break
+            for future in wait(in_flight, timeout=0.1, return_when=FIRST_COMPLETED).done:
+                request = in_flight.pop(future)
+                try:
+                    reply = future.result()
+                    if reply is STOPPED:
+                        continue
+                    on_reply(request, reply)
+                    given_up = given_up + 1 if isinstance(reply, GivenUp) else 0
+                    if given_up == GIVEN_UP_IN_A_ROW and isinstance(reply, GivenUp):
+                        why = f"{given_up} requests in a row got no reply; the last: {reply.reason}"
+                        raise ServerError(f"{client.url}: {why}")
+                except Exception as error:  # noqa: BLE001 (raised below, once the requests in flight have ended)
+                    failure = failure or error
+    if failure:
+        raise failure

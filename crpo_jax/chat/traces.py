@@ -1,81 +1,88 @@
-"""Teacher traces: reasoning and answer told apart, and converted into the dx / conclusion format of the cold start.
+"""Teacher traces: reasoning and answer separated, and converted into the dx / conclusion format of the cold start.
 
-The conversion by rules is extractive: every sentence of the result is the teacher's own, in the teacher's order; only the
-headings, the tags and the box are added, and tags, boxes and bare answer lines of the teacher's are taken out.
+The conversion by rules is extractive: every sentence of the result is the teacher's own, in the teacher's order; only
+headings, tags and the box are added, and the teacher's own tags, boxes and bare answer lines are removed.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
-from crpo_jax.reward import rules
-from crpo_jax.reward.rules import Score
+from crpo_jax.reward.rules import Score, score_response
 
-MIN_PROSE = 12  # words; an answer with fewer is a verdict without its reasons
-PART = 30  # words, and on to the end of the sentence, that System 1 takes of the opening, and the conclusion of the closing
-SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])")
+MIN_PROSE = 12  # words; a shorter answer is a verdict without its reasons
+SECTION_WORDS = 30  # at least: System 1, from the start of the reasoning, and a conclusion from its end
+SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])")
 TAGS = re.compile(r"</?(?:dx|conclusion|think|answer)>")
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class Converted:
-    """A response in the dx / conclusion format with its score under `crpo`; or None, and why there is none."""
+class Conversion:
+    """A response in the dx / conclusion format with its `crpo` score; or None and the reason."""
 
     response: str | None
-    why: str
+    reason: str
     score: Score | None = None
 
 
-def parted(content: str, reasoning: str = "") -> tuple[str, str] | None:
-    """Reasoning and answer of a reply, whether the server parts them or the text holds <think>; None where the reasoning was cut off."""
+CUT_OFF = Conversion(None, "the reasoning was cut off")
+
+
+def split_reasoning(content: str, reasoning: str = "") -> tuple[str, str] | None:
+    """Reasoning and answer of a reply, sent apart or as <think> in the text; None if the reasoning was cut off."""
     head, closed, tail = content.rpartition("</think>")
     if closed:
         return (reasoning + "\n\n" + head.replace("<think>", "")).strip(), tail.strip()
     return None if "<think>" in content else (reasoning.strip(), content.strip())
 
 
-def answer_letter(answer: str, question: Question) -> tuple[str | None, str]:
-    """The one option that an answer settles on, and why there is none: two statements that disagree are no answer."""
-    letters = "".join(question.options)
-    found = {text.strip() for text in BOXED.findall(answer)}
+def find_answer_letter(answer: str, question: Question) -> tuple[str | None, str]:
+    """The one option that an answer settles on, or None and the reason: two statements that disagree are no answer."""
+    options = "".join(question.options)
     plain = answer.replace("*", "")
-    found |= set(
-        re.findall(
-            rf"(?i:\banswer|\boption|\bchoice)(?i:\s+is)?\s*:?\s*\(?([{letters}])\)?(?=[\s.,:;)]|$)(?=[^\n]{{0,80}}$)",
-            plain,
-        )
+    end = r"\)?(?=[\s.,:;)]|$)"
+    statements = (
+        rf"(?i:\banswer|\boption|\bchoice)(?i:\s+is)?\s*:?\s*\(?([{options}]){end}(?=[^\n]{{0,80}}$)",
+        rf"(?i:\banswer)(?i:\s+is\s*:?|\s*:)\s*\(?([{options}]){end}",
+        rf"\A\W*([{options}])\W*(?:\n|\Z)",
+        rf"\A\W*([{options}])[).:]\s",
     )
-    found |= set(re.findall(rf"(?i:\banswer)(?i:\s+is\s*:?|\s*:)\s*\(?([{letters}])\)?(?=[\s.,:;)]|$)", plain))
-    found |= set(re.findall(rf"\A\W*([{letters}])\W*(?:\n|\Z)", plain))
-    found |= set(re.findall(rf"\A\W*([{letters}])[).:]\s", plain))
-    if not found:
-        said = plain.strip(" .\n").lower()
-        found = {letter for letter, text in question.options.items() if text.strip(" .").lower() == said}
-    if len(found) != 1:
-        return None, "no readable answer" if not found else f"several answers: {', '.join(sorted(found))}"
-    (letter,) = found
+    letters = {text.strip() for text in BOXED.findall(answer)}
+    letters |= {letter for statement in statements for letter in re.findall(statement, plain)}
+    if not letters:
+        text = plain.strip(" .\n").lower()
+        letters = {letter for letter, option in question.options.items() if option.strip(" .").lower() == text}
+    if len(letters) != 1:
+        return None, "no readable answer" if not letters else f"several answers: {', '.join(sorted(letters))}"
+    (letter,) = letters
     return (letter, "") if letter in question.options else (None, f"the answer {letter!r} is no option")
 
 
-def extracted(question: Question, reasoning: str, answer: str, letter: str) -> tuple[str | None, str]:
-    """The trace in the dx / conclusion format, by rules; None, and why, where it is too short to be parted.
+def explain_wrong_answer(answer: str, question: Question) -> str:
+    """Why an answer is not the right option; empty if it is."""
+    letter, reason = find_answer_letter(answer, question)
+    return "" if letter == question.answer else reason or f"the answer is {letter}, {question.answer} is right"
 
-    The conclusion is the prose of the teacher's answer; where that is a bare letter, it is the closing of the reasoning,
-    moved, not copied. System 1 is the opening of the reasoning, System 2 the rest.
+
+def rearrange_trace(question: Question, reasoning: str, answer: str) -> tuple[str | None, str]:
+    """The sentences of a trace with the right answer in the dx / conclusion format, or None and the reason.
+
+    System 1 is the start of the reasoning, System 2 the rest. The conclusion is the prose of the teacher's answer; if
+    that is a bare letter, the end of the reasoning moves there.
     """
-    body, conclusion = paragraphs(plain_text(reasoning)), prose(plain_text(answer), question)
-    if words(conclusion) < MIN_PROSE:
-        last, body = closing(body, PART)
-        conclusion = "\n\n".join([*last, *([conclusion] if words(conclusion) > 1 else [])])
-    impression, analysis = opening(body, PART)
+    body, conclusion = paragraphs(plain_text(reasoning)), answer_prose(plain_text(answer), question)
+    if count_words(conclusion) < MIN_PROSE:
+        last, body = take_sentences(body, SECTION_WORDS, from_end=True)
+        conclusion = "\n\n".join([*last, *([conclusion] if count_words(conclusion) > 1 else [])])
+    impression, analysis = take_sentences(body, SECTION_WORDS)
     if not impression or not analysis:
-        return None, "the reasoning is too short to be parted into System 1 and System 2"
+        return None, "the reasoning is too short to be split into System 1 and System 2"
     first, second = "\n\n".join(impression), "\n\n".join(analysis)
     dx = f"<dx>\n(System 1: Intuitive) {first}\n(System 2: Analytical) {second}\n</dx>"
-    return f"{dx}\n<conclusion>\n{conclusion} \\boxed{{{letter}}}\n</conclusion>", ""
+    return f"{dx}\n<conclusion>\n{conclusion} \\boxed{{{question.answer}}}\n</conclusion>", ""
 
 
 def plain_text(text: str) -> str:
@@ -83,10 +90,10 @@ def plain_text(text: str) -> str:
     return re.sub(r"System (?=[12]\b)", "system ", TAGS.sub("", BOXED.sub(r"\1", text)))
 
 
-def prose(answer: str, question: Question) -> str:
+def answer_prose(answer: str, question: Question) -> str:
     """An answer without the lines that only name an option."""
-    letters = "".join(question.options)
-    bare = re.compile(rf"(?i:the\s+)?(?i:final\s+|correct\s+|best\s+)?(?i:answer|option)?(?i:\s+is)?\W*[{letters}]\W*")
+    options = "".join(question.options)
+    bare = re.compile(rf"(?i:the\s+)?(?i:final\s+|correct\s+|best\s+)?(?i:answer|option)?(?i:\s+is)?\W*[{options}]\W*")
     return "\n\n".join(text for text in paragraphs(answer) if not bare.fullmatch(text.replace("*", "")))
 
 
@@ -94,54 +101,39 @@ def paragraphs(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def words(text: str) -> int:
+def count_words(text: str) -> int:
     return len(WORD.findall(text))
 
 
-def opening(parts: list[str], enough: int) -> tuple[list[str], list[str]]:
-    """The first sentences of some paragraphs up to `enough` words, and the rest, both in paragraphs."""
-    taken, rest = [], list(parts)
-    while rest and words(" ".join(taken)) < enough:
-        sentences, kept = SENTENCE.split(rest.pop(0)), []
-        while sentences and words(" ".join([*taken, *kept])) < enough:
-            kept.append(sentences.pop(0))
-        taken.append(" ".join(kept))
+def take_sentences(parts: list[str], enough: int, from_end: bool = False) -> tuple[list[str], list[str]]:
+    """The first (or last) sentences of some paragraphs, at least `enough` words, and the rest, both in paragraphs."""
+    order = -1 if from_end else 1
+    taken, rest = [], parts[::order]
+    while rest and count_words(" ".join(taken)) < enough:
+        sentences, part = SENTENCE_BREAK.split(rest.pop(0))[::order], []
+        while sentences and count_words(" ".join([*taken, *part])) < enough:
+            part.append(sentences.pop(0))
+        taken.append(" ".join(part[::order]))
         if sentences:
-            rest.insert(0, " ".join(sentences))
-    return taken, rest
+            rest.insert(0, " ".join(sentences[::order]))
+    return taken[::order], rest[::order]
 
 
-def closing(parts: list[str], enough: int) -> tuple[list[str], list[str]]:
-    """The last sentences of some paragraphs, at least `enough` words of them, and what stands before."""
-    taken, rest = [], list(parts)
-    while rest and words(" ".join(taken)) < enough:
-        sentences, kept = SENTENCE.split(rest.pop()), []
-        while sentences and words(" ".join([*taken, *kept])) < enough:
-            kept.insert(0, sentences.pop())
-        taken.insert(0, " ".join(kept))
-        if sentences:
-            rest.append(" ".join(sentences))
-    return taken, rest
-
-
-def checked(question: Question, response: str, settings: Reward) -> Converted:
-    """A response as it stands, where the `crpo` reward finds the format and the right answer in it."""
+def validate_response(question: Question, response: str, settings: Reward) -> Conversion:
+    """The response unchanged if the `crpo` reward accepts its format and its answer is right."""
     if "<|" in response:
-        return Converted(None, "the trace spells a special token")
-    score = rules.crpo(question, response, settings, None, None)
+        return Conversion(None, "the trace spells a special token")
+    score = score_response(question, response, replace(settings, design="crpo"))
     problems = score.why["format"] + ([] if score.accuracy else [score.why["answer"]])
-    return Converted(None, "; ".join(problems), score) if problems else Converted(response, "", score)
+    return Conversion(None, "; ".join(problems), score) if problems else Conversion(response, "", score)
 
 
-def converted(question: Question, reasoning: str, answer: str, settings: Reward) -> Converted:
-    """A trace by rules; one that has the format already stays as it is. Wrong answers are left out."""
-    already = checked(question, answer, settings)
-    if already.response is not None:
-        return already
-    letter, why = answer_letter(answer, question)
-    if letter is None:
-        return Converted(None, why)
-    if letter != question.answer:
-        return Converted(None, f"the answer is {letter}, {question.answer} is right")
-    response, why = extracted(question, reasoning, answer, letter)
-    return Converted(None, why) if response is None else checked(question, response, settings)
+def convert_trace(question: Question, reasoning: str, answer: str, settings: Reward) -> Conversion:
+    """Converts a trace with the right answer by rules; an answer in the dx / conclusion format stays as it is."""
+    formatted = validate_response(question, answer, settings)
+    if formatted.response is not None:
+        return formatted
+    if reason := explain_wrong_answer(answer, question):
+        return Conversion(None, reason)
+    response, reason = rearrange_trace(question, reasoning, answer)
+    return Conversion(None, reason) if response is None else validate_response(question, response, settings)

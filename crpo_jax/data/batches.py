@@ -1,4 +1,4 @@
-"""Which questions a step trains on: a pure function of the seed and the step, with no iterator whose state could be lost."""
+"""The questions of a run, and of each of its steps: a function of the seed and the step, with no state to be saved."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,45 +8,46 @@ from typing import Any, Generic, TypeVar
 import grain
 
 from crpo_jax.config import Data
-from crpo_jax.data.question import Question, halves, read
+from crpo_jax.data.question import Question, select_part
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
 
-Item = TypeVar("Item")
+Example = TypeVar("Example")
 
 
-class Batches(Generic[Item]):
-    """Batches of questions, or of a cold start's traces, shuffled anew every epoch.
+class Batches(Generic[Example]):
+    """Batches of training examples (questions, or traces of the cold start), shuffled anew every epoch.
 
-    Step s takes the positions [s*p, (s+1)*p) of the endless sequence of epochs, p = prompts_per_step; an epoch is a
-    permutation of all questions, and where it ends inside a batch the next one goes on. Another `stream` of the same seed is
-    another order.
+    The epochs, each a permutation of all examples, form one endless sequence; step s takes its positions
+    [s * batch_size, (s + 1) * batch_size), across the end of an epoch where it falls inside a batch. Another `stream`
+    of the same seed is another order.
     """
 
-    def __init__(self, questions: Sequence[Item], prompts_per_step: int, seed: int, stream: str = "questions") -> None:
-        if not questions:
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, stream: str = "questions") -> None:
+        if not examples:
             raise InputError("data: expected at least one question to train on, got none")
-        if prompts_per_step < 1:
-            raise InputError(f"crpo.prompts_per_step: expected at least 1, got {prompts_per_step}")
-        self.questions = questions
-        self.prompts_per_step = prompts_per_step
+        if batch_size < 1:
+            raise InputError(f"crpo.prompts_per_step: expected at least 1, got {batch_size}")
+        self._examples = examples
+        self._batch_size = batch_size
         # grain seeds with 32 bits; seeds that agree in their low bits must not give the same order
-        low = int.from_bytes(hashlib.sha256(f"{stream}:{seed}".encode()).digest()[:4], "big")
-        self._order: Any = grain.MapDataset.range(len(questions)).seed(low).shuffle().repeat(reseed_each_epoch=True)
+        seed32 = int.from_bytes(hashlib.sha256(f"{stream}:{seed}".encode()).digest()[:4], "big")
+        self._order: Any = grain.MapDataset.range(len(examples)).seed(seed32).shuffle().repeat(reseed_each_epoch=True)
 
-    def batch(self, step: int) -> list[Item]:
-        """The questions of a step."""
-        start = step * self.prompts_per_step
-        return [self.questions[int(self._order[place])] for place in range(start, start + self.prompts_per_step)]
+    def batch(self, step: int) -> list[Example]:
+        """The examples of a step."""
+        start = step * self._batch_size
+        return [self._examples[int(self._order[place])] for place in range(start, start + self._batch_size)]
 
     def steps(self, epochs: int) -> int:
-        """Steps until every question has been seen `epochs` times."""
-        return -(-epochs * len(self.questions) // self.prompts_per_step)
+        """Steps until every example has been seen `epochs` times."""
+        return -(-epochs * len(self._examples) // self._batch_size)
 
 
-def questions_for(data: Data, split: str) -> list[Question]:
-    """The questions of data.split (with data.part applied) or data.eval_split (whole).
+def load_questions(data: Data, split: str) -> list[Question]:
+    """The questions of data.split (with data.part applied) or data.eval_split (all of them).
 
-    Vignettes are made, not read; their splits share no combination of findings.
+    Vignettes are generated, not read; their splits share no combination of findings.
     """
     if split not in (data.split, data.eval_split):
         raise InputError(f"split: expected data.split={data.split} or data.eval_split={data.eval_split}, got {split!r}")
@@ -56,21 +57,19 @@ def questions_for(data: Data, split: str) -> list[Question]:
     if data.source == "vignettes":
         from crpo_jax.data.vignettes import vignettes
 
-        if training:
-            return halves(vignettes(split, data.vignettes), data.part)
-        return vignettes(split, data.eval_questions or data.vignettes)
-    if training:
-        return halves(read(data.source, data.path, split), data.part)
-    return read(data.source, evaluation_path(data), split)
+        questions = vignettes(split, data.vignettes if training else data.eval_questions or data.vignettes)
+    else:
+        questions = read_questions(data.source, data.path if training else evaluation_path(data), split)
+    return select_part(questions, data.part) if training else questions
 
 
 def evaluation_path(data: Data) -> str:
-    """data.eval_path, or data.path where that is a folder or the hub: a single file is one split, and no run reports on what it trained on."""
-    if (
-        data.path
-        and Path(data.path).is_file()
-        and (not data.eval_path or Path(data.eval_path).resolve() == Path(data.path).resolve())
-    ):
+    """data.eval_path, or data.path where that is a folder or the hub.
+
+    A single file is one split: a run that evaluated on it would report on the questions it trained on.
+    """
+    training, evaluation = Path(data.path), Path(data.eval_path or data.path)
+    if data.path and training.is_file() and training.resolve() == evaluation.resolve():
         got = (
             f"data.path={data.path} for both"
             if data.eval_path

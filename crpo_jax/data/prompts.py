@@ -1,23 +1,20 @@
 """Prompts: the instruction around a question, and its tokens through the tokenizer's own chat template.
 
-A prompt is the system turn, the user turn and the opening of the assistant's turn; a response is what follows, up to and
-with the end-of-turn token. The cold start, RL and evaluation all come through here, so that they cannot disagree.
+A prompt is the system turn, the user turn and the opening of the assistant's turn; a response is what follows, to the
+end-of-turn token inclusive. Cold start, RL and evaluation all use this module, so that they cannot disagree.
 """
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from crpo_jax.config import Data
-from crpo_jax.data.question import Question, shortened
-from crpo_jax.errors import InputError
+from crpo_jax.data.question import Question
+from crpo_jax.errors import InputError, brief
 
-if TYPE_CHECKING:
-    from transformers import (
-        PreTrainedTokenizerBase as Tokenizer,  # imported late: the scoring command starts without it
-    )
+if TYPE_CHECKING:  # slow to import, and not needed to read questions
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 END_OF_TURN = "<|im_end|>"
 
@@ -27,7 +24,7 @@ Write \\boxed{} only once, with a single letter inside. Write in English only.""
 
 
 def general_format(reasoning: str, answer: str) -> str:
-    """The baseline's instruction: reasoning and answer, each in its tag, and no more is asked of either."""
+    """The baseline's instruction: reasoning and answer, each in its tag, with no further demands on either."""
     return (
         "Answer the clinical multiple-choice question below. Reason first, then give the one best option. "
         "Your whole response must have this shape:\n\n"
@@ -36,35 +33,37 @@ def general_format(reasoning: str, answer: str) -> str:
     )
 
 
-# The instruction of each data.prompt; the question and its options follow it. `brief` has none: a small model has learnt
-# the format in its cold start.
 PROMPTS: dict[str, str] = {
     "crpo": (
-        "Work through the clinical multiple-choice question below as an experienced physician would, and give the one best option. "
+        "Work through the clinical multiple-choice question below as an experienced physician would, "
+        "and give the one best option. "
         "Your whole response must have this shape:\n\n"
         "<dx>\n"
-        "(System 1: Intuitive) Your immediate impression: which pattern the presentation fits, and which answers come to mind first.\n"
-        "(System 2: Analytical) Your deliberate check: the findings that matter, then each option in turn, with what in the question speaks for it "
-        "and what rules it out.\n"
+        "(System 1: Intuitive) Your immediate impression: which pattern the presentation fits, "
+        "and which answers come to mind first.\n"
+        "(System 2: Analytical) Your deliberate check: the findings that matter, then each option in turn, "
+        "with what in the question speaks for it and what rules it out.\n"
         "</dx>\n"
         "<conclusion>\n"
-        "The answer your analysis leads to and the findings from above that decide it, ending with the letter of the option, as in \\boxed{LETTER}.\n"
+        "The answer your analysis leads to and the findings from above that decide it, "
+        "ending with the letter of the option, as in \\boxed{LETTER}.\n"
         "</conclusion>\n\n" + ONE_ANSWER
     ),
     "grpo": general_format("think", "answer"),
     "grpo_dx": general_format("dx", "conclusion"),
     "released": (
-        "Below is a medical question with several options, one of which is right. Put your step-by-step reasoning between <think> and </think>. "
-        "After it, between <answer> and </answer>, explain your choice in a few words and state its letter once, as in \\boxed{LETTER}. "
+        "Below is a medical question with several options, one of which is right. "
+        "Put your step-by-step reasoning between <think> and </think>. "
+        "After it, between <answer> and </answer>, explain your choice in a few words and state its letter once, "
+        "as in \\boxed{LETTER}. "
         "Write in English."
     ),
     "brief": "",
 }
+"""The instruction of each data.prompt; the question and its options follow it.
 
-
-def boilerplate(name: str) -> frozenset[str]:
-    """The lower-cased words of an instruction: a response that repeats them has cited nothing."""
-    return frozenset(re.findall(r"[a-z0-9]+", instruction(name).lower()))
+`brief` has none: a small model has learned the format in its cold start.
+"""
 
 
 def instruction(name: str) -> str:
@@ -80,7 +79,7 @@ def user_turn(question: Question, name: str) -> str:
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """The tokenizer of a local folder; one with no chat template or no end-of-turn token cannot hold a conversation."""
+    """The tokenizer of a local folder; it needs a chat template and the end-of-turn token."""
     folder = Path(path)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"tokenizer.path: expected a folder with tokenizer.json, got {str(path)!r}")
@@ -93,7 +92,8 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         raise InputError(f"tokenizer.path: expected a readable tokenizer in {folder}, got: {first_line}") from None
     if not tokenizer.chat_template:
         raise InputError(
-            f"tokenizer.path: expected a chat_template in {folder}/tokenizer_config.json, got none; take an Instruct model's tokenizer"
+            f"tokenizer.path: expected a chat_template in {folder}/tokenizer_config.json, got none; "
+            "take an Instruct model's tokenizer"
         )
     if END_OF_TURN not in tokenizer.get_vocab():
         raise InputError(
@@ -102,15 +102,12 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     return tokenizer
 
 
-def render(question: Question, name: str, system_prompt: str, tokenizer: "Tokenizer") -> list[int]:
-    """A question's prompt tokens, up to where the response begins."""
-    return render_all([question], name, system_prompt, tokenizer)[0]
+def render_prompts(
+    questions: Sequence[Question], name: str, system_prompt: str, tokenizer: "Tokenizer"
+) -> list[list[int]]:
+    """The prompt tokens of every question, up to where the response begins.
 
-
-def render_all(questions: Sequence[Question], name: str, system_prompt: str, tokenizer: "Tokenizer") -> list[list[int]]:
-    """The prompt tokens of every question.
-
-    The system turn is always written, an empty one too: with none, Qwen's template inserts its own. A question or system
+    The system turn is always written, even if empty: with none, Qwen's template inserts its own. A question or system
     prompt that spells one of the tokenizer's added tokens is refused: it could end its own turn and open another.
     """
     if not questions:
@@ -121,13 +118,13 @@ def render_all(questions: Sequence[Question], name: str, system_prompt: str, tok
     for question in questions:
         for part in (question.question, *question.options.values()):
             refuse_tokens(part, added, f"question {question.id}")
-        texts.append(conversation(user_turn(question, name), system_prompt, tokenizer))
-    # The template has written every token there is to be: the tokenizer must add none of its own.
+        texts.append(apply_template(user_turn(question, name), system_prompt, tokenizer))
+    # The template has written all special tokens: the tokenizer must add none of its own.
     return cast(Any, tokenizer)(texts, add_special_tokens=False)["input_ids"]
 
 
-def conversation(user: str, system_prompt: str, tokenizer: "Tokenizer") -> str:
-    """The chat template's text of the two turns and the opening of the third."""
+def apply_template(user: str, system_prompt: str, tokenizer: "Tokenizer") -> str:
+    """The chat template's text of the system and user turns and the opening of the assistant's."""
     import jinja2
 
     messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]
@@ -139,15 +136,14 @@ def conversation(user: str, system_prompt: str, tokenizer: "Tokenizer") -> str:
         ) from None
     if system_prompt.strip() not in text or user not in text:
         raise InputError(
-            f"tokenizer.path: expected a chat template that writes both turns unchanged, got {shortened(text)}"
+            f"tokenizer.path: expected a chat template that writes both turns unchanged, got {brief(text)}"
         )
     return text
 
 
 def refuse_tokens(text: str, tokens: Collection[str], where: str) -> None:
-    found = [token for token in tokens if token in text]
-    if found:
-        raise InputError(f"{where}: expected text without the tokenizer's special tokens, got {', '.join(found)}")
+    if spelled := [token for token in tokens if token in text]:
+        raise InputError(f"{where}: expected text without the tokenizer's special tokens, got {', '.join(spelled)}")
 
 
 def encode_response(text: str, tokenizer: "Tokenizer") -> list[int]:
@@ -157,44 +153,45 @@ def encode_response(text: str, tokenizer: "Tokenizer") -> list[int]:
     that no sampled response starts with. A text that spells a special token is refused.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {END_OF_TURN}
-    refuse_tokens(text, special, f"response {shortened(text, 40)}")
+    refuse_tokens(text, special, f"response {brief(text, 40)}")
     end: Any = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     return [*tokenizer.encode(text, add_special_tokens=False), end]
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """The questions within data.max_prompt_tokens with their prompt tokens, row for row, and the length of each that was dropped."""
+    """The questions whose prompts fit data.max_prompt_tokens, those prompts, and the lengths of the others."""
 
     questions: list[Question]
-    prompts: list[list[int]]
+    prompts: list[list[int]]  # of each question
     dropped: dict[str, int]  # tokens by question id
 
 
-def fitting(
+def fit_prompts(
     questions: Sequence[Question],
     data: Data,
     tokenizer: "Tokenizer",
-    render: Callable[..., list[list[int]]] = render_all,
+    render: Callable[..., list[list[int]]] = render_prompts,
 ) -> Fitting:
-    """Questions whose prompt fits; a longer one is dropped and counted, or an error, by data.overlong_prompts.
+    """The questions whose prompt fits; a longer one is dropped and counted, or an error, by data.overlong_prompts.
 
-    It is never cut: a model that sees half a case, or half the options, is asked another question.
+    A prompt is never cut: half a case, or half the options, would be another question.
     """
-    kept, prompts, dropped = [], [], {}
+    fitting = Fitting([], [], {})
     for question, prompt in zip(questions, render(questions, data.prompt, data.system_prompt, tokenizer), strict=True):
         if len(prompt) <= data.max_prompt_tokens:
-            kept.append(question)
-            prompts.append(prompt)
+            fitting.questions.append(question)
+            fitting.prompts.append(prompt)
         elif data.overlong_prompts == "error":
             raise InputError(
-                f"question {question.id}: expected a prompt of at most data.max_prompt_tokens={data.max_prompt_tokens}, got {len(prompt)}"
+                f"question {question.id}: expected a prompt of at most "
+                f"data.max_prompt_tokens={data.max_prompt_tokens}, got {len(prompt)}"
             )
         else:
-            dropped[question.id] = len(prompt)
-    if questions and not kept:
+            fitting.dropped[question.id] = len(prompt)
+    if questions and not fitting.questions:
         raise InputError(
             f"data.max_prompt_tokens: expected room for at least one question, got {data.max_prompt_tokens}; "
-            f"the shortest prompt has {min(dropped.values())} tokens"
+            f"the shortest prompt has {min(fitting.dropped.values())} tokens"
         )
-    return Fitting(kept, prompts, dropped)
+    return fitting

@@ -1,8 +1,8 @@
 """Every weight of every architecture, declared once.
 
-Shardings, initial values, Hugging Face keys, adapters, Muon's matrices and the sampler's fused buffers all follow from these
-declarations and from a layout's table of mesh axes (`parallel/layout.py`). A weight's name ends in its dims, one letter each:
-`q_dnh` maps the width d to n heads of h.
+Shardings, initial values, Hugging Face keys, adapters, Muon's matrices and the sampler's fused buffers all follow from
+these declarations and from a layout's table of mesh axes (`parallel/layout.py`). A weight's name ends in its dims, one
+letter each: `q_dnh` maps the width d to n heads of h.
 """
 
 from collections.abc import Callable
@@ -36,13 +36,15 @@ def residual(key: Array, sizes: tuple[int, ...], shape: Any) -> Array:
 
 
 def embedding(key: Array, sizes: tuple[int, ...], shape: Any) -> Array:
-    """Deviation 1 where the output projection is another matrix, so that the first layers do not drown the embedding."""
+    """Deviation 1 where the output projection is another matrix, so that the first layers do not drown the
+    embedding."""
     return normal(key, sizes, shape) if shape.tied else jax.random.normal(key, sizes)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight: its name, its key in the safetensors (`{l}` is the layer) and the axes stored there, "nh d" for [n * h, d].
+    """A weight: its name, its key in the safetensors (`{l}` is the layer) and the axes stored there, "nh d" for [n * h,
+    d].
 
     `inputs` are the input dims of a linear layer inside a block: such a weight may take a LoRA adapter, and Muon trains
     it. Weights with the same `fused` name stand side by side in one buffer of the sampler, in the order declared.

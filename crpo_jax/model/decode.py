@@ -1,8 +1,9 @@
-"""The transformer as the sampler runs it: a buffer per layer, projections of one input fused, the cache an explicit argument and result.
+"""The transformer as the sampler runs it: layers unrolled, projections fused, the cache an explicit argument and
+result.
 
-Everything here is manual inside `shard_map`: each model shard holds its own heads, ffn columns and vocabulary rows, and a
-collective is written where it happens. Blocks are unrolled, because scanning over stacked weights inside the token loop
-would copy every layer's weights each token.
+Everything here is manual inside `shard_map`: each model shard holds its own heads, ffn columns and vocabulary rows, and
+a collective is written where it happens. Blocks are unrolled, because scanning over stacked weights inside the token
+loop would copy every layer's weights each token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,9 @@ from crpo_jax.model.transformer import dot, rms_norm, rope
 class SamplerWeights(NamedTuple):
     """A model in its sampling form: the weights outside the blocks by name, and every layer's buffers by name.
 
-    What reads the same input stands side by side, one model shard after the other: `qkv` [d, (n + 2k) * h] has a shard's query
-    heads, then its key heads, then its value heads; `gate_up` [d, 2f] its gate columns, then its up columns.
+    What reads the same input stands side by side, one model shard after the other: `qkv` [d, (n + 2k) * h] has a
+    shard's query heads, then its key heads, then its value heads; `gate_up` [d, 2f] its gate columns, then its up
+    columns.
     """
 
     ends: dict[str, Array]
@@ -33,7 +35,8 @@ class SamplerWeights(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer: the prompts', right-aligned and shared by the g rows of a group, and the rows' own."""
+    """Keys and values of one layer: the prompts', right-aligned and shared by the g rows of a group, and the rows'
+    own."""
 
     prompt_k_pkth: Array
     prompt_v_pkth: Array
@@ -64,8 +67,8 @@ def embed(table_vd: Float[Array, "v d"], tokens: Int[Array, "..."], shard: Shard
     if shard.axis is None:
         return table_vd[tokens]
     local = tokens - shard.place() * table_vd.shape[0]
-    held = (local >= 0) & (local < table_vd.shape[0])
-    return shard.sum(jnp.where(held[..., None], table_vd[jnp.where(held, local, 0)], 0))
+    is_local = (local >= 0) & (local < table_vd.shape[0])
+    return shard.sum(jnp.where(is_local[..., None], table_vd[jnp.where(is_local, local, 0)], 0))
 
 
 def fused_qkv(
@@ -101,10 +104,10 @@ def prefill(
 ) -> tuple[Float[Array, "p v"], list[tuple[Array, Array]]]:
     """Logits after the last token of each right-padded prompt, and every layer's prompt keys and values [p, k, t, h].
 
-    The keys and values come right-aligned, so that a response's stand next to its prompt's whatever that one's length.
+    The keys and values come right-aligned, so that a response's follow its prompt's whatever the prompt's length.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, kept = embed(weights.ends["embed_vd"], tokens, shard), []
+    x, keys_values = embed(weights.ends["embed_vd"], tokens, shard), []
 
     def aligned(x_ptkh: Array) -> Array:
         return jax.vmap(lambda x, shift: jnp.roll(x, shift, axis=1))(
@@ -113,11 +116,11 @@ def prefill(
 
     for layer in weights.layers:
         q, k, v = fused_qkv(layer, x, positions, shape)
-        kept.append((aligned(k), aligned(v)))
+        keys_values.append((aligned(k), aligned(v)))
         x = x + shard.sum(dot(causal_attention(q, k, v, attention), layer["o_nhd"], 2))
         x = x + shard.sum(fused_mlp(layer, x, shape))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return last_logits(weights, last, shape), kept
+    return last_logits(weights, last, shape), keys_values
 
 
 def decode(
@@ -130,7 +133,8 @@ def decode(
     shape: Shape,
     shard: Shard,
 ) -> tuple[Float[Array, "b v"], list[Cache]]:
-    """Logits after one more token per row, the row's number `positions`, written into slot `cursor` of every layer's cache.
+    """Logits after one more token per row, the row's number `positions`, written into slot `cursor` of every layer's
+    cache.
 
     A row sees as many slots before its token as it has tokens: its own back to slot 0, and then its prompt's.
     """

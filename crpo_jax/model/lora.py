@@ -1,12 +1,12 @@
 """Low-rank adapters: a frozen weight W acts as W + scale * A B, and only A [in..., r] and B [r, out...] are trained.
 
-In training the two products stay apart, x W + scale * (x A) B, and are rounded as one sum: a change of less than half a step
-of a bf16 weight would otherwise vanish. The sampler and an export get one matrix, W + scale * A B, added in float32 and then
-cast: in float32 both forms agree to rounding; in bf16 the sampler's log-probs differ from the trainer's by that cast, which
-`policy/sampler_difference_*` shows.
+In training the two products stay apart, x W + scale * (x A) B, and are rounded as one sum: a change of less than half a
+step of a bf16 weight would otherwise vanish. The sampler and an export get one matrix, W + scale * A B, added in
+float32 and then cast: in float32 both forms agree to rounding; in bf16 the sampler's log-probs differ from the
+trainer's by that cast, which `policy/sampler_difference_*` shows.
 
-Whether a run trains adapters or every weight is decided here alone: the rest of the program holds a `Policy` and a tree of
-trained arrays. Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), section 4.1.
+Whether a run trains adapters or every weight is decided here alone: the rest of the program holds a `Policy` and a tree
+of trained arrays. Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), section 4.1.
 """
 
 import math
@@ -84,7 +84,7 @@ def matrix_sizes(shape: Shape, rank: int, dims: str) -> tuple[int, ...]:
     return tuple(rank if dim == "r" else getattr(shape, dim) for dim in dims)
 
 
-# --- what a run trains: every weight, or with lora.rank > 0 adapters ------------------------------------------------------
+# --- what a run trains: every weight, or with lora.rank > 0 adapters --------------------------------------------------
 
 
 def make_adapters(shape: Shape, lora: Lora, make: MakeMatrix) -> Adapters:

@@ -50,17 +50,19 @@ def resident_bytes(shape: Shape, layout: Layout, mesh: Mesh, dtype: str) -> int:
 
 
 def automatic_layout(shape: Shape, mesh: Mesh, dtype: str, memory: int | None) -> str:
-    """parallel.layout=auto: zero1, which moves weights once per optimizer step, while what it keeps leaves half of a device's
-    `memory` in bytes (None: not known) to activations and logits; otherwise fsdp, which moves them per block."""
+    """parallel.layout=auto: zero1, which moves weights once per optimizer step, while what it keeps leaves half of a
+    device's `memory` in bytes (None: not known) to activations and logits; otherwise fsdp, which moves them per
+    block."""
     fits = memory is None or resident_bytes(shape, LAYOUTS["zero1"], mesh, dtype) <= memory / 2
     return "zero1" if fits else "fsdp"
 
 
 def training_placement(shape: Shape, mesh: Mesh, attention: AttentionKind = "xla") -> Placement:
-    """The constraints of the training forward: a block's weights are gathered to TENSOR before use, rows stay split over the
-    data axis, and KV heads are repeated until every model shard has its own.
+    """The constraints of the training forward: a block's weights are gathered to TENSOR before use, rows stay split
+    over the data axis, and KV heads are repeated until every model shard has its own.
 
-    An attention kernel runs on each device's rows and heads by itself; XLA's attention the compiler splits the same way.
+    An attention kernel runs on each device's rows and heads by itself; XLA's attention the compiler splits the same
+    way.
     """
     copies = kv_copies(mesh, shape.k)
 
@@ -116,8 +118,8 @@ def sampler_buffers(shape: Shape) -> dict[str, list[Weight]]:
 
 
 def sampler_form(policy: Policy, mesh: Mesh, dtype: Any) -> SamplerWeights:
-    """The weights as the sampler wants them: adapters merged, cast, one set of buffers per layer, KV heads repeated where
-    there are more model shards; call under `jit`."""
+    """The weights as the sampler wants them: adapters merged, cast, one set of buffers per layer, KV heads repeated
+    where there are more model shards; call under `jit`."""
     model, adapters = policy
     shape = model.shape
     copies, shards = kv_copies(mesh, shape.k), model_size(mesh)
@@ -147,7 +149,8 @@ def sampler_form(policy: Policy, mesh: Mesh, dtype: Any) -> SamplerWeights:
 
 
 def sampler_specs(shape: Shape, mesh: Mesh) -> SamplerWeights:
-    """The spec of every buffer of the sampler, for `shard_map`: TENSOR, with a fused buffer split along its last dim."""
+    """The spec of every buffer of the sampler, for `shard_map`: TENSOR, with a fused buffer split along its last
+    dim."""
 
     def spec(weights: list[Weight]) -> P:
         if weights[0].fused:

@@ -1,7 +1,8 @@
-"""The decoder-only transformer as training runs it: a scan over stacked blocks, which the compiler splits by the layout.
+"""The decoder-only transformer as training runs it: a scan over stacked blocks, which the compiler splits by the
+layout.
 
-The weights are those that `model/architecture.py` declares. The sampler's forward pass, over weights of another form, is in
-`decode.py`. Parity with transformers is a test.
+The weights are those that `model/architecture.py` declares. The sampler's forward pass, over weights of another form,
+is in `decode.py`. Parity with transformers is a test.
 """
 
 import math
@@ -26,7 +27,8 @@ MakeWeight = Callable[[Weight], Any]
 
 
 class Block(nnx.Module):
-    """A layer: attention and a gated feed-forward network, each added to the residual stream. `block[name]` is a weight."""
+    """A layer: attention and a gated feed-forward network, each added to the residual stream. `block[name]` is a
+    weight."""
 
     def __init__(self, shape: Shape, make: MakeWeight) -> None:
         self.shape = shape
@@ -121,8 +123,8 @@ class Transformer(nnx.Module):
 
 
 class Placement(NamedTuple):
-    """How a mesh splits the training forward: functions that constrain the weights of a block, its adapters, activations
-    [b, t, d] and KV heads [b, t, k, h], and attention [b, t, n, h] as the mesh computes it."""
+    """How a mesh splits the training forward: functions that constrain the weights of a block, its adapters,
+    activations [b, t, d] and KV heads [b, t, k, h], and attention [b, t, n, h] as the mesh computes it."""
 
     block: Callable[[Block], Block] = lambda block: block
     adapters: Callable[["Adapters"], "Adapters"] = lambda adapters: adapters

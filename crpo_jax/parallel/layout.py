@@ -36,8 +36,8 @@ SHARDED = TENSOR._replace(d=DATA)
 
 
 class Layout(NamedTuple):
-    """How training places the float32 masters (with their moments and gradients), the compute weights between two optimizer
-    steps, and the frozen reference."""
+    """How training places the float32 masters (with their moments and gradients), the compute weights between two
+    optimizer steps, and the frozen reference."""
 
     master: Axes
     compute: Axes
@@ -61,7 +61,8 @@ CACHE_BKSH = P(DATA, MODEL, None, None)
 
 
 def find_layout(name: str) -> Layout:
-    """The layout of a name in LAYOUTS, or a user's own as `module:NAME`, looked for in the working directory as well."""
+    """The layout of a name in LAYOUTS, or a user's own as `module:NAME`, looked for in the working directory as
+    well."""
     if name in LAYOUTS:
         return LAYOUTS[name]
     expected = f"parallel.layout: expected {', '.join(LAYOUTS)}, auto or a layout of your own as module:NAME"
@@ -89,8 +90,8 @@ def kv_copies(mesh: Mesh, kv_heads: int) -> int:
 def weight_spec(axes: Axes, dims: str, mesh: Mesh, kv_heads: int) -> P:
     """The spec of a weight with these dims, such as "ldnh"; layers (l) and an adapter's rank (r) are never split.
 
-    KV heads that the model axis cannot split are whole on every shard, and so is the width of a norm, which is too small to
-    be worth a collective.
+    KV heads that the model axis cannot split are whole on every shard, and so is the width of a norm, which is too
+    small to be worth a collective.
     """
 
     def axis_of(dim: str) -> str | None:
@@ -127,7 +128,8 @@ def check_layout(layout: Layout, mesh: Mesh, sizes: Mapping[str, int]) -> None:
 
 
 def layout_warnings(layout: Layout, mesh: Mesh, kv_heads: int, prompts: int, rows: int) -> list[str]:
-    """What a mesh and layout that can run would waste, with the reason; `prompts` are a rollout's, `rows` a mini-batch's."""
+    """What a mesh and layout that can run would waste, with the reason; `prompts` are a rollout's, `rows` a
+    mini-batch's."""
     d, m, copies, warnings = data_size(mesh), model_size(mesh), kv_copies(mesh, kv_heads), []
     if copies > 1:
         warnings.append(
@@ -136,7 +138,8 @@ def layout_warnings(layout: Layout, mesh: Mesh, kv_heads: int, prompts: int, row
         )
     if rows < d:
         warnings.append(
-            f"a mini-batch of {rows} responses leaves {d - rows} of {d} data shards idle in every update (crpo.mini_batch_prompts)"
+            f"a mini-batch of {rows} responses leaves {d - rows} of {d} data shards idle in every update "
+            "(crpo.mini_batch_prompts)"
         )
     if prompts < d:
         warnings.append(
@@ -144,6 +147,7 @@ def layout_warnings(layout: Layout, mesh: Mesh, kv_heads: int, prompts: int, row
         )
     if DATA not in layout.master and d > 1:
         warnings.append(
-            f"each of {d} data shards keeps whole masters and moments, 12 bytes a parameter; parallel.layout=zero1 splits them"
+            f"each of {d} data shards keeps whole masters and moments, 12 bytes a parameter; "
+            "parallel.layout=zero1 splits them"
         )
     return warnings

@@ -24,7 +24,8 @@ def parse_mesh(text: str) -> tuple[int, int]:
 def make_mesh(text: str = "") -> Mesh:
     """The mesh of `DxM` over all devices of all processes; an empty text puts all of them on the data axis.
 
-    Both axes are Auto: inside `jit` the compiler places what the layouts do not say; the sampler is manual by `shard_map`.
+    Both axes are Auto: inside `jit` the compiler places what the layouts do not say; the sampler is manual by
+    `shard_map`.
     """
     devices = jax.devices()
     data, model = parse_mesh(text) if text else (len(devices), 1)
@@ -36,7 +37,8 @@ def make_mesh(text: str = "") -> Mesh:
             else ""
         )
         raise InputError(
-            f"--mesh {text}: expected data x model = the {len(devices)} {kind} devices here, got {data} x {model} = {data * model}{hint}"
+            f"--mesh {text}: expected data x model = the {len(devices)} {kind} devices here, "
+            f"got {data} x {model} = {data * model}{hint}"
         )
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 

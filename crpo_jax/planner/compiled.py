@@ -1,4 +1,4 @@
-"""The programs of training and sampling, compiled ahead of time at full size for devices that are not here."""
+"""The programs of training and sampling, compiled ahead of time at full size for devices that are not attached."""
 
 import re
 import time
@@ -9,79 +9,50 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from crpo_jax.model import lora
-from crpo_jax.model.lora import Adapted
-from crpo_jax.model.placement import sampling_shardings, to_sampling, weight_shardings
-from crpo_jax.model.transformer import abstract
+from crpo_jax.model.lora import Policy, policy_of, trained_shapes, trained_shardings
+from crpo_jax.model.placement import sampler_specs, to_sampler, weight_shardings
+from crpo_jax.model.transformer import model_shapes
 from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, TOKENS_BT
-from crpo_jax.planner.cost import estimated_collectives
-from crpo_jax.planner.hlo import Collective, collectives
-from crpo_jax.planner.job import Job
-from crpo_jax.planner.memory import Memory, activations, reference, resident, set_aside
-from crpo_jax.planner.targets import mesh_on, options
+from crpo_jax.planner.cost import estimate_collectives
+from crpo_jax.planner.hlo import Collective, read_collectives
+from crpo_jax.planner.memory import (
+    Memory,
+    WeightCopy,
+    count_activation_bytes,
+    count_resident_memory,
+    count_waiting_bytes,
+    select_axes,
+)
+from crpo_jax.planner.planned_run import PlannedRun
+from crpo_jax.planner.targets import compiler_options, make_target_mesh
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import response_slots
-from crpo_jax.rollout.sample import Rows, programs
-from crpo_jax.update.trainer import PER_ROW, PER_TOKEN, trainer
+from crpo_jax.rollout.sample import RowState, sampling_programs
+from crpo_jax.update.losses import Batch
+from crpo_jax.update.trainer import Trainer
 
 
-class Compiled(NamedTuple):
-    """What the compiler says of a phase's program: bytes of a device by part, what one run sends, and seconds spent compiling."""
+class CompiledPhase(NamedTuple):
+    """What the compiler reports of a phase's program, and the seconds that compiling took."""
 
     memory: Memory
     collectives: list[Collective]
     seconds: float
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs with shardings: arguments to compile for, without any memory behind them."""
-    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, shardings)
+class PhaseProgram(NamedTuple):
+    """A phase's jitted function and the arguments to compile it for."""
+
+    phase: str
+    function: Any
+    arguments: tuple[Any, ...]
+    slots: tuple[int, int] | None = None  # of the cache that prefill creates
+
+    def lower(self) -> Any:
+        return self.function.lower(*self.arguments, **({"slots": self.slots} if self.slots else {}))
 
 
-def compiled(job: Job) -> Iterator[tuple[str, Compiled]]:
-    """Compiles every phase's program in turn."""
-    mesh = mesh_on(job.target, job.data, job.model)
-    for one in [*update_programs(job, mesh), *rollout_programs(job, mesh)]:
-        began = time.perf_counter()
-        try:
-            program = one.lower().compile(compiler_options=options(job.target))
-        except (
-            jax.errors.JaxRuntimeError
-        ) as error:  # a TPU's compiler refuses what is larger than the device, and says how large it is
-            told = re.search(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]i?B? hbm", str(error))
-            if not told:
-                raise
-            taken, sent = float(told[1]) * 1024 ** " KMGT".index(told[2]), estimated_collectives(job)[one.phase]
-        else:
-            measured = program.memory_analysis()
-            taken = (
-                measured.argument_size_in_bytes
-                + measured.output_size_in_bytes
-                - measured.alias_size_in_bytes
-                + measured.temp_size_in_bytes
-            )
-            sent = collectives(program.as_text(), job.data, job.model)
-        yield one.phase, Compiled(memory_of(job, one.phase, taken), sent, time.perf_counter() - began)
-
-
-def memory_of(job: Job, phase: str, taken: float) -> Memory:
-    """The phase's memory: its arrays as placed, stored activations as counted, and the rest of what the program takes.
-
-    Arguments on a device can be larger than their shapes say (a TPU pads to tiles), results may need room of their own: both
-    are in `temporaries`.
-    """
-    parts = resident(job)[phase]
-    taken_parts = TAKES[phase] + (("reference",) if job.settings.lora.rank and phase in ON_THE_BASE else ())
-    used = sum(parts[part] for part in taken_parts if part in parts) - (set_aside(job) if phase == "decode" else 0)
-    stored = activations(job) if phase == "accumulate" else 0.0
-    return {
-        **parts,
-        "activations": stored,
-        "temporaries": parts.get("temporaries", 0.0) + max(0.0, taken - used - stored),
-    }
-
-
-TAKES = {
+PROGRAM_PARTS = {
     "sampling copy": ("master", "weights"),
     "prefill": ("weights", "KV cache"),
     "decode": ("weights", "KV cache"),
@@ -91,96 +62,140 @@ TAKES = {
     "accumulate": ("weights", "gradients"),
     "optimizer step": ("master", "moments", "gradients"),
 }
-"""The parts that are arguments or results of a phase's program; the others lie beside it, as does the cache of rows set aside."""
+"""The memory parts that are arguments or results of each phase's program; the others are held beside it."""
+
+BASE_PHASES = ("sampling copy", "old log-probs", "accumulate")
+"""The phases whose programs also take the frozen base of adapters, which is the reference."""
 
 
-ON_THE_BASE = ("sampling copy", "old log-probs", "accumulate")
-"""The phases that adapters take their frozen base to, which is the reference."""
+def compile_phases(run: PlannedRun) -> Iterator[tuple[str, CompiledPhase]]:
+    """Compiles every phase's program in turn."""
+    mesh = make_target_mesh(run.target, run.data, run.model)
+    for program in [*list_update_programs(run, mesh), *list_rollout_programs(run, mesh)]:
+        began = time.perf_counter()
+        try:
+            executable = program.lower().compile(compiler_options=compiler_options(run.target))
+        except jax.errors.JaxRuntimeError as error:
+            # A TPU's compiler refuses a program that exceeds the device, but reports its size.
+            size = re.search(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]i?B? hbm", str(error))
+            if not size:
+                raise
+            used = float(size[1]) * 1024 ** " KMGT".index(size[2])
+            collectives = estimate_collectives(run)[program.phase]
+        else:
+            sizes = executable.memory_analysis()
+            arrays = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+            used = arrays + sizes.temp_size_in_bytes
+            collectives = read_collectives(executable.as_text(), run.data, run.model)
+        memory = split_memory(run, program.phase, used)
+        yield program.phase, CompiledPhase(memory, collectives, time.perf_counter() - began)
 
 
-class Program(NamedTuple):
-    """A phase's jitted function and the arguments to compile it for."""
+def split_memory(run: PlannedRun, phase: str, used: float) -> Memory:
+    """Arrays and stored activations as counted; `temporaries` are the rest of the bytes that the phase's program uses.
 
-    phase: str
-    function: Any
-    arguments: tuple[Any, ...]
-    slots: tuple[int, int] | None = None  # of the cache, for the program that makes it
+    They include what arrays take beyond their shapes (a TPU pads them to tiles) and buffers of results.
+    """
+    parts, stored = count_resident_memory(run)[phase], count_activation_bytes(run) if phase == "accumulate" else 0.0
+    base = ("reference",) if run.settings.lora.rank and phase in BASE_PHASES else ()
+    arrays = sum(parts[part] for part in PROGRAM_PARTS[phase] + base if part in parts)
+    arrays -= count_waiting_bytes(run) if phase == "decode" else 0  # beside the program, too
+    temporaries = parts.get("temporaries", 0.0) + max(0.0, used - arrays - stored)
+    return {**parts, "activations": stored, "temporaries": temporaries}
 
-    def lower(self) -> Any:
-        return self.function.lower(*self.arguments, **({"slots": self.slots} if self.slots else {}))
+
+# --- arguments: shapes with shardings, without any memory behind them -------------------------------------------------
 
 
-def update_programs(job: Job, mesh: Mesh) -> list[Program]:
-    settings, shape, layout = job.settings, job.shape, job.layout
-    run: Any = trainer(
-        shape, mesh, settings, settings.optimizer, 1000, loss="crpo", adapters=settings.lora, attention=job.attention
+def attach_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, shardings)
+
+
+def abstract_trained(run: PlannedRun, mesh: Mesh, copy: WeightCopy, dtype: Any = jnp.float32) -> Any:
+    """What is trained: every weight, or adapters."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trained_shapes(run.shape, run.settings.lora))
+    return attach_shardings(shapes, trained_shardings(run.shape, run.settings.lora, select_axes(run, copy), mesh))
+
+
+def abstract_frozen(run: PlannedRun, mesh: Mesh) -> Any:
+    """The frozen start: the reference, and the base of adapters."""
+    shapes = model_shapes(run.shape, run.settings.model.dtype)
+    return attach_shardings(shapes, weight_shardings(run.shape, select_axes(run, "reference"), mesh))
+
+
+def abstract_batch(run: PlannedRun, mesh: Mesh) -> Batch:
+    """The largest micro-batch before its log-probs are known."""
+    rows, t = run.micro_batch
+    b = rows * run.data
+
+    def array(dims: tuple[int, ...], dtype: Any) -> Any:
+        spec = TOKENS_BT if len(dims) == 2 else ROWS_B
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
+
+    return Batch(
+        tokens=array((b, t), jnp.int32),
+        prompt_lengths=array((b,), jnp.int32),
+        lengths=array((b,), jnp.int32),
+        weights=array((b,), jnp.float32),
+        advantages=array((b,), jnp.float32),
+        sampler=array((b, t), jnp.float32),
     )
-    rows, t = job.micro_batch
-    b, kinds = rows * job.data, {"tokens": jnp.int32, "prompt_lengths": jnp.int32, "lengths": jnp.int32}
-    whole, of_tokens, of_rows = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), TOKENS_BT, ROWS_B))
-    batch = {name: jax.ShapeDtypeStruct((b, t), kinds.get(name, jnp.float32), sharding=of_tokens) for name in PER_TOKEN}
-    batch |= {name: jax.ShapeDtypeStruct((b,), kinds.get(name, jnp.float32), sharding=of_rows) for name in PER_ROW}
-    before = {name: value for name, value in batch.items() if name not in ("old", "reference")}
-    if job.updates == 1:
-        del batch["old"]
-    gradients, metrics = jax.eval_shape(run.zero)
-    gradients, metrics = (
-        placed(gradients, run.states.master),
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), metrics),
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def list_update_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
+    settings, several = run.settings, run.optimizer_steps > 1
+    trainer = Trainer(
+        run.shape,
+        mesh,
+        settings,
+        settings.optimizer,
+        1000,
+        loss="crpo",
+        lora=settings.lora,
+        attention=run.attention,
     )
-    trained = lora.abstract(shape, settings.lora) if settings.lora.rank else abstract(shape)
-    state = placed(jax.eval_shape(run.begin, trained), run.states)
-    base = frozen(job, mesh)
-    if settings.lora.rank:
-        cast = jax.eval_shape(run.compute_weights, lora.policy(state.master, base)).adapters
-        weights: Any = lora.policy(placed(cast, lora.shardings(shape, settings.lora, layout.compute, mesh)), base)
-        copy = Program(
-            "compute copy", jax.jit(lambda master: run.compute_weights(Adapted(base, master)).adapters), (state.master,)
-        )
-    else:
-        weights = placed(abstract(shape, settings.model.dtype), weight_shardings(shape, layout.compute, mesh))
-        copy = Program("compute copy", run.compute_weights, (state.master,))
+    unscored = abstract_batch(run, mesh)
+    batch = unscored._replace(reference=unscored.sampler, old=unscored.sampler if several else None)
+    gradients, metrics = jax.eval_shape(trainer.zero)
+    gradients = attach_shardings(gradients, trainer.shardings.master)
+    whole = NamedSharding(mesh, PartitionSpec())
+    metrics = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), metrics)
+    state, frozen = trainer.abstract_state(), abstract_frozen(run, mesh)
+    policy = policy_of(abstract_trained(run, mesh, "compute", settings.model.dtype), frozen)
+    old = [PhaseProgram("old log-probs", trainer.logprobs, (policy, unscored))] if several else []
     return [
-        copy,
-        Program("reference log-probs", run.logprobs, (base, before)),
-        *([Program("old log-probs", run.logprobs, (weights, before))] if job.updates > 1 else []),
-        Program("accumulate", run.accumulate, (gradients, metrics, weights, batch, state.kl_coef)),
-        Program("optimizer step", run.apply, (state, gradients, metrics)),
+        PhaseProgram("compute copy", trainer.compute_copy, (state.master,)),
+        PhaseProgram("reference log-probs", trainer.logprobs, (Policy(frozen), unscored)),
+        *old,
+        PhaseProgram("accumulate", trainer.accumulate, (gradients, metrics, policy, batch, state.kl_coef)),
+        PhaseProgram("optimizer step", trainer.apply, (state, gradients, metrics)),
     ]
 
 
-def frozen(job: Job, mesh: Mesh) -> Any:
-    """The model that is not trained: the reference, and what adapters are trained on."""
-    return placed(abstract(job.shape, job.settings.model.dtype), weight_shardings(job.shape, reference(job), mesh))
+def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
+    settings, shape, rollout = run.settings, run.shape, run.settings.rollout
+    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, tuple(range(len(rollout.stop))))
+    chunk, most = min(rollout.chunk, rollout.max_new_tokens), rollout.max_new_tokens
+    sampler: Any = sampling_programs(shape, mesh, sampling, chunk, run.attention)
+    gather = to_sampler(shape, mesh, settings.model.dtype)
+    policy = policy_of(abstract_trained(run, mesh, "master"), abstract_frozen(run, mesh))
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh))
+    weights = attach_shardings(jax.eval_shape(gather, policy), placed)
 
+    def array(sizes: tuple[int, ...], spec: PartitionSpec, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
 
-def rollout_programs(job: Job, mesh: Mesh) -> list[Program]:
-    settings, shape = job.settings, job.shape
-    rollout = settings.rollout
-    how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, tuple(range(len(rollout.stop))))
-    chunk = min(rollout.chunk, rollout.max_new_tokens)
-    run: Any = programs(shape, mesh, how, chunk, job.attention)
-    gather = to_sampling(shape, mesh, settings.model.dtype)
-    low = settings.lora
-    if low.rank:
-        own = placed(lora.abstract(shape, low), lora.shardings(shape, low, job.layout.master, mesh))
-        policy: Any = lora.policy(own, frozen(job, mesh))
-    else:
-        policy = placed(abstract(shape), weight_shardings(shape, job.layout.master, mesh))
-    weights = placed(jax.eval_shape(gather, policy), sampling_shardings(shape, mesh))
-    p, b, longest = job.wave_prompts * job.data, job.wave_rows * job.data, settings.data.max_prompt_tokens
-    whole, of_tokens, of_rows, of_caches = (
-        NamedSharding(mesh, spec) for spec in (PartitionSpec(), TOKENS_BT, ROWS_B, CACHE_BKSH)
-    )
-    prompts = jax.ShapeDtypeStruct((p, longest), jnp.int32, sharding=of_tokens)
-    rows = Rows._make([jax.ShapeDtypeStruct((b,), jnp.int32, sharding=of_rows)] * len(Rows._fields))
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    begin = (weights, prompts, rows, key)
-    full, _ = jax.eval_shape(lambda *given: run.start(*given, slots=(longest, rollout.max_new_tokens)), *begin)
-    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_caches), full)
+    p, b, longest = run.wave_prompts * run.data, run.wave_rows * run.data, settings.data.max_prompt_tokens
+    rows = RowState._make([array((b,), ROWS_B)] * len(RowState._fields))
+    number, key = array((), PartitionSpec()), array((), PartitionSpec(), jax.eval_shape(jax.random.key, 0).dtype)
+    begin = (weights, array((p, longest), TOKENS_BT), rows, key)
+    full, _ = jax.eval_shape(lambda *inputs: sampler.prefill_and_draw(*inputs, slots=(longest, most)), *begin)
+    cache = jax.tree.map(lambda x: array(x.shape, CACHE_BKSH, x.dtype), full)
     return [
-        Program("sampling copy", gather, (policy,)),
-        Program("prefill", run.start, begin, (longest, response_slots(chunk, rollout.max_new_tokens))),
-        Program("decode", run.advance, (weights, cache, rows, key, number, number)),
+        PhaseProgram("sampling copy", gather, (policy,)),
+        PhaseProgram("prefill", sampler.prefill_and_draw, begin, (longest, response_slots(chunk, most))),
+        PhaseProgram("decode", sampler.decode_chunk, (weights, cache, rows, key, number, number)),
     ]

@@ -1,133 +1,138 @@
-"""What a step costs in arithmetic, memory traffic and communication, and the time it cannot be shorter than.
+"""The arithmetic, memory traffic and communication of an RL step, and a lower bound of its time.
 
-Counted from shapes, at the mean lengths of `Job`: compilers count loop bodies once, or not at all. A bound is the largest of
-three times at the device's published peaks: arithmetic, memory, links; a real step takes longer.
+Counted from shapes at the mean lengths of `PlannedRun`, since compilers count loop bodies once or not at all. The bound
+of a phase is the largest of three times at the device's published peaks: arithmetic, memory, links.
 """
 
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from crpo_jax.parallel.layout import TENSOR, WeightTable
-from crpo_jax.planner.hlo import Collective, added, sent_by_ring
-from crpo_jax.planner.job import Job
-from crpo_jax.planner.memory import adapters, cache, of_table, reference, resident, sampling_weights
-from crpo_jax.planner.targets import GPUS_PER_HOST
+from crpo_jax.hardware import GPUS_PER_HOST
+from crpo_jax.planner.hlo import Collective, count_ring_bytes, merge_collectives
+from crpo_jax.planner.memory import (
+    WeightCopy,
+    count_cache_bytes,
+    count_model_bytes,
+    count_resident_memory,
+    count_sampling_bytes,
+    count_trained_bytes,
+)
+from crpo_jax.planner.planned_run import PlannedRun
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a phase does on a device in one RL step: runs of its program (tokens drawn, for decode), floating-point operations and
-    bytes read or written in all of them together."""
+class PhaseWork:
+    """What a device does for a phase in one RL step: executions of its program (for decode, tokens drawn), and in all
+    of them together the floating-point operations and bytes read or written."""
 
-    runs: float
+    executions: float
     flops: float
-    moved: float
+    traffic: float
 
 
-def matrix_parameters(job: Job) -> tuple[float, float]:
-    """Weights that every token is multiplied with: in the blocks, and in the output projection."""
-    s = job.shape
-    return float(s.l * s.d * (2 * s.n * s.h + 2 * s.k * s.h + 3 * s.f)), float(s.d * s.v)
-
-
-def attended(job: Job, context: float) -> float:
-    """Operations of one token's attention over so many others."""
-    return 4.0 * job.shape.l * job.shape.n * job.shape.h * context
-
-
-def works(job: Job) -> dict[str, Work]:
+def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
     """The work of every phase in one RL step."""
-    s, settings = job.shape, job.settings
-    width = jnp.dtype(settings.model.dtype).itemsize
-    blocks, output = matrix_parameters(job)
-    prompt, response = job.prompt_tokens, job.response_tokens
-    prompts, tokens = job.rows / settings.crpo.group_size, job.rows * (prompt + response)
-    slot = cache(job, 1) - cache(job, 0)  # bytes of one more token in every row
-    per_token = slot / job.wave_rows
-    sampling = sampling_weights(job)
-    forward = tokens * (2 * (blocks + output) + attended(job, (prompt + response) / 2)) / job.model
-    again = tokens * (2 * blocks + attended(job, (prompt + response) / 2)) / job.model if settings.parallel.remat else 0
-    again += tokens * 2 * output / job.model  # the log-probs are always made again in the backward pass
+    shape, settings, steps = run.shape, run.settings, run.optimizer_steps
+    width, group, remat = jnp.dtype(settings.model.dtype).itemsize, settings.crpo.group_size, settings.parallel.remat
+    blocks = float(shape.l * shape.d * (2 * shape.n * shape.h + 2 * shape.k * shape.h + 3 * shape.f))
+    output = float(shape.d * shape.v)
+    prompt, response = run.mean_prompt, run.mean_response
+    prompt_tokens, response_tokens = run.responses / group * prompt, run.responses * response
+    tokens, context = run.responses * (prompt + response), (prompt + response) / 2
+
+    def count_flops(tokens: float, weights: float, context: float) -> float:
+        """Of a forward pass through so many weights, with attention to `context` tokens."""
+        return tokens * (2 * weights + 4.0 * shape.l * shape.n * shape.h * context) / run.model
+
+    forward = count_flops(tokens, blocks + output, context)
+    recomputed = count_flops(tokens, blocks, context) if remat else 0
+    recomputed += tokens * 2 * output / run.model  # the backward pass always computes the logits again
     backward = (2 if settings.lora.rank else 3) * forward  # both passes; a frozen weight has no gradient
-    held = resident(job)
-    compute, master = held["reference log-probs"]["weights"], held["accumulate"]["gradients"]
-    streams = tokens * s.l * width * (12 * s.d + 6 * s.f / job.model)  # a block's activations, written and read
-    micro = job.updates * job.micro_batches
-    decode_context = prompt / settings.crpo.group_size + response / 2  # a group reads its prompt once
-    whole = of_table(job, TENSOR, jnp.dtype(settings.model.dtype))
+    resident = count_resident_memory(run)
+    state, compute = resident["optimizer step"], resident["reference log-probs"]["weights"]
+    master, gradients, sampling = state["master"], state["gradients"], count_sampling_bytes(run)
+    whole = count_model_bytes(run, "gathered", settings.model.dtype)
+    slot = count_cache_bytes(run, 1) - count_cache_bytes(run, 0)  # one more token in every row
+    decode_slots = prompt / group + response / 2  # a group reads its prompt once
+    # The activations of all blocks, written and read.
+    streams = tokens * shape.l * width * (12 * shape.d + 6 * shape.f / run.model)
+    micro_batches = steps * run.micro_batches
+    logprobs = PhaseWork(micro_batches, forward, micro_batches * whole + streams / 2)
     return {
-        "sampling copy": Work(1, 0, master + 2 * sampling),
-        "prefill": Work(
-            job.waves,
-            prompts * prompt * (2 * blocks + attended(job, prompt / 2)) / job.model,
-            job.waves * sampling + prompts * prompt * per_token,
+        "sampling copy": PhaseWork(1, 0, master + 2 * sampling),
+        "prefill": PhaseWork(
+            run.waves,
+            count_flops(prompt_tokens, blocks, prompt / 2),
+            run.waves * sampling + prompt_tokens * (slot / run.wave_rows),
         ),
-        "decode": Work(
-            job.decode_steps,
-            job.rows * response * (2 * (blocks + output) + attended(job, prompt + response / 2)) / job.model,
-            job.decode_steps * (sampling + slot * decode_context),
+        "decode": PhaseWork(
+            run.decode_steps,
+            count_flops(response_tokens, blocks + output, prompt + response / 2),
+            run.decode_steps * (sampling + slot * decode_slots),
         ),
-        "compute copy": Work(job.updates, 0, job.updates * (master + 2 * compute)),
-        "reference log-probs": Work(micro, forward, micro * whole + streams / 2),
-        "old log-probs": Work(micro, forward, micro * whole + streams / 2),
-        "accumulate": Work(
-            micro, backward + again, micro * (3 * whole + 2 * master) + (3 if settings.parallel.remat else 2) * streams
+        "compute copy": PhaseWork(steps, 0, steps * (master + 2 * compute)),
+        "reference log-probs": logprobs,
+        "old log-probs": logprobs,
+        "accumulate": PhaseWork(
+            micro_batches,
+            backward + recomputed,
+            micro_batches * (3 * whole + 2 * gradients) + (3 if remat else 2) * streams,
         ),
-        "optimizer step": Work(
-            job.updates,
-            0,
-            job.updates * (3 * master + 4 * held["optimizer step"]["master"] + 2 * held["optimizer step"]["moments"]),
-        ),
+        "optimizer step": PhaseWork(steps, 0, steps * (3 * gradients + 4 * master + 2 * state["moments"])),
     }
 
 
-def estimated_collectives(job: Job) -> dict[str, list[Collective]]:
-    """What one run of each phase sends, from the layout's tables: weights gathered over the data axis where they are stored split,
-    gradients reduced over it, activations summed over the model axis twice a block and pass."""
-    s, layout, dtype = job.shape, job.layout, jnp.dtype(job.settings.model.dtype)
-    rows, t = job.micro_batch
-    whole = of_table(job, TENSOR, dtype)
+def estimate_collectives(run: PlannedRun) -> dict[str, list[Collective]]:
+    """What one execution of each phase sends, from the layout's tables.
 
-    def gathered(stored: WeightTable, into: WeightTable = TENSOR, times: int = 1) -> list[Collective]:
-        if of_table(job, stored, dtype) >= of_table(job, into, dtype):
+    Weights are gathered over the data axis if they are stored split, gradients are reduced over it, and activations are
+    summed over the model axis twice per block and pass.
+    """
+    shape, dtype, adapted = run.shape, jnp.dtype(run.settings.model.dtype), bool(run.settings.lora.rank)
+    rows, t = run.micro_batch
+    whole = count_model_bytes(run, "gathered", dtype)
+
+    def gather(stored: WeightCopy, into: WeightCopy = "gathered", passes: int = 1) -> list[Collective]:
+        if count_model_bytes(run, stored, dtype) >= count_model_bytes(run, into, dtype):
             return []
-        return [Collective("all-gather", "data", times * sent_by_ring("all-gather", whole, job.data), times * s.l)]
+        sent = passes * count_ring_bytes("all-gather", whole, run.data)
+        return [Collective("all-gather", "data", sent, passes * shape.l)]
 
-    def summed(tokens: float, times: int) -> list[Collective]:
-        one = sent_by_ring("all-reduce", tokens * s.d * dtype.itemsize, job.model)
-        return [Collective("all-reduce", "model", times * one, times)] if job.model > 1 else []
+    def sum_activations(tokens: float, passes: int = 1) -> list[Collective]:
+        times = 2 * passes * shape.l + 1
+        sent = count_ring_bytes("all-reduce", tokens * shape.d * dtype.itemsize, run.model)
+        return [Collective("all-reduce", "model", times * sent, times)] if run.model > 1 else []
 
-    low = bool(
-        job.settings.lora.rank
-    )  # then the base lies as it computes, and only gradients of the adapters are reduced
-    base = layout.compute if low else layout.master
-    kind = "reduce-scatter" if gathered(layout.master) and job.target.chip.kind == "gpu" else "all-reduce"
-    gradients = adapters(job, TENSOR, dtype) if low else whole
-    reduced = [Collective(kind, "data", sent_by_ring(kind, gradients, job.data), s.l)] if job.data > 1 else []
-    passes = 3 if job.settings.parallel.remat else 2
-    found = {
-        "sampling copy": gathered(base),
-        "prefill": summed(job.wave_prompts * job.settings.data.max_prompt_tokens, 2 * s.l + 1),
-        "decode": summed(job.wave_rows, 2 * s.l + 1),
-        "compute copy": gathered(base, layout.compute),
-        "reference log-probs": gathered(reference(job)) + summed(rows * t, 2 * s.l + 1),
-        "old log-probs": gathered(layout.compute) + summed(rows * t, 2 * s.l + 1),
-        "accumulate": gathered(layout.compute, times=passes - 1) + reduced + summed(rows * t, 2 * passes * s.l + 1),
+    # The base of adapters is stored as it computes, and only gradients of the adapters are reduced.
+    base: WeightCopy = "compute" if adapted else "master"
+    gradients = count_trained_bytes(run, "gathered", dtype) if adapted else whole
+    kind = "reduce-scatter" if gather("master") and run.target.chip.kind == "gpu" else "all-reduce"
+    reduced = [Collective(kind, "data", count_ring_bytes(kind, gradients, run.data), shape.l)] if run.data > 1 else []
+    passes = 3 if run.settings.parallel.remat else 2
+    collectives = {
+        "sampling copy": gather(base),
+        "prefill": sum_activations(run.wave_prompts * run.settings.data.max_prompt_tokens),
+        "decode": sum_activations(run.wave_rows),
+        "compute copy": gather(base, "compute"),
+        "reference log-probs": gather("reference") + sum_activations(rows * t),
+        "old log-probs": gather("compute") + sum_activations(rows * t),
+        "accumulate": gather("compute", passes=passes - 1) + reduced + sum_activations(rows * t, passes),
         "optimizer step": [],
     }
-    return {phase: added(sent) for phase, sent in found.items()}
+    return {phase: merge_collectives(sent) for phase, sent in collectives.items()}
 
 
-def link_of(job: Job, axis: str) -> tuple[str, float]:
-    """The link that the ring of a mesh axis crosses, and its bytes/s: the network as soon as the axis leaves a host."""
-    chip = job.target.chip
-    leaves = chip.kind == "gpu" and job.target.count > GPUS_PER_HOST and ("data" in axis or job.model > GPUS_PER_HOST)
-    return ("network", chip.network_bandwidth) if leaves else (chip.link, chip.link_bandwidth)
+def find_link(run: PlannedRun, axis: str) -> tuple[str, float]:
+    """The slowest link on the ring of a mesh axis, and its bytes/s: the network if the axis spans hosts."""
+    chip, many_hosts = run.target.chip, run.target.chip.kind == "gpu" and run.target.count > GPUS_PER_HOST
+    if many_hosts and ("data" in axis or run.model > GPUS_PER_HOST):
+        return "network", chip.network_bandwidth
+    return chip.link, chip.link_bandwidth
 
 
-def seconds(job: Job, work: Work, sent: list[Collective]) -> dict[str, float]:
-    """Times of a phase in one RL step at the device's peaks, in seconds."""
-    chip = job.target.chip
-    links = sum(one.sent / link_of(job, one.axis)[1] for one in sent) * work.runs
-    return {"compute": work.flops / chip.flops, "memory": work.moved / chip.bandwidth, "links": links}
+def estimate_seconds(run: PlannedRun, work: PhaseWork, collectives: list[Collective]) -> dict[str, float]:
+    """Seconds of a phase in one RL step at the device's peaks."""
+    chip = run.target.chip
+    links = sum(each.sent / find_link(run, each.axis)[1] for each in collectives) * work.executions
+    return {"compute": work.flops / chip.flops, "memory": work.traffic / chip.bandwidth, "links": links}

@@ -1,31 +1,16 @@
-"""The collectives of a compiled program, read from its text, loops counted."""
+"""The collectives of a compiled program, read from its HLO text with loops counted."""
 
 import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-}
+COLLECTIVE_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 class Collective(NamedTuple):
-    """All collectives of one kind over one mesh axis in one run of a program: `sent` is the bytes that a device sends to its
-    neighbour when they run as rings, `times` how many there are."""
+    """All collectives of one kind over one mesh axis in one execution of a program: `sent` are the bytes that a device
+    sends to its neighbour if they run as rings, `times` is their number."""
 
     kind: str
     axis: str
@@ -33,77 +18,71 @@ class Collective(NamedTuple):
     times: float
 
 
-def sent_by_ring(kind: str, size: float, devices: int) -> float:
-    """Bytes each of so many devices sends for a collective whose whole array has `size` bytes: the gathered, the reduced or the
-    scattered one."""
+def count_ring_bytes(kind: str, size: float, devices: int) -> float:
+    """Bytes that each device sends in a collective whose gathered, reduced or scattered array has `size` bytes."""
     share = (devices - 1) / devices
     return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share) * size
 
 
-def added(collectives: Iterable[Collective]) -> list[Collective]:
-    """One entry per kind and axis, the largest first; those over a single device send nothing and are left out."""
+def merge_collectives(collectives: Iterable[Collective]) -> list[Collective]:
+    """One entry per kind and axis, the largest first. Those over a single device send nothing and are dropped."""
     total: dict[tuple[str, str], tuple[float, float]] = {}
     for kind, axis, sent, times in collectives:
         before = total.get((kind, axis), (0.0, 0.0))
         total[kind, axis] = (before[0] + sent, before[1] + times)
-    return sorted((Collective(*key, *value) for key, value in total.items() if value[0]), key=lambda one: -one.sent)
+    merged = [Collective(*key, *value) for key, value in total.items() if value[0]]
+    return sorted(merged, key=lambda collective: -collective.sent)
 
 
-def collectives(text: str, data: int, model: int) -> list[Collective]:
-    """What a program's compiled text sends, on a mesh of data x model devices numbered along the model axis first.
+def read_collectives(text: str, data: int, model: int) -> list[Collective]:
+    """The collectives of a program's HLO text on a mesh of data x model devices, numbered along the model axis first.
 
-    A loop of known length counts that often; the body of one that ends on data, such as the token loop, counts once. A TPU
-    spreads one collective over the steps of the computation beside it: its channel is counted once.
+    The body of a loop of known length counts that often; of one that ends on data, such as the token loop, once. A TPU
+    spreads one collective over the steps of the computation beside it, so each channel counts once.
     """
-    lines_of, entry = computations(text)
-    found: list[Collective] = []
+    computations, entry = split_computations(text)
+    collectives: list[Collective] = []
     channels: set[str] = set()
 
     def walk(name: str, times: float) -> None:
-        for line in lines_of.get(name, ()):
+        for line in computations.get(name, ()):
             channel = re.search(r"channel_id=(\d+)", line)
-            if (found_here := collective(line, data, model)) and not (channel and channel[1] in channels):
+            collective = read_instruction(line, data, model)
+            if collective and not (channel and channel[1] in channels):
                 channels.update(channel.groups() if channel else ())
-                found.append(found_here._replace(sent=found_here.sent * times, times=times))
+                collectives.append(collective._replace(sent=collective.sent * times, times=times))
             if " while(" in line:
-                body, condition = (
-                    re.findall(r"(?:body|condition)=%?([\w.\-]+)", line),
-                    re.search(r"condition=%?([\w.\-]+)", line),
-                )
-                assert condition is not None
-                trips = trip_count(line, lines_of.get(condition[1], []))
-                for called in body:
-                    walk(called, times * (trips if called != condition[1] else 0))
+                called = dict(re.findall(r"(body|condition)=%?([\w.\-]+)", line))
+                walk(called["body"], times * read_trip_count(line, computations.get(called["condition"], [])))
             else:
                 for called in re.findall(r"(?:calls|true_computation|false_computation)=%?([\w.\-]+)", line):
                     walk(called, times)
-                for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
-                    for called in group.replace("%", "").split(","):
+                for names in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
+                    for called in names.replace("%", "").split(","):
                         walk(called.strip(), times)
 
     walk(entry, 1)
-    return added(found)
+    return merge_collectives(collectives)
 
 
-def computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation by its name, and the name of the one where the program starts."""
-    lines_of: dict[str, list[str]] = {}
+def split_computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation by its name, and the name of the entry computation."""
+    computations: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
         if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
             name = head[2]
-            lines_of[name] = []
+            computations[name] = []
             entry = name if head[1] else entry
         elif name:
-            lines_of[name].append(line)
-    return lines_of, entry
+            computations[name].append(line)
+    return computations, entry
 
 
-def trip_count(line: str, condition: list[str]) -> int:
-    """How often a while loop runs: what the compiler noted, or the constant that its counter is compared with; 1 if neither."""
-    noted = re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', line)
-    if noted:
-        return int(noted[1])
+def read_trip_count(line: str, condition: list[str]) -> int:
+    """How often a while loop runs: as annotated, or the constant that its counter is compared with; 1 if neither."""
+    if annotated := re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', line):
+        return int(annotated[1])
     root = next((part for part in condition if "ROOT" in part), "")
     if " compare(" not in root or "direction=LT" not in root:
         return 1
@@ -114,56 +93,50 @@ def trip_count(line: str, condition: list[str]) -> int:
     return 1
 
 
-def collective(line: str, data: int, model: int) -> Collective | None:
-    """The collective that this instruction starts, or None. Gathers and reductions are measured by their larger side."""
-    match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+def read_instruction(line: str, data: int, model: int) -> Collective | None:
+    """The collective that this instruction starts, or None. Gathers and scatters are measured by their larger side."""
+    match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVE_KINDS)})(-start)?\(", line)
     if not match:
         return None
-    result, kind = match[1], match[2]
-    arrays = [
-        BYTES.get(name, 4) * math.prod(int(side) for side in sides.split(",") if side)
-        for name, sides in re.findall(r"(\w+)\[([\d,]*)\]", result)
-    ]
-    devices, axis = group(line, data, model)
-    if kind == "reduce-scatter" and not match[3]:
-        size = sum(arrays) * devices  # the result is one device's part
-    elif match[3] and kind in ("all-gather", "reduce-scatter", "collective-permute"):  # (what goes in, what comes out)
-        size = sum(arrays) * (0.5 if kind == "collective-permute" else devices / (devices + 1))
-    else:
-        size = sum(arrays)
-    return Collective(kind, axis, sent_by_ring(kind, size, devices), 1)
+    result, kind, asynchronous = match.groups()
+    size = 0.0
+    for bits, sides in re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", result):  # f32[8,4], pred[3]
+        size += max(int(bits or 8) // 8, 1) * math.prod(int(side) for side in sides.split(",") if side)
+    members = read_first_group(line, data * model)
+    devices = len(members)
+    if kind == "reduce-scatter" and not asynchronous:
+        size *= devices  # the result is one device's part
+    elif asynchronous and kind == "collective-permute":  # the result holds the input and the output
+        size *= 0.5
+    elif asynchronous and kind in ("all-gather", "reduce-scatter"):
+        size *= devices / (devices + 1)
+    crossed = {"data": {member // model for member in members}, "model": {member % model for member in members}}
+    axis = ", ".join(name for name, places in crossed.items() if len(places) > 1) or "none"
+    return Collective(kind, axis, count_ring_bytes(kind, size, devices), 1)
 
 
-def group(line: str, data: int, model: int) -> tuple[int, str]:
-    """How many devices talk to each other, and along which mesh axis: "data", "model" or "data, model"."""
+def read_first_group(line: str, devices: int) -> list[int]:
+    """The first group of devices that communicate, in any of HLO's notations; all devices if it lists none."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
-        first = [int(pairs[1]), int(pairs[2])]
-    elif named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        first, stride = [0], 1
-        used = {
-            name: int(part) if part else sizes[name]
-            for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
-        }
+        return [int(pairs[1]), int(pairs[2])]
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        used = {name: int(part) if part else sizes[name] for name, part in axes}
+        members, stride = [0], 1
         for name in reversed(sizes):
             if name in used:
-                first = [member + step * stride for step in range(used[name]) for member in first]
+                members = [member + step * stride for step in range(used[name]) for member in members]
             stride *= sizes[name]
-    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        sides = [int(side) for side in iota[3].split(",")]
-        order = [int(place) for place in iota[4].split(",")] if iota[4] else list(range(len(sides)))
-        strides = [math.prod(sides[place + 1 :]) for place in range(len(sides))]
-        first, wanted = [0], int(iota[2])
+        return members
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        sides = [int(side) for side in iota[2].split(",")]
+        order = [int(place) for place in iota[3].split(",")] if iota[3] else list(range(len(sides)))
+        members = [0]
         for place in reversed(order):
-            first = [step * strides[place] + member for step in range(sides[place]) for member in first]
-        first = first[:wanted]
-    elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        first = [int(member) for member in listed[1].split(",")]
-    else:
-        first = list(range(data * model))
-    across_data, across_model = (
-        len({member // model for member in first}) > 1,
-        len({member % model for member in first}) > 1,
-    )
-    axes = [name for name, crosses in (("data", across_data), ("model", across_model)) if crosses]
-    return len(first), ", ".join(axes) or "none"
+            stride = math.prod(sides[place + 1 :])
+            members = [step * stride + member for step in range(sides[place]) for member in members]
+        return members[: int(iota[1])]
+    if explicit := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return [int(member) for member in explicit[1].split(",")]
+    return list(range(devices))

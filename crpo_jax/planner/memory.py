@@ -1,26 +1,26 @@
-"""Memory of a device in every phase of a step, from shapes alone.
+"""Memory of a device in every phase of an RL step, from shapes alone.
 
-What a run keeps (weights in their forms, moments, caches, stored activations) follows exactly from shapes and layout tables.
-What a program needs besides, `temporaries`, is the compiler's choice: here a model of it, which a test holds to compiled figures.
+What a run holds (copies of the weights, moments, caches, stored activations) follows exactly from shapes and layouts.
+What a program needs besides, `temporaries`, is the compiler's choice; a test compares estimates with compiled figures.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from crpo_jax.model import lora
-from crpo_jax.model.attention import piece
+from crpo_jax.model.attention import query_block
+from crpo_jax.model.lora import trained_shapes, trained_shardings
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import Qwen2
-from crpo_jax.parallel.layout import CACHE_BKSH, TENSOR, WeightTable, kv_copies, sharding, spec
-from crpo_jax.planner.job import Job
+from crpo_jax.parallel.layout import CACHE_BKSH, TENSOR, Axes, find_layout, kv_copies, weight_spec
+from crpo_jax.planner.planned_run import PlannedRun
 from crpo_jax.rollout.engine import response_slots
 
-PARTS = ("weights", "master", "moments", "gradients", "reference", "KV cache", "activations", "temporaries")
+MEMORY_PARTS = ("weights", "master", "moments", "gradients", "reference", "KV cache", "activations", "temporaries")
 PHASES = (
     "sampling copy",
     "prefill",
@@ -31,177 +31,190 @@ PHASES = (
     "accumulate",
     "optimizer step",
 )
-"""The programs of a step in the order in which they run; with one optimizer step per rollout there are no old log-probs.
-`weights` are the copy that a phase computes with: the sampler's, made at the start of a rollout and given back after it, or the
-trainer's, made for every optimizer step."""
+"""The programs of an RL step in their order. With one optimizer step per rollout there are no old log-probs."""
 
 Memory = dict[str, float]
-"""Bytes of a device by part."""
+"""Bytes on one device, by part."""
+
+WeightCopy = Literal["master", "compute", "reference", "gathered"]
+"""The copies of a layout, and `gathered`: whole on every data shard, as a block and the sampler compute with it."""
 
 
-def held(shapes: Any, shardings: Any) -> float:
-    """Bytes that one device holds of these arrays."""
+# --- weights: what depends on how the model declares and splits them --------------------------------------------------
+
+
+def select_axes(run: PlannedRun, copy: WeightCopy) -> Axes:
+    """How a copy is split. The reference of adapters is also their base, and is placed like the compute weights."""
+    if copy == "gathered":
+        return TENSOR
+    if copy == "reference" and run.settings.lora.rank:
+        copy = "compute"
+    return getattr(find_layout(run.layout_name), copy)
+
+
+@functools.cache
+def count_weight_bytes(shape: Shape, axes: Axes, mesh: Any, width: int, matrices_alone: bool = False) -> float:
+    """Bytes of the weights, or of the matrices that Muon trains, on a device at `width` bytes per number."""
+    total = 0
+    for weight in shape.weights:
+        if weight.inputs or not matrices_alone:
+            sharding = NamedSharding(mesh, weight_spec(axes, weight.stacked_dims, mesh, shape.k))
+            total += width * math.prod(sharding.shard_shape(shape.dims(weight.stacked_dims)))
+    return float(total)
+
+
+def count_array_bytes(shapes: Any, shardings: Any) -> float:
+    """Bytes of a tree of arrays on one device."""
     sizes = jax.tree.map(lambda x, to: math.prod(to.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
     return float(sum(jax.tree.leaves(sizes)))
 
 
-@functools.cache
-def table_bytes(shape: Shape, table: WeightTable, mesh: Any, size: int, matrices: bool = False) -> float:
-    """Bytes of the model's weights that a device holds under a table, at `size` bytes a number; or only of the blocks' matrices."""
-    found = []
-
-    def add(name: str, dims: str) -> None:
-        if not matrices or (dims[0] == "l" and "norm" not in name and "bias" not in name):
-            here = sharding(mesh, spec(table, name, mesh, shape.k, stacked=dims[0] == "l"))
-            found.append(size * math.prod(here.shard_shape(shape.dims(dims))))
-
-    Qwen2(add, tied=shape.tied)
-    return float(sum(found))
+def count_model_bytes(run: PlannedRun, copy: WeightCopy, dtype: Any) -> float:
+    return count_weight_bytes(run.shape, select_axes(run, copy), run.mesh, jnp.dtype(dtype).itemsize)
 
 
-def of_table(job: Job, table: WeightTable, dtype: Any) -> float:
-    return table_bytes(job.shape, table, job.mesh, jnp.dtype(dtype).itemsize)
+def count_trained_bytes(run: PlannedRun, copy: WeightCopy, dtype: Any) -> float:
+    """Bytes of what is trained: all weights, or the adapters alone."""
+    shapes = trained_shapes(run.shape, run.settings.lora)
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    return count_array_bytes(arrays, trained_shardings(run.shape, run.settings.lora, select_axes(run, copy), run.mesh))
 
 
-def adapters(job: Job, table: WeightTable, dtype: Any) -> float:
-    """Bytes that a device holds of the adapters under a table."""
-    low = job.settings.lora
-    numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), lora.abstract(job.shape, low))
-    return held(numbers, lora.shardings(job.shape, low, table, job.mesh))
+def count_sampling_bytes(run: PlannedRun) -> float:
+    """Bytes of the sampler's copy: gathered, with KV heads repeated until every model shard has one."""
+    shape, dtype = run.shape, jnp.dtype(run.settings.model.dtype)
+    repeated = dataclasses.replace(shape, k=shape.k * kv_copies(run.mesh, shape.k))
+    return count_weight_bytes(repeated, TENSOR, run.mesh, dtype.itemsize)
 
 
-def trained(job: Job) -> float:
-    """Bytes of the float32 masters, and as many of their gradients: of all weights, or of the adapters alone."""
-    return (adapters if job.settings.lora.rank else of_table)(job, job.layout.master, jnp.float32)
+def count_moment_bytes(run: PlannedRun) -> float:
+    """Bytes of the moments: two per weight for AdamW; for Muon one in the matrices of blocks and two elsewhere."""
+    master, muon = count_trained_bytes(run, "master", jnp.float32), run.settings.optimizer.algorithm == "muon"
+    if run.settings.lora.rank:
+        return (1 if muon else 2) * master
+    axes = select_axes(run, "master")
+    return 2 * master - (count_weight_bytes(run.shape, axes, run.mesh, 4, matrices_alone=True) if muon else 0)
 
 
-def reference(job: Job) -> WeightTable:
-    """Where the frozen model lies: with adapters it is what they are trained on, too."""
-    return job.layout.compute if job.settings.lora.rank else job.layout.reference
+# --- caches, batches, activations -------------------------------------------------------------------------------------
 
 
-def sampling_weights(job: Job) -> float:
-    """The tensor-parallel table; past as many model shards as KV heads, every shard has a copy of one."""
-    s, dtype = job.shape, jnp.dtype(job.settings.model.dtype)
-    heads = s.k * kv_copies(job.mesh, s.k)
-    return table_bytes(dataclasses.replace(s, k=heads), TENSOR, job.mesh, dtype.itemsize)
+def count_cache_bytes(run: PlannedRun, slots: int) -> float:
+    """Bytes of a wave's keys and values: those of its prompts, and `slots` tokens of every row."""
+    shape, dtype = run.shape, jnp.dtype(run.settings.model.dtype)
+    heads = shape.k * kv_copies(run.mesh, shape.k)
+
+    def count(rows: int, tokens: int) -> float:
+        keys = jax.ShapeDtypeStruct((rows * run.data, heads, tokens, shape.h), dtype)
+        return 2 * shape.l * count_array_bytes(keys, NamedSharding(run.mesh, CACHE_BKSH))
+
+    return count(run.wave_prompts, run.settings.data.max_prompt_tokens) + count(run.wave_rows, slots)
 
 
-def cache(job: Job, slots: int) -> float:
-    """Keys and values of a wave: its prompts', and `slots` tokens of every row."""
+def count_waiting_bytes(run: PlannedRun) -> float:
+    """The most cache that rows of earlier waves occupy while another wave is decoded.
 
-    def one(rows: int, tokens: int) -> float:
-        sizes = (rows * job.data, job.kv_heads * job.model, tokens, job.shape.h)
-        array = jax.ShapeDtypeStruct(sizes, jnp.dtype(job.settings.model.dtype))
-        return 2 * job.shape.l * held(array, sharding(job.mesh, CACHE_BKSH))
-
-    return one(job.wave_prompts, job.settings.data.max_prompt_tokens) + one(job.wave_rows, slots)
+    The engine starts a wave only while they take less than half of a wave of the longest length, with a copy of the
+    prompt in every row. 0 if all prompts fit in one wave.
+    """
+    return (count_cache_bytes(run, run.longest_row) - count_cache_bytes(run, 0)) / 2 if run.waves > 1 else 0.0
 
 
-def set_aside(job: Job) -> float:
-    """The most that the sampler keeps of earlier waves while another runs: half of what a whole wave of the longest length holds, its
-    rows with their own copies of their prompts (`crpo_jax.rollout.engine.Schedule.room_for_a_wave`). Nothing where all is one wave."""
-    longest = job.settings.data.max_prompt_tokens + job.settings.rollout.max_new_tokens
-    return (cache(job, longest) - cache(job, 0)) / 2 if job.waves > 1 else 0.0
+def count_batch_bytes(run: PlannedRun) -> float:
+    """Bytes of a step's micro-batches, which stay on the devices until the last update: 16 per token."""
+    return 16.0 * run.responses * run.longest_row
 
 
-def resident(job: Job) -> dict[str, Memory]:
-    """What each phase finds or leaves on a device, by phase and part: everything but activations, and of the temporaries
-    only the step's micro-batches."""
-    dtype, layout = jnp.dtype(job.settings.model.dtype), job.layout
-    master = trained(job)
-    always = {"master": master, "moments": moments(job), "reference": of_table(job, reference(job), dtype)}
-    copied = (adapters if job.settings.lora.rank else of_table)(job, layout.compute, dtype)
-    sampling, compute = {"weights": sampling_weights(job)}, {"weights": copied}
-    rollout, gradients, kept = job.settings.rollout, {"gradients": master}, {"temporaries": batches(job)}
-    phases = {
-        "sampling copy": sampling,
-        "prefill": {**sampling, "KV cache": cache(job, response_slots(rollout.chunk, rollout.max_new_tokens))},
-        "decode": {**sampling, "KV cache": cache(job, rollout.max_new_tokens) + set_aside(job)},
-        "compute copy": {**compute, **kept},
-        "reference log-probs": {**compute, **kept},
-        "old log-probs": {**compute, **kept},
-        "accumulate": {**compute, **gradients, **kept},
-        "optimizer step": {**gradients, **kept},
-    }
-    return {phase: {**always, **phases[phase]} for phase in phases_of(job)}
-
-
-def batches(job: Job) -> float:
-    """A step's micro-batches, which stay on the devices from the log-probs to the last update: four arrays of 4 bytes a token."""
-    return 16.0 * job.rows * (job.settings.data.max_prompt_tokens + job.settings.rollout.max_new_tokens)
-
-
-def phases_of(job: Job) -> list[str]:
-    return [phase for phase in PHASES if phase != "old log-probs" or job.updates > 1]
-
-
-def moments(job: Job) -> float:
-    """Bytes of the optimizer's moments: AdamW keeps two a weight, Muon one for the matrices of the blocks and two elsewhere."""
-    muon = job.settings.optimizer.algorithm == "muon"
-    if job.settings.lora.rank:
-        return (1 if muon else 2) * trained(job)
-    return 2 * trained(job) - (table_bytes(job.shape, job.layout.master, job.mesh, 4, matrices=True) if muon else 0)
-
-
-def activations(job: Job) -> float:
-    """What the backward pass finds of the forward one: each block's input under remat, else about all of its arrays."""
-    rows, t = job.micro_batch
-    shape, width = job.shape, jnp.dtype(job.settings.model.dtype).itemsize
-    stored = shape.d if job.settings.parallel.remat else 8 * (shape.d + shape.f / job.model)
+def count_activation_bytes(run: PlannedRun) -> float:
+    """Bytes stored for the backward pass: each block's input with remat, otherwise about all arrays of the block."""
+    rows, t = run.micro_batch
+    shape, width = run.shape, jnp.dtype(run.settings.model.dtype).itemsize
+    stored = shape.d if run.settings.parallel.remat else 8 * (shape.d + shape.f / run.model)
     return float(shape.l * rows * t * stored * width)
 
 
-def temporaries(job: Job) -> Memory:
-    """A model of what each phase's program needs besides its arrays, by phase; its factors are fitted to compiled figures."""
-    shape, layout, dtype = job.shape, job.layout, jnp.dtype(job.settings.model.dtype)
-    rows, t = job.micro_batch
-    prompts, longest = job.wave_prompts, job.settings.data.max_prompt_tokens
-    whole, tpu = of_table(job, TENSOR, dtype), job.target.chip.kind == "tpu"
-    embedding = shape.v * shape.d / job.model * dtype.itemsize
-    chunk = max(job.settings.parallel.logprob_chunk, rows) * shape.v / job.model * 4  # float32 logits
-    drawn = job.wave_rows * shape.v / job.model * 4
+# --- phases -----------------------------------------------------------------------------------------------------------
 
-    def split(name: str) -> bool:
-        return of_table(job, getattr(layout, name), dtype) < whole
 
-    def block(tokens: float, wide: float, narrow: float) -> float:
-        """So many arrays as wide as the feed-forward layer, and as the residual stream."""
-        return tokens * dtype.itemsize * (wide * shape.f / job.model + narrow * shape.d)
+def list_phases(run: PlannedRun) -> list[str]:
+    return [phase for phase in PHASES if phase != "old log-probs" or run.optimizer_steps > 1]
 
-    def scores(rows: int, t: int) -> float:
-        """Float32 attention scores of one piece of queries, where they are made at all."""
-        return rows * shape.n / job.model * min(t, piece(t)) * t * 4 if job.attention == "xla" else 0.0
 
-    forward = chunk + block(rows * t, 2, 4)
-    copied = (whole if tpu else whole / 4) if split("master") else 0.0
-    blocks = of_table(job, layout.master, dtype) - embedding / (
-        job.data if split("master") else 1
-    )  # the gradients of all blocks
-    if job.settings.lora.rank:  # nor are there gradients of the base, and it is stored as it computes
-        blocks, embedding = adapters(job, layout.master, dtype), 0.0
-        copied = (whole if tpu else whole / 4) if split("compute") else 0.0
-    backward = blocks + max(embedding, 1.5 * chunk) + block(rows * t, 4.5, 9) + 3 * scores(rows, t)
+def count_resident_memory(run: PlannedRun) -> dict[str, Memory]:
+    """What is on a device before or after each phase, by phase and part: everything but activations, and of the
+    temporaries only the step's micro-batches."""
+    dtype, rollout = jnp.dtype(run.settings.model.dtype), run.settings.rollout
+    master = count_trained_bytes(run, "master", jnp.float32)
+    reference = count_model_bytes(run, "reference", dtype)
+    always = {"master": master, "moments": count_moment_bytes(run), "reference": reference}
+    sampling = {"weights": count_sampling_bytes(run)}
+    compute = {"weights": count_trained_bytes(run, "compute", dtype)}
+    gradients, batches = {"gradients": master}, {"temporaries": count_batch_bytes(run)}
+    prefilled = count_cache_bytes(run, response_slots(rollout.chunk, rollout.max_new_tokens))
+    decoded = count_cache_bytes(run, rollout.max_new_tokens) + count_waiting_bytes(run)
+    phases = {
+        "sampling copy": sampling,
+        "prefill": {**sampling, "KV cache": prefilled},
+        "decode": {**sampling, "KV cache": decoded},
+        "compute copy": {**compute, **batches},
+        "reference log-probs": {**compute, **batches},
+        "old log-probs": {**compute, **batches},
+        "accumulate": {**compute, **gradients, **batches},
+        "optimizer step": {**gradients, **batches},
+    }
+    return {phase: {**always, **phases[phase]} for phase in list_phases(run)}
+
+
+def estimate_temporaries(run: PlannedRun) -> Memory:
+    """What each phase's program needs besides its arrays, by phase; the factors are fitted to compiled figures."""
+    shape, dtype = run.shape, jnp.dtype(run.settings.model.dtype)
+    rows, t = run.micro_batch
+    prompts, longest = run.wave_prompts, run.settings.data.max_prompt_tokens
+    whole, tpu = count_model_bytes(run, "gathered", dtype), run.target.chip.kind == "tpu"
+    chunk = max(run.settings.parallel.logprob_chunk, rows) * shape.v / run.model * 4  # float32 logits
+    drawn = run.wave_rows * shape.v / run.model * 4
+
+    def is_split(copy: WeightCopy) -> bool:
+        return count_model_bytes(run, copy, dtype) < whole
+
+    def count_block(tokens: float, wide: float, narrow: float) -> float:
+        """`wide` arrays of the feed-forward width and `narrow` ones of the residual stream."""
+        return tokens * dtype.itemsize * (wide * shape.f / run.model + narrow * shape.d)
+
+    def count_scores(rows: int, t: int) -> float:
+        """Float32 attention scores of one block of queries, which attention kernels never store."""
+        return rows * shape.n / run.model * min(t, query_block(t)) * t * 4 if run.attention == "xla" else 0.0
+
+    if run.settings.lora.rank:  # the base has no gradients and is stored as it computes
+        gathers, embedding = is_split("compute"), 0.0
+        gradients = count_trained_bytes(run, "master", dtype)
+    else:
+        gathers, embedding = is_split("master"), shape.v * shape.d / run.model * dtype.itemsize
+        gradients = count_model_bytes(run, "master", dtype) - embedding / (run.data if gathers else 1)
+    copied = (whole if tpu else whole / 4) if gathers else 0.0
+    forward = chunk + count_block(rows * t, 2, 4)
+    backward = gradients + max(embedding, 1.5 * chunk) + count_block(rows * t, 4.5, 9) + 3 * count_scores(rows, t)
+    prefill_scores = 0 if tpu else 3 * count_scores(prompts, longest)
     return {
         "sampling copy": copied,
-        "prefill": (0 if tpu else 3 * scores(prompts, longest)) + block(prompts * longest, 2, 8) + 4 * drawn,
+        "prefill": prefill_scores + count_block(prompts * longest, 2, 8) + 4 * drawn,
         "decode": 4 * drawn,
-        "compute copy": 0.0 if split("compute") else copied,
-        "reference log-probs": forward + (embedding if of_table(job, reference(job), dtype) < whole else 0),
-        "old log-probs": forward + (embedding if split("compute") else 0),
-        "accumulate": backward + (embedding if split("compute") else 0) + (2.5 * embedding if tpu else 0),
+        "compute copy": 0.0 if is_split("compute") else copied,
+        "reference log-probs": forward + (embedding if is_split("reference") else 0),
+        "old log-probs": forward + (embedding if is_split("compute") else 0),
+        "accumulate": backward + (embedding if is_split("compute") else 0) + (2.5 * embedding if tpu else 0),
         "optimizer step": 0.0,
     }
 
 
-def estimated(job: Job) -> dict[str, Memory]:
+def estimate_memory(run: PlannedRun) -> dict[str, Memory]:
     """The memory of every phase, by phase and part, without compiling anything."""
-    beside, stored = temporaries(job), activations(job)
+    temporaries, stored = estimate_temporaries(run), count_activation_bytes(run)
     return {
         phase: {
             **parts,
             "activations": stored if phase == "accumulate" else 0.0,
-            "temporaries": parts.get("temporaries", 0.0) + beside[phase],
+            "temporaries": parts.get("temporaries", 0.0) + temporaries[phase],
         }
-        for phase, parts in resident(job).items()
+        for phase, parts in count_resident_memory(run).items()
     }

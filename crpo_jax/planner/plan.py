@@ -1,27 +1,31 @@
-"""A plan: every phase's memory, collectives and time bounds on a target, a verdict, and the setting to change where it does not fit."""
+"""A plan: memory, collectives and time bounds of every phase on a target, and what to change if it does not fit."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from crpo_jax.config import Config
+from crpo_jax.config import Config, replaced
 from crpo_jax.errors import InputError
 from crpo_jax.parallel.layout import LAYOUTS
-from crpo_jax.planner.cost import estimated_collectives, link_of, seconds, works
+from crpo_jax.planner.cost import count_work, estimate_collectives, estimate_seconds, find_link
 from crpo_jax.planner.hlo import Collective
-from crpo_jax.planner.job import Job, planned_shape, replaced
-from crpo_jax.planner.memory import Memory, estimated, phases_of
-from crpo_jax.planner.targets import GIB, Target
+from crpo_jax.planner.memory import Memory, estimate_memory, list_phases
+from crpo_jax.planner.planned_run import PlannedRun, resolve_shape
+from crpo_jax.planner.targets import Target
+
+Changes = Mapping[str, Any]
+"""New values of settings by dotted key."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a step on one device. `seconds` are the three times at the device's peaks, `runs` of the program together."""
+    """One phase of an RL step on one device. `seconds` are the times of all executions at each peak of the device."""
 
     name: str
     memory: Memory
     collectives: list[Collective]
-    runs: float
+    executions: float
     seconds: dict[str, float]
     compile_seconds: float | None = None
 
@@ -31,25 +35,26 @@ class Phase:
 
     @property
     def bound(self) -> float:
-        """Seconds that this phase takes at least in an RL step."""
+        """The least seconds that this phase takes in an RL step."""
         return max(self.seconds.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    job: Job
+    run: PlannedRun
     phases: list[Phase]
-    source: str  # "compiled", or "shapes"
-    changed: dict[str, Any] = field(default_factory=dict)  # settings that a search changed so that it fits
+    compiled: bool  # or estimated from shapes
+    changes: Changes = field(default_factory=dict)  # what a search changed so that the run fits
 
     @property
     def peak(self) -> Phase:
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
     def margin(self) -> float:
-        """Bytes to spare on a device in the phase that needs the most; negative where it does not fit."""
-        return self.job.target.usable - self.peak.total
+        """Bytes of a device that are free in the peak phase; negative if the run does not fit."""
+        return self.run.target.usable - self.peak.total
 
     @property
     def fits(self) -> bool:
@@ -60,145 +65,154 @@ class Plan:
         return sum(phase.bound for phase in self.phases)
 
 
-def from_shapes(job: Job, changed: dict[str, Any] | None = None) -> Plan:
-    """The plan without compiling anything."""
-    memory, sent, work = estimated(job), estimated_collectives(job), works(job)
+class Ranking(NamedTuple):
+    """Plans that fit, the fastest first; plans that do not, the closest first; and why other meshes are impossible."""
+
+    fitting: list[Plan]
+    others: list[Plan]
+    refused: dict[str, str]
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [*self.fitting, *self.others]
+
+
+def estimate_plan(run: PlannedRun, changes: Changes | None = None) -> Plan:
+    """The plan from shapes alone."""
+    memory, sent, work = estimate_memory(run), estimate_collectives(run), count_work(run)
     phases = [
-        Phase(name, memory[name], sent[name], work[name].runs, seconds(job, work[name], sent[name]))
-        for name in phases_of(job)
+        Phase(name, memory[name], sent[name], work[name].executions, estimate_seconds(run, work[name], sent[name]))
+        for name in list_phases(run)
     ]
-    return Plan(job, phases, "shapes", changed or {})
+    return Plan(run, phases, False, changes or {})
 
 
-def by_compiling(job: Job, tell: Any = lambda line: None) -> Plan:
-    """The plan of the programs that the target's own compiler makes; `tell` is called with each phase as it is done."""
-    from crpo_jax.planner.compiled import compiled
+def compile_plan(run: PlannedRun, changes: Changes | None = None, log: Callable[[str], None] = print) -> Plan:
+    """The plan of the programs that the target's compiler produces; `log` takes one line per compiled phase."""
+    from crpo_jax.planner.compiled import compile_phases
 
-    work, found = works(job), {}
-    for name, result in compiled(job):
-        tell(f"{name}: compiled in {result.seconds:.0f} s")
-        found[name] = Phase(
-            name,
-            result.memory,
-            result.collectives,
-            work[name].runs,
-            seconds(job, work[name], result.collectives),
-            result.seconds,
-        )
-    return Plan(job, [found[name] for name in phases_of(job)], "compiled")
+    work, phases = count_work(run), {}
+    for name, compiled in compile_phases(run):
+        log(f"{name}: compiled in {compiled.seconds:.0f} s")
+        seconds = estimate_seconds(run, work[name], compiled.collectives)
+        executions = work[name].executions
+        phases[name] = Phase(name, compiled.memory, compiled.collectives, executions, seconds, compiled.seconds)
+    return Plan(run, [phases[name] for name in list_phases(run)], True, changes or {})
 
 
-def remedies(job: Job) -> Iterator[dict[str, Any]]:
-    """Settings that lower memory, those that cost the least time first; later ones are tried on top of all earlier kinds."""
-    parallel, rollout, group = job.settings.parallel, job.settings.rollout, job.settings.crpo.group_size
-    longest = job.settings.data.max_prompt_tokens + job.settings.rollout.max_new_tokens
-    slots = [
-        size
-        for size in range(rollout.slots - rollout.slots % 8 or rollout.slots, group - 1, -8)
-        if size < rollout.slots
-    ] or [rollout.slots]
-    budgets = [
-        size for size in (parallel.micro_batch_tokens // 2**power for power in range(1, 8)) if 2 * size > longest
-    ] or [parallel.micro_batch_tokens]
+# --- what to change so that a run fits --------------------------------------------------------------------------------
+
+
+def list_changes(run: PlannedRun) -> Iterator[Changes]:
+    """Settings that lower memory, those that cost the least time first, then their combinations."""
+    parallel, rollout, group = run.settings.parallel, run.settings.rollout, run.settings.crpo.group_size
+    multiples = range(rollout.slots - rollout.slots % 8 or rollout.slots, group - 1, -8)
+    slots = [size for size in multiples if size < rollout.slots] or [rollout.slots]
+    halves = (parallel.micro_batch_tokens // 2**power for power in range(1, 8))
+    budgets = [size for size in halves if 2 * size > run.longest_row] or [parallel.micro_batch_tokens]
     remat = {} if parallel.remat else {"parallel.remat": True}
     if remat:
         yield remat
     for size in slots:
         yield {**remat, "rollout.slots": size}
-    for size in budgets:
-        yield {**remat, "parallel.micro_batch_tokens": size}
-        for some in slots:
-            yield {**remat, "parallel.micro_batch_tokens": size, "rollout.slots": some}
+    for budget, size in itertools.product(budgets, [None, *slots]):
+        smaller = {**remat, "parallel.micro_batch_tokens": budget}
+        yield smaller if size is None else {**smaller, "rollout.slots": size}
 
 
-def remedy(job: Job, over: float = 0.0) -> dict[str, Any] | None:
-    """The settings to change so that the job fits, by the estimate from shapes plus `over` bytes; None where these do not help."""
-    for changed in remedies(job):
-        if from_shapes(job.having(changed)).margin >= over:
-            return changed
+def find_changes(run: PlannedRun, reserve: float = 0.0) -> Changes | None:
+    """The first of `list_changes` whose estimate leaves `reserve` bytes free; None if none does."""
+    for changes in list_changes(run):
+        if estimate_plan(run.with_settings(changes)).margin >= reserve:
+            return changes
     return None
 
 
-def all_jobs(settings: Config, target: Target) -> tuple[list[Job], dict[str, str]]:
-    """A job for every mesh of the target's devices and every layout, and why meshes are impossible. Layouts differ only in what
-    they split over the data axis: without one, the config's own stands for all."""
-    shape, possible, refused = planned_shape(settings), [], {}
-    for model in (size for size in range(1, target.count + 1) if target.count % size == 0):
-        for name in (
-            LAYOUTS
-            if model < target.count
-            else [settings.parallel.layout]
-            if settings.parallel.layout in LAYOUTS
-            else ["zero1"]
-        ):
-            chosen = replaced(settings, {"parallel.layout": name})
-            try:
-                possible.append(Job(chosen, shape, target, target.count // model, model))
-            except InputError as error:
-                refused[f"{target.count // model}x{model} {name}"] = str(error)
-    if not possible:
-        raise InputError(
-            f"--target {target.name}: expected a model that some mesh can split, got {next(iter(refused.values()))}"
-        )
-    return possible, refused
+def find_fix(plan: Plan) -> Changes | None:
+    """The settings to change so that the plan fits: remat, slots and micro-batches, otherwise the best mesh and layout;
+    None if nothing on the target fits."""
+    underestimated = plan.peak.total - estimate_plan(plan.run).peak.total
+    if changes := find_changes(plan.run, max(0.0, underestimated)):
+        return changes
+    if not (fitting := rank_meshes(plan.run.settings, plan.run.target).fitting):
+        return None
+    run = fitting[0].run
+    return {"parallel.mesh": run.mesh_text, "parallel.layout": run.layout_name, **fitting[0].changes}
 
 
-def search(settings: Config, target: Target) -> tuple[list[Plan], list[Plan], dict[str, str]]:
-    """(plans that fit, the fastest bound first; those that do not, the closest first; refused meshes with their reasons).
+# --- all meshes and layouts of a target -------------------------------------------------------------------------------
 
-    Where a mesh and layout fits only with smaller slots or micro-batches, it is planned with those.
+
+def list_runs(settings: Config, target: Target) -> tuple[list[PlannedRun], dict[str, str]]:
+    """A run for every mesh of the target's devices and every layout, and why the other meshes are impossible.
+
+    Layouts differ only in what they split over the data axis: without one, only the config's own is listed.
     """
-    jobs, refused = all_jobs(settings, target)
+    shape, runs, refused = resolve_shape(settings), [], {}
+    own = settings.parallel.layout if settings.parallel.layout != "auto" else "zero1"
+    for model in (size for size in range(1, target.count + 1) if target.count % size == 0):
+        for layout in LAYOUTS if model < target.count else [own]:
+            data, with_layout = target.count // model, replaced(settings, {"parallel.layout": layout})
+            try:
+                runs.append(PlannedRun(with_layout, shape, target, data, model))
+            except InputError as error:
+                refused[f"{data}x{model} {layout}"] = str(error)
+    if not runs:
+        reason = next(iter(refused.values()))
+        raise InputError(f"--target {target.name}: expected a model that some mesh can split, got {reason}")
+    return runs, refused
+
+
+def rank_meshes(settings: Config, target: Target) -> Ranking:
+    """Estimates every mesh and layout, with smaller slots or micro-batches for those that only fit so."""
+    runs, refused = list_runs(settings, target)
     plans = []
-    for job in jobs:
-        plan = from_shapes(job)
-        if not plan.fits and (changed := remedy(job)):
-            plan = from_shapes(job.having(changed), changed)
+    for run in runs:
+        plan = estimate_plan(run)
+        if not plan.fits and (changes := find_changes(run)):
+            plan = estimate_plan(run.with_settings(changes), changes)
         plans.append(plan)
     fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.bound)
-    return fitting, sorted((plan for plan in plans if not plan.fits), key=lambda plan: -plan.margin), refused
+    others = sorted((plan for plan in plans if not plan.fits), key=lambda plan: -plan.margin)
+    return Ranking(fitting, others, refused)
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def list_other_layouts(run: PlannedRun) -> list[PlannedRun]:
+    """The run with every other layout on the same mesh."""
+    runs, _ = list_runs(run.settings, run.target)
+    return [other for other in runs if other.mesh_text == run.mesh_text and other.layout_name != run.layout_name]
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values: bytes, seconds, counts."""
-    job, chip = plan.job, plan.job.target.chip
-    rows, t = job.micro_batch
+    run, chip = plan.run, plan.run.target.chip
+    rows, t = run.micro_batch
     return {
-        "target": job.target.name,
-        "mesh": job.mesh_text,
-        "layout": job.layout_name,
-        "model": job.settings.model.path,
-        "source": plan.source,
-        "changed": plan.changed,
+        "target": run.target.name,
+        "mesh": run.mesh_text,
+        "layout": run.layout_name,
+        "model": run.settings.model.path,
+        "source": "compiled" if plan.compiled else "shapes",
+        "changed": plan.changes,
         "fits": plan.fits,
-        "usable_bytes": job.target.usable,
+        "usable_bytes": run.target.usable,
         "peak_bytes": plan.peak.total,
         "peak_phase": plan.peak.name,
         "margin_bytes": plan.margin,
         "bound_seconds": plan.bound,
         "micro_batch": {"rows": rows, "tokens": t},
-        "decoded_together": job.wave_rows,
-        "device": {
-            "flops": chip.flops,
-            "bandwidth": chip.bandwidth,
-            "link": chip.link,
-            "link_bandwidth": chip.link_bandwidth,
-            "source": chip.source,
-        },
+        "decoded_together": run.wave_rows,
+        "device": {name: getattr(chip, name) for name in ("flops", "bandwidth", "link", "link_bandwidth", "source")},
         "phases": [
             {
                 "name": phase.name,
                 "memory_bytes": phase.memory,
                 "total_bytes": phase.total,
-                "runs": phase.runs,
+                "runs": phase.executions,
                 "seconds": {**phase.seconds, "bound": phase.bound},
                 "compile_seconds": phase.compile_seconds,
-                "collectives": [{**one._asdict(), "link": link_of(job, one.axis)[0]} for one in phase.collectives],
+                "collectives": [{**sent._asdict(), "link": find_link(run, sent.axis)[0]} for sent in phase.collectives],
             }
             for phase in plan.phases
         ],
     }
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.2f}"

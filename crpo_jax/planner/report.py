@@ -1,186 +1,153 @@
-"""A plan as a person reads it: tables for a terminal, one line of verdict, a picture."""
+"""A plan for a reader: tables for a terminal, a verdict in one line, a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from crpo_jax.errors import InputError
-from crpo_jax.model.shape import Shape
-from crpo_jax.planner.cost import link_of
-from crpo_jax.planner.memory import PARTS
-from crpo_jax.planner.plan import Plan, from_shapes, gib, remedy, search
-from crpo_jax.planner.targets import GIB
+from crpo_jax.hardware import GIB
+from crpo_jax.model.transformer import parameter_count
+from crpo_jax.planner.cost import find_link
+from crpo_jax.planner.memory import MEMORY_PARTS
+from crpo_jax.planner.plan import Changes, Plan, Ranking, find_fix
+
+PART_COLORS = ("#4e79a7", "#9c755f", "#bab0ac", "#f28e2b", "#76b7b2", "#59a14f", "#edc948", "#e15759")
 
 
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns aligned by their widest entry; the first `left` to the left, figures to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+def format_gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
 
 
-def shown(size: float) -> str:
-    """GiB; a dash for nothing at all."""
-    return gib(size) if size else "-"
-
-
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     return "-" if not value else f"{value:.1f}" if value >= 0.1 else f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
-def parameters(s: Shape) -> int:
-    block = 2 * s.d + s.d * s.h * (2 * s.n + 2 * s.k) + s.h * (s.n + 2 * s.k) + 3 * s.d * s.f
-    return s.l * block + s.d + s.v * s.d * (1 if s.tied else 2)
+def format_changes(changes: Changes) -> str:
+    """The settings as a command line takes them."""
+
+    def argument(name: str, value: object) -> str:
+        text = str(value).lower() if isinstance(value, bool) else value
+        return f"--mesh {text}" if name == "parallel.mesh" else f"{name}={text}"
+
+    return " ".join(argument(name, value) for name, value in changes.items())
 
 
-def opening(plan: Plan) -> str:
-    job, (rows, t) = plan.job, plan.job.micro_batch
-    crpo, chip = job.settings.crpo, job.target.chip
-    model = job.settings.model.path or "model.shape"
+def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The first `left` columns aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        aligned = [
+            cell.ljust(width) if column < left else cell.rjust(width) for column, (cell, width) in enumerate(cells)
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
+
+
+def format_run(plan: Plan) -> str:
+    run, (rows, t) = plan.run, plan.run.micro_batch
+    crpo, chip, model = run.settings.crpo, run.target.chip, run.settings.model.path or "model.shape"
     return "\n".join(
         [
-            f"{model}, {parameters(job.shape):,} parameters, on {job.target.name} as {job.mesh_text} (data x model), layout {job.layout_name}",
-            f"a step: {crpo.prompts_per_step} prompts x {crpo.group_size} responses, {job.updates} optimizer steps; "
-            f"on a data shard {job.wave_rows} rows decoded together, micro-batches of {rows} x {t:,} tokens",
-            f"a device: {chip.flops / 1e12:g} TFLOP/s in bf16, memory {chip.bandwidth / 1e9:,.0f} GB/s, "
+            f"{model} ({parameter_count(run.shape):,} parameters) on {run.target.name}, "
+            f"mesh {run.mesh_text} (data x model), layout {run.layout_name}",
+            f"per step: {crpo.prompts_per_step} prompts x {crpo.group_size} responses, {run.optimizer_steps} optimizer "
+            f"steps; per data shard: {run.wave_rows} rows decoded together, micro-batches of {rows} x {t:,} tokens",
+            f"per device: {chip.flops / 1e12:g} TFLOP/s in bf16, memory {chip.bandwidth / 1e9:,.0f} GB/s, "
             f"{chip.link} {chip.link_bandwidth / 1e9:g} GB/s ({chip.source})",
         ]
     )
 
 
-def memory(plan: Plan) -> str:
-    target = plan.job.target
-    rows = [["phase", *PARTS, "total", "left"]]
+def format_memory(plan: Plan) -> str:
+    target = plan.run.target
+    rows = [["phase", *MEMORY_PARTS, "total", "free"]]
     for phase in plan.phases:
-        parts = [shown(phase.memory.get(part, 0.0)) for part in PARTS]
-        rows.append([phase.name, *parts, gib(phase.total), gib(target.usable - phase.total)])
-    how = "compiled" if plan.source == "compiled" else "estimated from shapes"
-    head = f"memory of a device in GiB, {how}; usable {gib(target.usable)} of {gib(target.chip.memory)}"
-    return f"{head}\n{table(rows)}"
+        sizes = [phase.memory.get(part, 0.0) for part in MEMORY_PARTS]
+        parts = [format_gib(size) if size else "-" for size in sizes]
+        rows.append([phase.name, *parts, format_gib(phase.total), format_gib(target.usable - phase.total)])
+    source = "compiled" if plan.compiled else "estimated from shapes"
+    usable = f"{format_gib(target.usable)} of {format_gib(target.chip.memory)}"
+    return f"memory per device in GiB, {source}; usable {usable}\n{align_columns(rows)}"
 
 
-def communication(plan: Plan) -> str:
-    rows = [["phase", "collective", "over axis", "across", "GiB sent", "times"]]
+def format_collectives(plan: Plan) -> str:
+    rows = [["phase", "collective", "axis", "link", "GiB sent", "count"]]
     for phase in plan.phases:
-        for one in phase.collectives:
-            if one.sent >= 0.5e-3 * GIB:
-                size = f"{one.sent / GIB:.2f}" if one.sent >= 0.005 * GIB else f"{one.sent / GIB:.3f}"
-                rows.append([phase.name, one.kind, one.axis, link_of(plan.job, one.axis)[0], size, f"{one.times:,.0f}"])
-    what = "of one run (of one token, for decode)"
-    return f"collectives {what}, by a device" + (f"\n{table(rows, left=4)}" if len(rows) > 1 else ": none")
+        for kind, axis, sent, times in phase.collectives:
+            if sent >= 0.5e-3 * GIB:
+                size = f"{sent / GIB:.2f}" if sent >= 0.005 * GIB else f"{sent / GIB:.3f}"
+                rows.append([phase.name, kind, axis, find_link(plan.run, axis)[0], size, f"{times:,.0f}"])
+    head = "collectives per device in one run of each program (decode: one token)"
+    return f"{head}\n{align_columns(rows, left=4)}" if len(rows) > 1 else f"{head}: none"
 
 
-def times(plan: Plan) -> str:
-    compiled = plan.source == "compiled"
-    rows = [["phase", "runs", "compute", "memory", "links", "bound", *(["compile"] if compiled else [])]]
+def format_times(plan: Plan) -> str:
+    run = plan.run
+    rows = [["phase", "runs", "compute", "memory", "links", "bound", *(["compile"] if plan.compiled else [])]]
     for phase in plan.phases:
-        taken = [seconds(phase.seconds[name]) for name in ("compute", "memory", "links")]
-        rows.append(
-            [
-                phase.name,
-                f"{phase.runs:,.0f}",
-                *taken,
-                seconds(phase.bound),
-                *([seconds(phase.compile_seconds or 0)] if compiled else []),
-            ]
-        )
-    job = plan.job
-    head = f"seconds of a step at the device's peaks, at {job.prompt_tokens:,.0f} tokens a prompt and {job.response_tokens:,.0f} a response"
-    return f"{head}\n{table(rows)}"
+        seconds = [*(phase.seconds[name] for name in ("compute", "memory", "links")), phase.bound]
+        seconds += [phase.compile_seconds or 0] if plan.compiled else []
+        rows.append([phase.name, f"{phase.executions:,.0f}", *map(format_seconds, seconds)])
+    lengths = f"{run.mean_prompt:,.0f} prompt and {run.mean_response:,.0f} response tokens on average"
+    return f"least seconds per step at the device's peaks, for {lengths}\n{align_columns(rows)}"
 
 
-def settings_of(changed: dict[str, Any]) -> str:
-    return " ".join(
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in changed.items()
-    )
-
-
-def verdict(plan: Plan) -> str:
-    """The last line: fits or not, by how much, and what to change."""
-    peak, usable = plan.peak, gib(plan.job.target.usable)
-    need = f"{peak.name} needs the most, {gib(peak.total)} of {usable} GiB a device"
+def format_verdict(plan: Plan) -> str:
+    """Whether the plan fits, by how much, and what to change if it does not."""
+    peak, target = plan.peak, plan.run.target
+    need = f"{peak.name} needs the most memory, {format_gib(peak.total)} of {format_gib(target.usable)} GiB per device"
     if plan.fits:
-        return f"fits: {need}, {gib(plan.margin)} to spare; a step takes at least {seconds(plan.bound)} s"
-    over = peak.total - max(phase.total for phase in from_shapes(plan.job).phases)
-    changed = remedy(plan.job, max(0.0, over))
-    if changed:
-        return f"does not fit: {need}, {gib(-plan.margin)} too much; it would fit with {settings_of(changed)}"
-    fitting = search(plan.job.settings, plan.job.target)[0]
-    if not fitting:
-        return f"does not fit: {need}, {gib(-plan.margin)} too much; no mesh, layout, slots or micro-batch of {plan.job.target.name} does: more devices"
-    best = fitting[0]
-    settings = settings_of({"parallel.layout": best.job.layout_name, **best.changed})
-    return (
-        f"does not fit: {need}, {gib(-plan.margin)} too much; it would fit with --mesh {best.job.mesh_text} {settings}"
-    )
+        return f"fits: {need}, {format_gib(plan.margin)} free; a step takes at least {format_seconds(plan.bound)} s"
+    if changes := find_fix(plan):
+        advice = f"it would fit with {format_changes(changes)}"
+    else:
+        advice = f"no mesh, layout, slots or micro-batch size fits {target.name}: use more or larger devices"
+    return f"does not fit: {need}, {format_gib(-plan.margin)} too much; {advice}"
 
 
-def text(plan: Plan) -> str:
-    return "\n\n".join([opening(plan), memory(plan), communication(plan), times(plan), verdict(plan)])
+def format_plan(plan: Plan) -> str:
+    parts = (format_run, format_memory, format_collectives, format_times, format_verdict)
+    return "\n\n".join(part(plan) for part in parts)
 
 
-def ranking(fitting: Sequence[Plan], others: Sequence[Plan], refused: dict[str, str]) -> str:
-    """All meshes and layouts, the fastest that fits first."""
-    rows = [["mesh", "layout", "with", "s a step", "GiB", "left", "tightest phase"]]
-    for plan in [*fitting, *others]:
-        bound = seconds(plan.bound) if plan.fits else "no fit"
-        job = plan.job
-        rows.append(
-            [
-                job.mesh_text,
-                job.layout_name,
-                settings_of(plan.changed),
-                bound,
-                gib(plan.peak.total),
-                gib(plan.margin),
-                plan.peak.name,
-            ]
-        )
-    usable = gib(fitting[0].job.target.usable) if fitting else gib(others[0].job.target.usable) if others else "0"
-    lines = [
-        f"meshes and layouts by the least time of a step, estimated from shapes; usable {usable} GiB a device",
-        table(rows, left=3),
-    ]
-    return "\n".join(lines + [f"{mesh}: {reason}" for mesh, reason in refused.items()])
+def format_ranking(ranking: Ranking) -> str:
+    rows = [["mesh", "layout", "changes", "s per step", "peak GiB", "free", "peak phase"]]
+    for plan in ranking.plans:
+        bound = format_seconds(plan.bound) if plan.fits else "no fit"
+        sizes = [format_gib(plan.peak.total), format_gib(plan.margin)]
+        changes = format_changes(plan.changes)
+        rows.append([plan.run.mesh_text, plan.run.layout_name, changes, bound, *sizes, plan.peak.name])
+    usable = format_gib(ranking.plans[0].run.target.usable)
+    head = f"meshes and layouts by least seconds per step, estimated from shapes; usable {usable} GiB per device"
+    refused = [f"{mesh}: {reason}" for mesh, reason in ranking.refused.items()]
+    return "\n".join([head, align_columns(rows, left=3), *refused])
 
 
-COLORS = ("#4e79a7", "#9c755f", "#bab0ac", "#f28e2b", "#76b7b2", "#59a14f", "#edc948", "#e15759")
-
-
-def picture(plans: Sequence[Plan], path: Path) -> None:
-    """Stacked bars of every phase's memory, one panel per layout, under the line of what a device has."""
+def draw_plans(plans: Sequence[Plan], path: Path) -> None:
+    """Stacked bars of memory by phase and part, one panel per plan, with a line at the usable memory."""
     import matplotlib.pyplot as plt
 
-    target = plans[0].job.target
+    run, target = plans[0].run, plans[0].run.target
     figure, panels = plt.subplots(1, len(plans), figsize=(4.2 * len(plans) + 1.2, 5), sharey=True, squeeze=False)
     for panel, plan in zip(panels[0], plans, strict=True):
         names, base = [phase.name for phase in plan.phases], [0.0] * len(plan.phases)
-        for part, color in zip(PARTS, COLORS, strict=True):
+        for part, color in zip(MEMORY_PARTS, PART_COLORS, strict=True):
             sizes = [phase.memory.get(part, 0.0) / GIB for phase in plan.phases]
             panel.bar(names, sizes, bottom=base, color=color, label=part, width=0.7)
             base = [low + size for low, size in zip(base, sizes, strict=True)]
         panel.axhline(target.usable / GIB, color="black", linestyle="--", linewidth=1)
-        panel.set_title(
-            f"{plan.job.layout_name}, {plan.job.mesh_text} ({'compiled' if plan.source == 'compiled' else 'from shapes'})",
-            fontsize=10,
-        )
+        source = "compiled" if plan.compiled else "estimated"
+        panel.set_title(f"{plan.run.layout_name}, {plan.run.mesh_text} ({source})", fontsize=10)
         panel.tick_params(axis="x", rotation=60)
         for label in panel.get_xticklabels():
-            label.set_horizontalalignment("right")
-            label.set_rotation_mode("anchor")
+            label.set(horizontalalignment="right", rotation_mode="anchor")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("GiB a device")
+    panels[0][0].set_ylabel("GiB per device")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="center right", frameon=False)
-    figure.suptitle(
-        f"{plans[0].job.settings.model.path or 'model.shape'} on {target.name}; dashed: {target.usable / GIB:.2f} GiB usable",
-        fontsize=11,
-    )
+    title = f"{run.settings.model.path or 'model.shape'} on {target.name}"
+    figure.suptitle(f"{title}; dashed: {format_gib(target.usable)} GiB usable", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1 - 1.5 / figure.get_figwidth(), 1))
     try:
         figure.savefig(path, dpi=130)

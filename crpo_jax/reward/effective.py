@@ -1,10 +1,10 @@
-"""Which characters and tokens are effective: on-language, in the script that English medical prose is written in.
+"""Which characters and tokens are effective: in the scripts that English medical prose is written in.
 
 Effective characters are Latin letters (basic, Latin-1 and Latin Extended-A, for Sjögren and Behçet), Greek letters
 without accents (α, β, Δ, as medicine uses them), digits, punctuation, symbols (°, µ, ≥, ±, arrows) and white space.
 Not effective are other scripts, full-width forms, emoji, zero-width and other format characters, control characters,
 unassigned code points, lone surrogates and the replacement character. The rule knows scripts, not languages: Spanish in
-plain Latin letters passes.
+plain Latin letters is effective.
 """
 
 import json
@@ -23,16 +23,17 @@ EFFECTIVE_RANGES = (
     (0x0218, 0x021B),  # Ș ș Ț ț, as in Babeș
     (0x02B9, 0x02BC), (0x02C6, 0x02C6), (0x02DA, 0x02DA), (0x02DC, 0x02DC),  # primes, ˆ, ˚ and ˜
     (0x0300, 0x030C), (0x0327, 0x0328),  # accents written as marks of their own
-    (0x0391, 0x03A1), (0x03A3, 0x03A9), (0x03B1, 0x03C9), (0x03D1, 0x03D1), (0x03D5, 0x03D6), (0x03F0, 0x03F1), (0x03F5, 0x03F5),
+    (0x0391, 0x03A1), (0x03A3, 0x03A9), (0x03B1, 0x03C9), (0x03D1, 0x03D1),  # Greek without accents, and the
+    (0x03D5, 0x03D6), (0x03F0, 0x03F1), (0x03F5, 0x03F5),  # forms of its letters used as symbols
     (0x2010, 0x2027), (0x2030, 0x205E),  # general punctuation between its format characters
     (0x2070, 0x2071), (0x2074, 0x208E), (0x2090, 0x209C),  # superscripts and subscripts
     (0x20A0, 0x20C0), (0x2100, 0x218B),  # currency, letter-like symbols (℃, ™), number forms
-    (0x2190, 0x2328), (0x232B, 0x23FF), (0x2460, 0x24FF), (0x2500, 0x27BF),  # arrows, mathematics, circled numbers, lines, shapes, ticks
-    (0x27C0, 0x27FF), (0x2900, 0x2B73),  # more arrows and mathematics
+    (0x2190, 0x2328), (0x232B, 0x23FF), (0x2460, 0x24FF),  # arrows, mathematics, circled numbers
+    (0x2500, 0x27BF), (0x27C0, 0x27FF), (0x2900, 0x2B73),  # lines, shapes, ticks; more arrows and mathematics
 )  # fmt: skip
 WHITE_SPACE = (0x09, 0x0A, 0x0B, 0x0C, 0x0D, 0x20, 0x85, 0xA0, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F)
 NOT_EFFECTIVE, EFFECTIVE, WHITE = 0, 1, 2
-SHOWN_WHITE_SPACE = "ĠĊĉč"  # how a byte-level vocabulary shows space, line feed, tab and carriage return
+ENCODED_WHITE_SPACE = "ĠĊĉč"  # space, line feed, tab and carriage return in a byte-level vocabulary
 
 
 @cache
@@ -46,12 +47,10 @@ def character_classes() -> np.ndarray:
 
 
 def effective_characters(text: str) -> tuple[int, int]:
-    """How many characters of `text` are effective, and of how many, white space aside in both."""
+    """How many characters of `text` are effective, and how many there are; white space is not counted."""
     if not text:
         return 0, 0
-    codes = np.array([text]).view(
-        np.uint32
-    )  # numpy keeps strings as code points; encoding them would trip over lone surrogates
+    codes = np.array([text]).view(np.uint32)  # numpy stores code points; encoding would fail on lone surrogates
     counts = np.bincount(character_classes()[codes], minlength=3)
     return int(counts[EFFECTIVE]), int(counts[EFFECTIVE] + counts[NOT_EFFECTIVE])
 
@@ -64,22 +63,22 @@ def all_effective(text: str) -> bool:
 @cache
 def byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level BPE vocabulary stands for (GPT-2's table)."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def effective_bytes(token: bytes) -> bool:
-    """Whether a token is effective, where it may hold only a part of a character.
+    """Whether a token is effective, given that it may hold only a part of a character.
 
-    Whole characters are judged as they are. A character cut off at the token's end is judged by the characters its first
-    bytes may begin: effective when one of them is. Bytes at the start that continue a character of the token before:
-    - A single one is effective. The character's first byte was judged there already, and English medical text needs such
+    Whole characters are judged as they are. A character cut off at the token's end is effective when its first bytes
+    may begin an effective one. Bytes at the start that continue a character of the token before:
+    - A single one is effective. The character's first byte was judged there, and English medical text needs such
       tokens: under Qwen2.5's vocabulary 363 characters of MedQA, MedMCQA, MedXpertQA and English traces (2.5 million
       tokens) are cut, and 272 of them are effective, such as thin spaces, º, ≈ and ₃.
-    - Two and more in one token are not. In that vocabulary these 68 tokens are tails of Chinese, Japanese and Korean
+    - Two or more in one token are not. In that vocabulary these 68 tokens are tails of Chinese, Japanese and Korean
       characters; of effective ones only rare symbols use them (₨, ⌀, and ♂ after a space), and that text has none.
-    What this lets through in that vocabulary are some hundreds of characters spelt in bytes that no model writes, such as
+    This wrongly passes some hundreds of characters that the vocabulary spells in bytes and no model writes, such as
     Coptic letters, and the zero-width joiner; zero-width spaces and all scripts in use are caught.
     """
     start = 0
@@ -110,8 +109,8 @@ def may_begin_effective(cut: bytes) -> bool:
     return bool((character_classes()[max(start << missing, shortest) : (start + 1) << missing] != NOT_EFFECTIVE).any())
 
 
-def token_ids_of(tokenizer_json: str | Path) -> dict[str, int]:
-    """The id of every token of a byte-level BPE tokenizer, those added to the vocabulary among them."""
+def read_vocabulary(tokenizer_json: str | Path) -> dict[str, int]:
+    """The id of every token of a byte-level BPE tokenizer, including those added to the vocabulary."""
     vocabulary, added = read_tokenizer(tokenizer_json)
     return {**vocabulary, **{token["content"]: index for index, token in added.items()}}
 
@@ -128,18 +127,15 @@ def effective_table(tokenizer_json: str | Path, vocab_size: int) -> np.ndarray:
     alphabet, table = byte_alphabet(), np.zeros(vocab_size, bool)
     for token, index in vocabulary.items():
         if token.lstrip(
-            SHOWN_WHITE_SPACE
-        ).isascii():  # most of a vocabulary: ASCII is shown as itself, and all of it is effective
+            ENCODED_WHITE_SPACE
+        ).isascii():  # most of a vocabulary: ASCII stands for itself and is effective
             table[index] = True
-        else:
-            table[index] = all(character in alphabet for character in token) and effective_bytes(
-                bytes(map(alphabet.__getitem__, token))
-            )
+        elif all(character in alphabet for character in token):
+            table[index] = effective_bytes(bytes(map(alphabet.__getitem__, token)))
     for index, token in added.items():
         text = token["content"]
-        table[index] = (
-            not token.get("special") and not (text.startswith("<|") and text.endswith("|>")) and all_effective(text)
-        )
+        special = token.get("special") or (text.startswith("<|") and text.endswith("|>"))
+        table[index] = not special and all_effective(text)
     return table
 
 

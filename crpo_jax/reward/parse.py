@@ -1,15 +1,16 @@
-"""A response taken apart: the two tagged parts, System 1 and System 2, the boxes, and what is wrong with its form.
+"""A response parsed: the two tagged parts, System 1 and System 2, the boxes, and the problems of its format.
 
 Time is linear in the length of the response, and nearly all of it is spent in `str.find` and `str.count`: a response of
-a million tags or braces costs as little as one of a million letters. What counts as what:
+a million tags or braces costs as little as one of a million letters. The rules:
 
-- A tag is exactly `<dx>`, `</dx>` and so on. `<DX>`, `< dx >`, full-width `＜dx＞` and a tag with a zero-width character
-  in it are text.
-- White space is what `str.isspace` says; a zero-width character outside the tags is text there and breaks the form.
-- A heading is `System 1` or `System 2` in this spelling, either first in its line (`(`, `[`, `#`, `*`, `_`, `>` and white
-  space may stand before it) or after an opening parenthesis, and closed by one of `: ) ( ] * _ . -`, a dash or the end
+- A tag is exactly `<dx>`, `</dx>` and so on. `<DX>`, `< dx >`, full-width `＜dx＞` and a tag with a zero-width
+  character in it are text.
+- White space is what `str.isspace` says; a zero-width character outside the tags is text and breaks the format.
+- A heading is `System 1` or `System 2` in this spelling, either first in its line (`(`, `[`, `#`, `*`, `_`, `>` and
+  white space may precede it) or after an opening parenthesis, and closed by one of `: ) ( ] * _ . -`, a dash or the end
   of the line. "System 1 suggested gout" is a sentence, not a heading.
-- A box is any `\\boxed`, also where no brace follows, so that a second answer in an odd spelling is still a second answer.
+- A box is any `\\boxed`, with or without a brace after it, so that a second answer in an odd spelling is still a second
+  answer.
 """
 
 import re
@@ -17,10 +18,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 BOX = "\\boxed"
-MAX_BOXES = 8  # boxes kept for the explanation; the answer needs exactly one
+MAX_BOXES = 8  # boxes read, for the explanation; an answer needs exactly one
 MAX_BOX_CHARS = 100  # a box whose brace is not closed within this is unreadable: an answer is one letter
 MAX_HEADING_CHARS = 40  # between "(System 1" and the parenthesis that closes it
-MAX_MENTIONS = 64  # of `System 1` in dx; a response with more is no longer looked through
+MAX_MENTIONS = 64  # of `System 1` in dx; further ones are not read
 
 # A literal first, so that the search runs at the speed of str.find, then bounded repeats only.
 HEADINGS = {number: re.compile(rf"System {number}[ \t]{{0,4}}(?=[:)(\]*_.\-\u2013\u2014\r\n]|$)") for number in (1, 2)}
@@ -29,7 +30,7 @@ BEFORE_HEADING = " \t([#*_>"
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """What stands between the braces of a `\\boxed{...}`, None where they cannot be read; offsets in the response."""
+    """The text between the braces of a `\\boxed{...}`, None where they cannot be read; offsets in the response."""
 
     text: str | None
     start: int
@@ -38,9 +39,9 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """The parts of a response; a part is None where it cannot be told apart, and `problems` is empty for the right form.
+    """The parts of a response, each None where it cannot be separated; `problems` is empty for the right format.
 
-    `dx` and `conclusion` are the two tagged parts whatever the tags are called; `system1` and `system2` lie in `dx`.
+    `dx` and `conclusion` are the two tagged parts whatever the tags are called; `system1` and `system2` are in `dx`.
     """
 
     dx: str | None
@@ -65,20 +66,20 @@ class Parsed:
         )
 
     def conclusion_without_box(self) -> str:
-        """The prose of the conclusion: its only box, where it stands there, is cut out."""
+        """The prose of the conclusion: the response's only box is cut out of it."""
         if self.conclusion is None:
             return ""
         box = self.box
         if box is None or not self.in_conclusion(box):
             return self.conclusion
-        cut = box.start - self.conclusion_start, box.end - self.conclusion_start
-        return self.conclusion[: cut[0]] + " " + self.conclusion[cut[1] :]
+        start, end = box.start - self.conclusion_start, box.end - self.conclusion_start
+        return self.conclusion[:start] + " " + self.conclusion[end:]
 
 
-def parse(response: str, tags: tuple[str, ...] = ("dx", "conclusion"), systems: bool = True) -> Parsed:
-    """The parts of `response` between two pairs of tags; `systems` asks for System 1 before System 2 in the first.
+def parse_response(response: str, tags: tuple[str, ...] = ("dx", "conclusion"), systems: bool = True) -> Parsed:
+    """The parts of `response` between two pairs of tags; with `systems`, System 1 and System 2 are read from the first.
 
-    A part is told apart where its two tags stand once each and in order, and no tag of the other part stands in it or
+    A part is separated where each of its two tags occurs once and in order, and no tag of the other part is in it or
     around it. So a lost `</dx>` does not cost the answer in a sound conclusion, and `<conclusion>` inside dx is none.
     """
     first, second = tags
@@ -96,12 +97,12 @@ def parse(response: str, tags: tuple[str, ...] = ("dx", "conclusion"), systems: 
     if not problems:
         if opened < closed < opened2 < closed2:
             dx, conclusion = response[opened + len(names[0]) : closed], response[start:closed2]
-            outside = response[:opened], response[closed + len(names[1]) : opened2], response[closed2 + len(names[3]) :]
-            for text, where in zip(
-                outside, (f"before {names[0]}", f"between {names[1]} and {names[2]}", f"after {names[3]}"), strict=True
-            ):
-                if text and not text.isspace():
-                    problems.append(f"text {where}")
+            outside = {
+                f"before {names[0]}": response[:opened],
+                f"between {names[1]} and {names[2]}": response[closed + len(names[1]) : opened2],
+                f"after {names[3]}": response[closed2 + len(names[3]) :],
+            }
+            problems += [f"text {where}" for where, text in outside.items() if text and not text.isspace()]
         else:
             problems.append(f"the tags are out of order: expected {' '.join(names)}")
     if conclusion is None and counts[2] == counts[3] == 1 and start <= closed2:
@@ -110,34 +111,34 @@ def parse(response: str, tags: tuple[str, ...] = ("dx", "conclusion"), systems: 
         if not torn and not nested:
             conclusion = response[start:closed2]
     if systems and dx is not None:
-        system1, system2, missing = two_systems(dx)
-        problems += missing
+        system1, system2, heading_problems = split_systems(dx)
+        problems += heading_problems
     boxes, box_count = find_boxes(response)
     return Parsed(dx, system1, system2, conclusion, start, boxes, box_count, tuple(problems))
 
 
-def two_systems(dx: str) -> tuple[str | None, str | None, list[str]]:
-    """The System 1 and System 2 parts of dx, without their headings, and what is wrong with them."""
-    found = {number: headings(dx, number) for number in (1, 2)}
+def split_systems(dx: str) -> tuple[str | None, str | None, list[str]]:
+    """The System 1 and System 2 parts of dx, without their headings, and the problems of the headings."""
+    places = {number: find_headings(dx, number) for number in (1, 2)}
     problems = [
-        f"no System {number} heading in dx" if not places else f"more than one System {number} heading in dx"
-        for number, places in found.items()
-        if len(places) != 1
+        f"more than one System {number} heading in dx" if spans else f"no System {number} heading in dx"
+        for number, spans in places.items()
+        if len(spans) != 1
     ]
     if problems:
         return None, None, problems
-    (start1, end1), (start2, end2) = found[1][0], found[2][0]
+    (start1, end1), (start2, end2) = places[1][0], places[2][0]
     if start2 < start1:
         return None, None, ["System 2 stands before System 1"]
     return dx[end1:start2], dx[end2:], []
 
 
-def headings(dx: str, number: int) -> list[tuple[int, int]]:
+def find_headings(dx: str, number: int) -> list[tuple[int, int]]:
     """Where the headings of a system start and end, two at most: a second one is already one too many.
 
     "(System 1: Intuitive)" ends with its parenthesis; any other heading ends after the number.
     """
-    places: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for match in islice(HEADINGS[number].finditer(dx), MAX_MENTIONS):
         start, end = match.span()
         line = max(dx.rfind("\n", max(0, start - 16), start) + 1, start - 16, 0)
@@ -149,10 +150,10 @@ def headings(dx: str, number: int) -> list[tuple[int, int]]:
         if parenthesis:
             closed = dx.find(")", end, end + MAX_HEADING_CHARS)
             start, end = start - 1, end if closed < 0 or "\n" in dx[end:closed] else closed + 1
-        places.append((start, end))
-        if len(places) == 2:
+        spans.append((start, end))
+        if len(spans) == 2:
             break
-    return places
+    return spans
 
 
 def find_boxes(response: str) -> tuple[tuple[Box, ...], int]:
@@ -161,13 +162,13 @@ def find_boxes(response: str) -> tuple[tuple[Box, ...], int]:
     for _ in range(min(count, MAX_BOXES)):
         start = response.find(BOX, at)
         at = start + len(BOX)
-        text = braced(response, at)
+        text = read_braces(response, at)
         boxes.append(Box(text, start, at if text is None else at + len(text) + 2))
     return tuple(boxes), count
 
 
-def braced(text: str, at: int) -> str | None:
-    """What stands between the brace at `at` and the one that closes it, None where none does near by."""
+def read_braces(text: str, at: int) -> str | None:
+    """The text between the brace at `at` and the one that closes it, None where that is missing or too far."""
     if not text.startswith("{", at):
         return None
     depth = 0

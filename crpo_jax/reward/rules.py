@@ -2,10 +2,11 @@
 
     total = k * accuracy + clinical_reasoning + consistency_weight * consistency
 
-with the last term in `crpo` and `released` only. The weights and thresholds are settings of the section `reward`.
+with the last term in `crpo` and `released` only. The weights and thresholds are the settings `reward.*`.
 """
 
 import re
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,10 +17,10 @@ import numpy as np
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
-from crpo_jax.reward import terms
 from crpo_jax.reward.citation import cross_reference
 from crpo_jax.reward.effective import effective_characters
-from crpo_jax.reward.parse import BOX, Parsed, parse
+from crpo_jax.reward.parse import BOX, Parsed, parse_response
+from crpo_jax.reward.terms import FRAME, PUNCTUATION, TOKEN
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -30,9 +31,9 @@ MAX_SECTION_TOKENS = 1000  # a part that repeats itself for longer than this has
 class Score:
     """The reward of one response by parts; `components` holds the value of each reward that the total sums up.
 
-    `format` and `cross_reference` are 0 or 1, `consistency` is in [0, 1], and so is `accuracy` but in `released`, whose
-    penalties are negative. `answer_found` is the letter the response answers with, None where it gives no readable one.
-    `why` explains every part and can be written as JSON.
+    `format` and `cross_reference` are 0 or 1, `consistency` is in [0, 1], and so is `accuracy` except in `released`,
+    whose penalties are negative. `answer_found` is the letter the response answers with, None where it has no readable
+    one. `why` explains every part and can be written as JSON.
     """
 
     accuracy: float
@@ -46,11 +47,10 @@ class Score:
     components: dict[str, float | None] = field(default_factory=dict)
 
 
-def score(
+def score_response(
     question: Question,
     response: str,
     settings: Reward,
-    *,
     token_ids: TokenIds | None = None,
     effective: np.ndarray | None = None,
 ) -> Score:
@@ -64,55 +64,52 @@ def score(
     return DESIGNS[settings.design](question, response, settings, token_ids, effective)
 
 
-def crpo(
+def score_crpo(
     question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None
 ) -> Score:
-    """The paper's reward, equation (4); a cross-reference counts only within the format."""
-    parsed = parse(response)
-    answer, answer_why = found_answer(parsed, question, "conclusion")
+    """The paper's reward, equation (4); a cross-reference counts only where the format is right."""
+    parsed = parse_response(response)
+    answer, answer_why = find_answer(parsed, question, "conclusion")
     conclusion = parsed.conclusion_without_box()
-    problems = [*parsed.problems, *empty_sections(parsed, conclusion, settings.min_section_words)]
+    problems = [*parsed.problems, *short_sections(parsed, conclusion, settings.min_section_words)]
     cited, citation_why = False, None
     if not problems and parsed.system1 is not None and parsed.system2 is not None:
         cited, citation_why = cross_reference(
             question, parsed.system1, parsed.system2, conclusion, settings.cross_reference
         )
-    share, consistency_why = consistency(response, token_ids, effective)
+    share, consistency_why = measure_consistency(response, token_ids, effective)
 
-    accuracy, formed = float(answer == question.answer), float(not problems)
-    clinical_reasoning = settings.format * formed + settings.citation * cited
+    accuracy, formatted = float(answer == question.answer), float(not problems)
+    clinical_reasoning = settings.format * formatted + settings.citation * cited
     total = settings.k * accuracy + clinical_reasoning + settings.consistency * share
     why = {"answer": answer_why, "format": problems, "cross_reference": citation_why, "consistency": consistency_why}
-    return Score(accuracy, formed, float(cited), clinical_reasoning, share, total, answer, why, {"crpo": total})
+    return Score(accuracy, formatted, float(cited), clinical_reasoning, share, total, answer, why, {"crpo": total})
 
 
-def grpo(
+def score_grpo(
     question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None
 ) -> Score:
     """The paper's baseline: accuracy and a general format of two tagged parts, neither of them blank.
 
-    Consistency is reported, so that runs can be compared, and not summed.
+    Consistency is reported, so that runs can be compared, but is not part of the total.
     """
-    first, second = settings.grpo_tags
-    parsed = parse(response, settings.grpo_tags, systems=False)
-    answer, answer_why = found_answer(parsed, question, second)
+    parsed = parse_response(response, settings.grpo_tags, systems=False)
+    answer, answer_why = find_answer(parsed, question, settings.grpo_tags[1])
     problems = list(parsed.problems)
-    problems += [
-        f"{name} is empty"
-        for name, text in ((first, parsed.dx), (second, parsed.conclusion))
-        if text is not None and not text.strip()
-    ]
-    share, consistency_why = consistency(response, token_ids, effective)
+    for name, text in zip(settings.grpo_tags, (parsed.dx, parsed.conclusion), strict=True):
+        if text is not None and not text.strip():
+            problems.append(f"{name} is empty")
+    share, consistency_why = measure_consistency(response, token_ids, effective)
 
-    accuracy, formed = float(answer == question.answer), float(not problems)
-    clinical_reasoning = settings.format * formed
+    accuracy, formatted = float(answer == question.answer), float(not problems)
+    clinical_reasoning = settings.format * formatted
     total = settings.k * accuracy + clinical_reasoning
     why = {"answer": answer_why, "format": problems, "cross_reference": None, "consistency": consistency_why}
-    return Score(accuracy, formed, 0.0, clinical_reasoning, share, total, answer, why, {"grpo": total})
+    return Score(accuracy, formatted, 0.0, clinical_reasoning, share, total, answer, why, {"grpo": total})
 
 
-def found_answer(parsed: Parsed, question: Question, part: str) -> tuple[str | None, str]:
-    """The option letter in the only box of the response, which must stand in its second part; and what was found.
+def find_answer(parsed: Parsed, question: Question, part: str) -> tuple[str | None, str]:
+    """The option letter in the only box of the response, which must be in its second part, `part`; and an explanation.
 
     The box must hold the letter as the options write it, white space around it aside. `\\boxed{C.}`, `\\boxed{(C)}`,
     `\\boxed{c}`, `\\boxed{\\text{C}}`, full-width letters and zero-width characters are no answers: the prompt asks for
@@ -131,38 +128,33 @@ def found_answer(parsed: Parsed, question: Question, part: str) -> tuple[str | N
     return letter, "right" if letter == question.answer else f"wrong: {question.answer} is right"
 
 
-def empty_sections(parsed: Parsed, conclusion: str, min_words: int) -> list[str]:
-    """The parts with fewer than `min_words` distinct words, those of the prompt's own frame and the box not counted."""
-    parts = (
-        ("System 1", parsed.system1),
-        ("System 2", parsed.system2),
-        ("the conclusion", None if parsed.conclusion is None else conclusion),
-    )
-    problems = []
-    for name, text in parts:
-        if text is not None:
-            words = section_words(text, min_words)
-            if words < min_words:
-                problems.append(f"{name} has {words} distinct words, {min_words} needed")
-    return problems
+def short_sections(parsed: Parsed, conclusion: str, min_words: int) -> list[str]:
+    """The parts with fewer than `min_words` distinct words; the prompt's own frame and the box do not count."""
+    parts = {
+        "System 1": parsed.system1,
+        "System 2": parsed.system2,
+        "the conclusion": None if parsed.conclusion is None else conclusion,
+    }
+    counts = {name: count_words(text, min_words) for name, text in parts.items() if text is not None}
+    return [f"{name} has {n} distinct words, {min_words} needed" for name, n in counts.items() if n < min_words]
 
 
-def section_words(text: str, enough: int) -> int:
+def count_words(text: str, enough: int) -> int:
     """How many distinct words a part has, counted up to `enough` and among its first MAX_SECTION_TOKENS."""
     words: set[str] = set()
-    for match in islice(terms.TOKEN.finditer(text), MAX_SECTION_TOKENS):
+    for match in islice(TOKEN.finditer(text), MAX_SECTION_TOKENS):
         word = match[0].lower()
-        if word not in terms.PUNCTUATION and word not in terms.FRAME:
+        if word not in PUNCTUATION and word not in FRAME:
             words.add(word)
             if len(words) >= enough:
                 break
     return len(words)
 
 
-def consistency(
+def measure_consistency(
     response: str, token_ids: TokenIds | None, effective: np.ndarray | None
 ) -> tuple[float, dict[str, Any]]:
-    """The share of effective tokens, or of effective characters where the tokens are not known; 0 for an empty response."""
+    """The share of effective tokens, or of characters where tokens are unknown; 0 for an empty response."""
     if token_ids is not None and effective is not None:
         ids = np.asarray(token_ids, np.int64)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(effective):
@@ -175,42 +167,37 @@ def consistency(
     return count / of if of else 0.0, {"by": by, "effective": count, "of": of}
 
 
-RELEASED_CHARACTERS = frozenset(
-    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?;:'\"()[]{}<>-_/\\|`~@#$%^&*+=~0123456789 \n".encode(
-        "ascii"
-    )
-)
+# ---- the authors' published code -------------------------------------------------------------------------------------
+
+RELEASED_CHARACTERS = (string.ascii_letters + string.digits + ".,!?;:'\"()[]{}<>-_/\\|`~@#$%^&*+= \n").encode()
 RELEASED_TURN = re.compile(r"</think>\s*<answer>")
 
 
-def released(
+def score_released(
     question: Question, response: str, settings: Reward, token_ids: TokenIds | None, effective: np.ndarray | None
 ) -> Score:
     """What the authors' published code scores (verl/utils/reward_score/medical_rule_based.py), in linear time.
 
-    Kept as it is there: a response without a box scores 0 and so more than one with an unreadable box; with n > 1 boxes
-    accuracy is -n; the format looks at the outermost tags only. `accuracy` holds these penalties, `consistency` the
-    share of plain ASCII characters, white space but blank and newline not among them.
+    Its oddities are preserved: a response without a box scores 0 and so more than one with an unreadable box; with
+    n > 1 boxes accuracy is -n; the format looks at the outermost tags only. `accuracy` holds these penalties,
+    `consistency` the share of plain ASCII characters, with blank and newline as the only white space among them.
     """
     text = response.strip().replace("<\\think>", "</think>").replace("<\\answer>", "</answer>")
     answer, (accuracy, answer_why) = None, released_accuracy(text, question.answer)
     if accuracy >= 0 and BOX in text:
         answer = text[text.find(BOX) + len(BOX) + 1 :].split("}", 1)[0]
 
-    problems, summary = ["expected <think>...</think> <answer>...</answer> and nothing else"], False
-    turn = (
-        RELEASED_TURN.search(text, len("<think>"))
-        if text.startswith("<think>") and text.endswith("</answer>")
-        else None
-    )
+    problems, summary, turn = ["expected <think>...</think> <answer>...</answer> and nothing else"], False, None
+    if text.startswith("<think>") and text.endswith("</answer>"):
+        turn = RELEASED_TURN.search(text, len("<think>"))
     if turn is not None and turn.end() <= len(text) - len("</answer>"):
         problems, summary = [], released_summary(text[turn.end() : -len("</answer>")].strip())
     plain = text.encode("ascii", "ignore")
-    count = len(plain) - len(plain.translate(None, bytes(RELEASED_CHARACTERS)))
+    count = len(plain) - len(plain.translate(None, RELEASED_CHARACTERS))
     share = count / len(text) if text else 0.0
 
-    formed = float(not problems)
-    clinical_reasoning = settings.format * formed + settings.citation * summary
+    formatted = float(not problems)
+    clinical_reasoning = settings.format * formatted + settings.citation * summary
     total = settings.k * accuracy + clinical_reasoning + settings.consistency * share
     why = {
         "answer": answer_why,
@@ -219,7 +206,7 @@ def released(
         "summary": summary,
         "consistency": {"by": "ASCII characters", "effective": count, "of": len(text)},
     }
-    return Score(accuracy, formed, 0.0, clinical_reasoning, share, total, answer, why, {"released": total})
+    return Score(accuracy, formatted, 0.0, clinical_reasoning, share, total, answer, why, {"released": total})
 
 
 def released_accuracy(text: str, right: str) -> tuple[float, str]:
@@ -228,8 +215,8 @@ def released_accuracy(text: str, right: str) -> tuple[float, str]:
         return float(-count), f"{count} boxes: minus their number"
     start = text.find(BOX + "{")
     end = text.find("}", start) if start >= 0 else -1
-    line = text.find("\n", start) if start >= 0 else -1
-    if end < 0 or 0 <= line < end:
+    line_end = text.find("\n", start) if start >= 0 else -1
+    if end < 0 or 0 <= line_end < end:
         return -1.0, "an unreadable box"
     letter = text[start + len(BOX) + 1 : end]
     if len(letter) != 1 or not "A" <= letter <= "Z":
@@ -240,20 +227,19 @@ def released_accuracy(text: str, right: str) -> tuple[float, str]:
 def released_summary(answer: str) -> bool:
     """Whether an answer part holds one readable box and text besides."""
     if answer.count(BOX) > MAX_SECTION_TOKENS:
-        return False  # the published code would look through them all
-    found, at = [], 0
-    while len(found) < 2 and (start := answer.find(BOX + "{", at)) >= 0 and (end := answer.find("}", start)) >= 0:
-        start = answer.find(
-            BOX + "{", max(start, answer.rfind("\n", start, end) + 1), end
-        )  # a box does not run over lines
+        return False  # the published code would read them all
+    boxes, at = [], 0
+    while len(boxes) < 2 and (start := answer.find(BOX + "{", at)) >= 0 and (end := answer.find("}", start)) >= 0:
+        line_start = answer.rfind("\n", start, end) + 1  # a box does not span lines
+        start = answer.find(BOX + "{", max(start, line_start), end)
         if start >= 0:
-            found.append(answer[start : end + 1])
+            boxes.append(answer[start : end + 1])
         at = end + 1
-    return len(found) == 1 and found[0] != answer
+    return len(boxes) == 1 and boxes[0] != answer
 
 
 DESIGNS: dict[str, Callable[[Question, str, Reward, TokenIds | None, np.ndarray | None], Score]] = {
-    "crpo": crpo,
-    "grpo": grpo,
-    "released": released,
+    "crpo": score_crpo,
+    "grpo": score_grpo,
+    "released": score_released,
 }

@@ -1,12 +1,11 @@
-"""Serves a whole batch of prompts: which rows are decoded together, and when.
+"""Generates responses to many prompts: which rows are decoded together, and when.
 
-Rows start in waves, the responses of a group beside each other over one copy of their prompt's keys and values. Where half
-of a wave ended, the rest is collected into fewer rows and set aside, and the next wave starts; what was set aside is joined
-with others of its length and goes on when it fills a loop again, or when no prompt waits. So the device is busy with running
-rows, caches are as long as what they hold, and one long response holds up nobody.
+Prompts start in waves; the responses of a group are neighbouring rows that share one copy of their prompt's keys and
+values. Once half of a wave has finished, its running rows are gathered into a smaller batch and set aside, and the next
+wave starts. A batch set aside is merged with others of its length, and continues when it is full again or no prompt
+waits. So few finished rows are decoded, caches are little longer than their rows, and a long response delays no other.
 
-The schedule follows from lengths alone and decides only when a row is decoded, never what it says: keys belong to prompt and
-sample.
+The schedule depends on lengths alone and never changes a token: random keys belong to (prompt, sample).
 """
 
 import math
@@ -18,7 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
@@ -30,120 +30,114 @@ from crpo_jax.model.shape import Shape, read_shape
 from crpo_jax.parallel.layout import LAYOUTS, ROWS_B, TENSOR, TOKENS_BT, check_layout
 from crpo_jax.parallel.mesh import data_size, fetch, make_mesh, put
 from crpo_jax.rollout.draw import Sampling
-from crpo_jax.rollout.sample import RUNNING, STOPPED, Drawn, Rows, programs
+from crpo_jax.rollout.sample import RUNNING, STOPPED, DecodedChunk, RowState, sampling_programs
 
 # Few sizes, so that few programs compile.
-PROMPT_SLOTS = 32  # prompts are padded to this times a power of two, or one and a half times that
-RESPONSE_SLOTS = 128  # a cache has this times a power of two
-HALVINGS = 2  # a loop has as many rows as a wave, or half, or a quarter of them
+PROMPT_SLOTS = 32  # prompts are padded to a power of two times this, or to one and a half times that
+RESPONSE_SLOTS = 128  # a cache has a power of two times this
+HALVINGS = 2  # a batch has as many rows as a wave, or half or a quarter of them
 
 
 class Response(NamedTuple):
-    """One sampled response. `tokens` hold the stop token where there is one; `logprobs` are the sampler's, one per token."""
+    """A sampled response to prompt number `prompt` of the call; `tokens` include the stop token, if one was drawn."""
 
     prompt: int
     sample: int
     tokens: np.ndarray
-    logprobs: np.ndarray
+    logprobs: np.ndarray  # the sampler's, one per token
     stopped: bool
 
 
-class Tally(NamedTuple):
-    """How far a call is: prompts and responses that are done, tokens drawn in all and for those, decode steps, the bytes of cache
-    that the last steps read on each device, and seconds since it began."""
+class RolloutProgress(NamedTuple):
+    """The state of a `generate` call after a chunk."""
 
-    prompts: int
-    responses: int
-    total: int
-    tokens: int
-    done_tokens: int
+    prompts: int  # whose responses are all finished
+    responses: int  # finished
+    total: int  # responses to generate
+    tokens: int  # drawn, also in unfinished responses
+    done_tokens: int  # drawn in finished responses
     steps: int
-    cache_bytes: int
+    cache_bytes: int  # that each of the last steps read on every device
     seconds: float
 
     @property
     def mean_length(self) -> float:
-        """Of the responses that are done: too short a guess for the rest, since short ones are done first."""
+        """Of the finished responses; an underestimate for the others, since short responses finish first."""
         return self.done_tokens / max(self.responses, 1)
 
     @property
     def seconds_left(self) -> float:
-        """As if every response to come took as long as those that are done."""
+        """If responses keep finishing at the rate so far."""
         return self.seconds / max(self.responses, 1) * (self.total - self.responses)
 
 
 @dataclass
-class Row:
-    """A response in the making."""
+class DecodeRow:
+    """A response being decoded; the defaults are those of a row that only pads a batch."""
 
-    prompt: int
-    sample: int
-    number: int
-    prompt_length: int
-    limit: int
+    prompt: int = 0
+    sample: int = 0
+    prompt_id: int = 0
+    prompt_length: int = 1
+    limit: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    ended: bool = False
+    running: bool = False
 
     @property
-    def cached(self) -> int:
-        """Tokens in the cache: all but the last."""
+    def cached_tokens(self) -> int:
+        """All but the last, which the next step adds to the cache."""
         return self.prompt_length + len(self.tokens) - 1
 
 
-def filler() -> Row:
-    """What stands where no row is."""
-    return Row(0, 0, 0, 1, 0, ended=True)
-
-
 @dataclass(eq=False)
-class Deck:
-    """Rows decoded together, those of one data shard after the other, and their cache; `cursor` is the next slot to write."""
+class DecodeBatch:
+    """Rows decoded together, ordered by data shard, and their cache; `cursor` is the next slot to write."""
 
-    rows: list[Row]
+    rows: list[DecodeRow]
     cache: list[Cache]
     cursor: int
 
     @property
-    def running(self) -> list[Row]:
-        return [row for row in self.rows if not row.ended]
+    def running(self) -> list[DecodeRow]:
+        return [row for row in self.rows if row.running]
 
     @property
     def slots(self) -> int:
         return self.cache[0].k_bksh.shape[2]
 
     @property
-    def reach(self) -> int:
-        """Tokens of its longest running row."""
-        return max(row.cached for row in self.running)
+    def longest(self) -> int:
+        """Cached tokens of the longest running row."""
+        return max(row.cached_tokens for row in self.running)
 
 
-def doubled(first: int, wanted: int) -> int:
-    """The smallest first * 2^i that is at least `wanted`."""
-    return first * 2 ** max(0, math.ceil(math.log2(wanted / first)))
+def double_until(start: int, minimum: int) -> int:
+    """The smallest start * 2^i that is at least `minimum`."""
+    return start * 2 ** max(0, math.ceil(math.log2(minimum / start)))
 
 
-def response_slots(wanted: int, most: int) -> int:
-    """Of a cache for `wanted` tokens of responses that have `most` at most."""
-    return min(doubled(RESPONSE_SLOTS, wanted), most)
+def response_slots(tokens: int, max_tokens: int) -> int:
+    """Cache slots for this many response tokens, where responses have at most `max_tokens`."""
+    return min(double_until(RESPONSE_SLOTS, tokens), max_tokens)
 
 
 def prompt_slots(length: int) -> int:
-    """Of a wave whose longest prompt has this length."""
-    return min(doubled(PROMPT_SLOTS, length), doubled(PROMPT_SLOTS * 3 // 2, length))
+    """Cache slots per prompt of a wave whose longest prompt has this length."""
+    return min(double_until(PROMPT_SLOTS, length), double_until(PROMPT_SLOTS * 3 // 2, length))
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Samples responses with weights in their sampling form (`crpo_jax.model.placement.to_sampler`).
+    """Generates responses with weights in their sampling form (`crpo_jax.model.placement.to_sampler`).
 
-    At most `slots` rows are decoded together on each data shard (or one group, where that has more), and the host looks at
-    them every `chunk` steps.
+    Each data shard decodes at most `slots` rows together (or one group, if that is larger); the host reads new tokens
+    every `chunk` steps.
     """
 
     shape: Shape
     mesh: Mesh
-    how: Sampling
+    sampling: Sampling
     max_new_tokens: int
     slots: int = 128
     chunk: int = 16
@@ -158,13 +152,13 @@ class Engine:
         group: int = 1,
         ids: Sequence[int] | None = None,
         limits: Sequence[int] | None = None,
-        finished: Callable[[list[Response]], None] | None = None,
-        progress: Callable[[Tally], None] | None = None,
+        on_finished: Callable[[list[Response]], None] | None = None,
+        on_progress: Callable[[RolloutProgress], None] | None = None,
     ) -> list[list[Response]]:
-        """`group` responses per prompt, by prompt in the order given.
+        """`group` responses to each prompt, in the order of the prompts.
 
-        `ids` number the prompts for their keys (default: their positions), `limits` bound the response tokens per prompt.
-        After every look at the rows, `finished` is handed the responses that ended since the last, and `progress` the tally.
+        A prompt's random numbers follow from its number in `ids` (default: its position); `limits` bound the response
+        tokens of each prompt. After every chunk `on_finished` receives the responses that finished in it, if any.
         """
         ids = list(range(len(prompts))) if ids is None else list(ids)
         limits = [self.max_new_tokens] * len(prompts) if limits is None else list(limits)
@@ -172,23 +166,23 @@ class Engine:
             if not len(prompt) or not 1 <= limit <= self.max_new_tokens:
                 expected = f"at least 1 token and a limit between 1 and {self.max_new_tokens}"
                 raise InputError(f"prompt {index}: expected {expected}, got {len(prompt)} tokens, limit {limit}")
-        out: list[list[Response]] = [[] for _ in prompts]
+        groups: list[list[Response]] = [[] for _ in prompts]
         if not prompts:
-            return out
-        schedule = Schedule(self, weights, prompts, ids, limits, key, group)
-        while schedule.work():
-            responses = schedule.look()
+            return groups
+        scheduler = Scheduler(self, weights, prompts, ids, limits, key, group)
+        while scheduler.unfinished:
+            responses = scheduler.step()
             for response in responses:
-                out[response.prompt].append(response)
-            if finished and responses:
-                finished(responses)
-            if progress:
-                progress(schedule.tally(out))
-        return [sorted(responses, key=lambda response: response.sample) for responses in out]
+                groups[response.prompt].append(response)
+            if on_finished and responses:
+                on_finished(responses)
+            if on_progress:
+                on_progress(scheduler.progress(groups))
+        return [sorted(responses, key=lambda response: response.sample) for responses in groups]
 
 
-class Schedule:
-    """One call's waiting prompts and decks of rows."""
+class Scheduler:
+    """The waiting prompts and the batches of one `generate` call."""
 
     def __init__(
         self,
@@ -200,222 +194,203 @@ class Schedule:
         key: jax.Array,
         group: int,
     ) -> None:
-        self.weights, self.prompts, self.ids, self.limits, self.key, self.group = (
-            weights,
-            prompts,
-            ids,
-            limits,
-            key,
-            group,
-        )
-        self.mesh, self.chunk, self.shards = (
-            engine.mesh,
-            min(engine.chunk, engine.max_new_tokens),
-            data_size(engine.mesh),
-        )
-        self.run = programs(engine.shape, engine.mesh, engine.how, self.chunk, engine.attention)
-        self.waiting = sorted(
-            range(len(prompts)), key=lambda i: len(prompts[i])
-        )  # a wave is padded to its longest prompt
-        self.entries = max(
-            1, min(engine.slots // group, -(-len(prompts) // self.shards))
-        )  # prompts of a wave on each data shard
-        self.width = self.entries * group
-        self.prompt_slots, self.most = prompt_slots(max(map(len, prompts))), engine.max_new_tokens
-        self.decks: list[Deck] = []
-        self.drawn: tuple[Deck, Drawn] | None = None
-        self.began, self.tokens, self.steps, self.cache_bytes = time.perf_counter(), 0, 0, 0
+        self.weights, self.prompts, self.ids, self.limits, self.group = weights, prompts, ids, limits, group
+        self.mesh, self.shards = engine.mesh, data_size(engine.mesh)
+        self.key = jax.make_array_from_callback((), NamedSharding(engine.mesh, P()), lambda _: key)
+        self.max_new_tokens, self.chunk = engine.max_new_tokens, min(engine.chunk, engine.max_new_tokens)
+        self.programs = sampling_programs(engine.shape, engine.mesh, engine.sampling, self.chunk, engine.attention)
+        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # waves pad to their longest prompt
+        self.wave_prompts = max(1, min(engine.slots // group, -(-len(prompts) // self.shards)))  # on each data shard
+        self.wave_rows = self.wave_prompts * group  # on each data shard
+        self.prompt_slots = prompt_slots(max(map(len, prompts)))
+        self.batches: list[DecodeBatch] = []
+        self.started, self.tokens, self.steps, self.cache_bytes = time.perf_counter(), 0, 0, 0
 
-    # --- which deck is next -------------------------------------------------------------------------------------------
+    # --- which batch is next ------------------------------------------------------------------------------------------
 
-    def work(self) -> bool:
-        """Starts a wave or lets a deck go on; False where nothing is left to do."""
-        full = [deck for deck in self.decks if self.full(deck)]
-        if full:
-            self.advance(max(full, key=lambda deck: deck.reach))
-        elif self.waiting and self.room_for_a_wave():
-            self.begin()
-        elif self.decks:
-            # With prompts waiting the longest rows make room; with none the shortest catch up with those they can be joined to.
-            self.advance((max if self.waiting else min)(self.decks, key=lambda deck: deck.reach))
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.waiting or self.batches)
+
+    def step(self) -> list[Response]:
+        """Starts a wave or decodes a chunk of one batch; returns the responses that finished."""
+        full = [batch for batch in self.batches if self.is_full(batch)]
+        if not full and self.waiting and self.has_room_for_wave():
+            batch, chunk = self.prefill_wave()
         else:
-            return False
-        return True
+            # While prompts wait, the longest rows go first, to make room; then the shortest, to catch up and merge.
+            choose = max if full or self.waiting else min
+            batch = choose(full or self.batches, key=lambda batch: batch.longest)
+            chunk = self.decode(batch)
+        responses = self.read_chunk(batch, chunk)
+        self.make_room(batch)
+        return responses
 
-    def full(self, deck: Deck) -> bool:
-        """More than half of a wave's rows run: worth a loop of its own."""
-        return 2 * self.busiest(deck.rows) > self.width
+    def is_full(self, batch: DecodeBatch) -> bool:
+        """Whether more than half of a wave's rows are running: worth decoding without merging."""
+        return 2 * self.most_running(batch.rows) > self.wave_rows
 
-    def room_for_a_wave(self) -> bool:
-        """What is set aside takes less than half of the memory that one wave of the longest length would."""
-        aside = sum(deck.slots * len(deck.rows) // self.shards for deck in self.decks)
-        return 2 * aside <= self.width * (self.prompt_slots + self.most)
+    def has_room_for_wave(self) -> bool:
+        """Whether the batches set aside take at most half of the memory of one wave of the greatest length."""
+        aside = sum(batch.slots * len(batch.rows) // self.shards for batch in self.batches)
+        return 2 * aside <= self.wave_rows * (self.prompt_slots + self.max_new_tokens)
 
-    def busiest(self, rows: Sequence[Row]) -> int:
+    def most_running(self, rows: Sequence[DecodeRow]) -> int:
         """Running rows of the data shard that has most."""
-        each = len(rows) // self.shards
-        return max(sum(not row.ended for row in rows[first : first + each]) for first in range(0, len(rows), each))
+        size = len(rows) // self.shards
+        return max(sum(row.running for row in rows[first : first + size]) for first in range(0, len(rows), size))
 
-    # --- what a deck does ---------------------------------------------------------------------------------------------
+    # --- compiled calls -----------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Prefills a wave, its prompts dealt to the data shards in turn, and draws every row's first token."""
-        size = self.entries * self.shards
-        chosen, self.waiting = self.waiting[:size], self.waiting[size:]
-        tokens = np.zeros((size, prompt_slots(max(len(self.prompts[index]) for index in chosen))), np.int32)
-        rows = [filler() for _ in range(size * self.group)]
-        for turn, index in enumerate(chosen):
-            place = turn % self.shards * self.entries + turn // self.shards
-            prompt = self.prompts[index]
+    def prefill_wave(self) -> tuple[DecodeBatch, DecodedChunk]:
+        """Prefills a wave, its prompts dealt to the data shards in turn, and draws the first token of every row."""
+        size = self.wave_prompts * self.shards
+        wave, self.waiting = self.waiting[:size], self.waiting[size:]
+        tokens = np.zeros((size, prompt_slots(max(len(self.prompts[index]) for index in wave))), np.int32)
+        rows = [DecodeRow() for _ in range(size * self.group)]
+        for turn, index in enumerate(wave):
+            place = turn % self.shards * self.wave_prompts + turn // self.shards
+            prompt, limit = self.prompts[index], self.limits[index]
             tokens[place, : len(prompt)] = prompt
             for sample in range(self.group):
-                rows[place * self.group + sample] = Row(index, sample, self.ids[index], len(prompt), self.limits[index])
-        slots = (self.prompt_slots, response_slots(self.chunk, self.most))
-        cache, drawn = self.run.start(
-            self.weights, put(tokens, self.mesh, TOKENS_BT), self.told(rows), self.key, slots=slots
+                row = DecodeRow(index, sample, self.ids[index], len(prompt), limit, running=True)
+                rows[place * self.group + sample] = row
+        slots = (self.prompt_slots, response_slots(self.chunk, self.max_new_tokens))
+        cache, chunk = self.programs.prefill_and_draw(
+            self.weights, put(tokens, self.mesh, TOKENS_BT), self.row_state(rows), self.key, slots=slots
         )
-        self.decks.append(Deck(rows, list(cache), 0))
-        self.drawn = self.decks[-1], drawn
+        self.batches.append(DecodeBatch(rows, list(cache), 0))
+        return self.batches[-1], chunk
 
-    def advance(self, deck: Deck) -> None:
-        """A chunk of steps, fewer where no row needs as many."""
-        steps = self.steps_of(deck.running)
-        cache, deck.cache = tuple(deck.cache), []
+    def decode(self, batch: DecodeBatch) -> DecodedChunk:
+        """Decodes a chunk of steps, or fewer if no row needs as many."""
+        steps = self.next_steps(batch)
+        cache, batch.cache = tuple(batch.cache), []
         self.cache_bytes = sum(part.nbytes for layer in cache for part in layer) // self.mesh.devices.size
-        cache, drawn = self.run.advance(
-            self.weights, cache, self.told(deck.rows), self.key, np.int32(deck.cursor), np.int32(steps)
+        cursor, limit = self.put_scalar(batch.cursor), self.put_scalar(steps)
+        cache, chunk = self.programs.decode_chunk(
+            self.weights, cache, self.row_state(batch.rows), self.key, cursor, limit
         )
-        deck.cache, deck.cursor, self.steps = list(cache), deck.cursor + steps, self.steps + steps
-        self.drawn = deck, drawn
+        batch.cache, batch.cursor, self.steps = list(cache), batch.cursor + steps, self.steps + steps
+        return chunk
 
-    def steps_of(self, running: Sequence[Row]) -> int:
-        return min(self.chunk, max(row.limit - len(row.tokens) for row in running))
+    def next_steps(self, batch: DecodeBatch) -> int:
+        return min(self.chunk, max(row.limit - len(row.tokens) for row in batch.running))
 
-    def told(self, rows: Sequence[Row]) -> Rows:
-        columns = zip(
-            *(
-                (
-                    row.tokens[-1] if row.tokens else 0,
-                    len(row.tokens),
-                    0 if row.ended else row.limit,
-                    row.prompt_length,
-                    row.number,
-                    row.sample,
-                )
-                for row in rows
-            ),
-            strict=True,
+    def row_state(self, rows: Sequence[DecodeRow]) -> RowState:
+        columns = (
+            [row.tokens[-1] if row.tokens else 0 for row in rows],
+            [len(row.tokens) for row in rows],
+            [row.limit if row.running else 0 for row in rows],
+            [row.prompt_length for row in rows],
+            [row.prompt_id for row in rows],
+            [row.sample for row in rows],
         )
-        return Rows(*(put(np.array(column, np.int32), self.mesh, ROWS_B) for column in columns))
+        return RowState(*(put(np.array(column, np.int32), self.mesh, ROWS_B) for column in columns))
 
-    # --- what the host sees after it ----------------------------------------------------------------------------------
+    def put_scalar(self, value: int) -> jax.Array:
+        """On all devices: a Python or NumPy scalar would be transferred inside the call of the compiled program."""
+        return put(np.array(value, np.int32), self.mesh, P())
 
-    def look(self) -> list[Response]:
-        """The responses that ended in the last call; the rows that go on are made ready for the next."""
-        assert self.drawn is not None
-        deck, drawn = self.drawn
-        tokens, logprobs, counts, reasons = fetch(drawn)
-        ended = []
-        for place, row in enumerate(deck.rows):
-            if row.ended:
+    # --- between compiled calls ---------------------------------------------------------------------------------------
+
+    def read_chunk(self, batch: DecodeBatch, chunk: DecodedChunk) -> list[Response]:
+        """Appends the new tokens to their rows; returns the responses that finished."""
+        tokens, logprobs, counts, reasons = fetch(chunk)
+        responses = []
+        for place, row in enumerate(batch.rows):
+            if not row.running:
                 continue
             new = slice(counts[place])
             row.tokens += tokens[place, new].tolist()
             row.logprobs += logprobs[place, new].tolist()
             self.tokens += int(counts[place])
-            row.ended = bool(reasons[place] != RUNNING)
-            if row.ended:
+            row.running = bool(reasons[place] == RUNNING)
+            if not row.running:
                 arrays = np.array(row.tokens, np.int32), np.array(row.logprobs, np.float32)
-                ended.append(Response(row.prompt, row.sample, *arrays, bool(reasons[place] == STOPPED)))
-        self.drawn = None
-        self.settle(deck)
-        return ended
+                responses.append(Response(row.prompt, row.sample, *arrays, bool(reasons[place] == STOPPED)))
+        return responses
 
-    def settle(self, deck: Deck) -> None:
-        """Room for the next chunk, in as few rows as hold those that run, with others of this length where neither fills a loop."""
-        if not deck.running:
-            self.decks.remove(deck)
+    def make_room(self, batch: DecodeBatch) -> None:
+        """Readies a batch for its next chunk: drops it, merges it with another, shrinks it or lengthens its cache."""
+        if not batch.running:
+            self.batches.remove(batch)
             return
-        slots, few = self.collected_slots([deck]), self.rows_for(self.busiest(deck.rows))
-        aside = [
+        slots = self.gathered_slots([batch])
+        mergeable = [
             other
-            for other in self.decks
-            if other is not deck and not self.full(other) and self.collected_slots([other]) == slots
+            for other in self.batches
+            if other is not batch and not self.is_full(other) and self.gathered_slots([other]) == slots
         ]
-        if aside and not self.full(deck):
-            self.collect([deck, *aside[:1]])
-        elif few * self.shards < len(deck.rows):
-            self.collect([deck])
-        elif deck.cursor + self.steps_of(deck.running) > deck.slots:
-            if deck.cache[0].prompt_k_pkth.shape[2]:
-                self.widen(deck)
+        if mergeable and not self.is_full(batch):
+            self.gather([batch, mergeable[0]])
+        elif self.row_count(self.most_running(batch.rows)) * self.shards < len(batch.rows):
+            self.gather([batch])
+        elif batch.cursor + self.next_steps(batch) > batch.slots:
+            if batch.cache[0].prompt_k_pkth.shape[2]:
+                self.grow(batch)
             else:
-                self.collect([deck])
+                self.gather([batch])
 
-    def collected_slots(self, decks: Sequence[Deck]) -> int:
-        """Of a cache with whole rows and room for the next chunk."""
-        wanted = max(deck.reach + self.steps_of(deck.running) for deck in decks)
-        return response_slots(wanted, self.prompt_slots + self.most)
+    def gathered_slots(self, batches: Sequence[DecodeBatch]) -> int:
+        """Cache slots for whole rows, prompts included, and their next chunk."""
+        tokens = max(batch.longest + self.next_steps(batch) for batch in batches)
+        return response_slots(tokens, self.prompt_slots + self.max_new_tokens)
 
-    def rows_for(self, busiest: int) -> int:
-        """Rows on each data shard that hold so many: a wave's, or a few halvings of that."""
-        return min(
-            size for size in (-(-self.width // 2**halving) for halving in range(HALVINGS + 1)) if size >= busiest
-        )
+    def row_count(self, minimum: int) -> int:
+        """Rows on each data shard of a batch that holds so many: a wave's, or a few halvings of that."""
+        sizes = (-(-self.wave_rows // 2**halving) for halving in range(HALVINGS + 1))
+        return min(size for size in sizes if size >= minimum)
 
-    def widen(self, deck: Deck) -> None:
-        slots = response_slots(deck.cursor + self.steps_of(deck.running), self.most)
-        for index in range(len(deck.cache)):  # a layer at a time: old and new never stand side by side whole
-            deck.cache[index] = self.run.widen(deck.cache[index], slots=slots)
+    def grow(self, batch: DecodeBatch) -> None:
+        """Lengthens a cache layer by layer, so that the old and the new one are never both whole in memory."""
+        slots = response_slots(batch.cursor + self.next_steps(batch), self.max_new_tokens)
+        for index in range(len(batch.cache)):
+            batch.cache[index] = self.programs.grow_cache(batch.cache[index], slots=slots)
 
-    def collect(self, decks: Sequence[Deck]) -> None:
-        """Puts the running rows of these decks into a new one, each with its own copy of its prompt, all ended at one cursor."""
-        dtype, slots = self.weights.dtype, self.collected_slots(decks)
-        cursor = max(deck.reach for deck in decks)
-        shards: list[list[tuple[int, int, Row]]] = [[] for _ in range(self.shards)]  # (deck, place on its shard, row)
-        for number, deck in enumerate(decks):
-            each = len(deck.rows) // self.shards
-            for place, row in enumerate(deck.rows):
-                if not row.ended:
-                    shards[place // each].append((number, place % each, row))
-        size = self.rows_for(max(map(len, shards)))
-        rows, sources = (
-            [filler() for _ in range(size * self.shards)],
-            np.full((len(decks), size * self.shards), -1, np.int32),
-        )
-        for shard, found in enumerate(shards):
-            for place, (number, source, row) in enumerate(found, shard * size):
-                rows[place], sources[number, place] = row, source
-        chosen = [put(source, self.mesh, ROWS_B) for source in sources]
+    def gather(self, batches: Sequence[DecodeBatch]) -> None:
+        """Replaces these batches by one of their running rows, each with its own copy of its prompt, at one cursor."""
+        dtype, slots = self.weights.dtype, self.gathered_slots(batches)
+        by_shard: list[list[tuple[int, int, DecodeRow]]] = [[] for _ in range(self.shards)]  # (batch, place, row)
+        for number, batch in enumerate(batches):
+            size = len(batch.rows) // self.shards
+            for place, row in enumerate(batch.rows):
+                if row.running:
+                    by_shard[place // size].append((number, place % size, row))
+        size = self.row_count(max(map(len, by_shard)))
+        rows = [DecodeRow() for _ in range(size * self.shards)]
+        sources = np.full((len(batches), len(rows)), -1, np.int32)
+        for shard, entries in enumerate(by_shard):
+            for target, (number, place, row) in enumerate(entries, shard * size):
+                rows[target], sources[number, target] = row, place
+        on_devices = [put(row, self.mesh, ROWS_B) for row in sources]
+        cursors = [self.put_scalar(batch.cursor) for batch in batches]
+        cursor = max(batch.longest for batch in batches)
+        new_cursor = self.put_scalar(cursor)
         cache: list[Cache] = []
-        while decks[0].cache:  # a layer at a time: the old one is given back before the next is made
-            layer = self.run.empty(b=len(rows), slots=slots, dtype=dtype)
-            for deck, source in zip(decks, chosen, strict=True):
-                layer = self.run.collect(deck.cache.pop(0), layer, source, np.int32(deck.cursor), np.int32(cursor))
+        while batches[0].cache:  # layer by layer: each old one is freed before the next new one is allocated
+            layer = self.programs.empty_cache(b=len(rows), slots=slots, dtype=dtype)
+            for batch, source, old_cursor in zip(batches, on_devices, cursors, strict=True):
+                layer = self.programs.gather_rows(batch.cache.pop(0), layer, source, old_cursor, new_cursor)
             cache.append(layer)
-        self.decks = [deck for deck in self.decks if deck not in decks] + [Deck(rows, cache, cursor)]
+        self.batches = [batch for batch in self.batches if batch not in batches] + [DecodeBatch(rows, cache, cursor)]
 
-    def tally(self, out: Sequence[Sequence[Response]]) -> Tally:
-        prompts, done = (
-            sum(len(responses) == self.group for responses in out),
-            [response for responses in out for response in responses],
-        )
-        lengths, total = sum(len(response.tokens) for response in done), len(out) * self.group
-        return Tally(
-            prompts,
-            len(done),
-            total,
-            self.tokens,
-            lengths,
-            self.steps,
-            self.cache_bytes,
-            time.perf_counter() - self.began,
+    def progress(self, groups: Sequence[Sequence[Response]]) -> RolloutProgress:
+        return RolloutProgress(
+            prompts=sum(len(responses) == self.group for responses in groups),
+            responses=sum(map(len, groups)),
+            total=len(groups) * self.group,
+            tokens=self.tokens,
+            done_tokens=sum(len(response.tokens) for responses in groups for response in responses),
+            steps=self.steps,
+            cache_bytes=self.cache_bytes,
+            seconds=time.perf_counter() - self.started,
         )
 
 
-def load(
+def load_engine(
     path: str,
-    how: Sampling,
+    sampling: Sampling,
     max_new_tokens: int,
     *,
     mesh: str = "",
@@ -423,10 +398,12 @@ def load(
     slots: int = 128,
     chunk: int = 16,
 ) -> tuple[Engine, SamplerWeights]:
-    """An engine and the weights of a Hugging Face folder or hub id in their sampling form; `mesh` is DxM, by default all devices on
-    the data axis."""
+    """An engine and the weights, in their sampling form, of a Hugging Face folder or hub id.
+
+    `mesh` is DxM; by default all devices are on the data axis.
+    """
     devices, shape = make_mesh(mesh), read_shape(huggingface.model_folder(path))
     check_layout(LAYOUTS["replicated"], devices, {dim: getattr(shape, dim) for dim in "dnkhfv"})
     model = huggingface.load_model(path, devices, TENSOR, jnp.dtype(dtype))
     weights = to_sampler(shape, devices, dtype)(Policy(model))
-    return Engine(shape, devices, how, max_new_tokens, slots, chunk), weights
+    return Engine(shape, devices, sampling, max_new_tokens, slots, chunk), weights

@@ -1,4 +1,4 @@
-"""Compiled programs: kept between runs, and counted within one."""
+"""Compiled programs: cached on disk between runs, and counted within one."""
 
 import hashlib
 import os
@@ -9,40 +9,39 @@ from typing import Any
 import jax
 
 
-def keep_programs(folder: str) -> None:
-    """Compiled programs stay in `folder`, so that the next start need not compile them; "" or a cache named by the environment: no change.
+def enable_compilation_cache(folder: str) -> None:
+    """Caches compiled programs in `folder`; does nothing if it is "" or JAX_COMPILATION_CACHE_DIR is set.
 
-    Each kind of machine has a part of its own: XLA's programs for a CPU are made for its instructions, and a home may be shared.
+    Each kind of machine has its own subfolder: XLA compiles for the instructions of one CPU, and homes may be shared.
     """
     if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
-        flags = next(
-            (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))),
-            "",
-        )
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        flags = ""
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     kind = hashlib.sha256(f"{platform.machine()} {platform.processor()} {flags}".encode()).hexdigest()[:12]
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser() / kind))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-class Compilations:
-    """How many programs were compiled, or taken from the cache on disk, since it was last asked: none, once every shape was seen."""
+class CompilationCounter:
+    """Counts programs that are compiled or loaded from the cache on disk: none, once every shape has occurred."""
 
-    _seen = 0
+    _total = 0
 
     @classmethod
-    def _note(cls, event: str, duration_secs: float, **_: Any) -> None:
-        cls._seen += event == "/jax/core/compile/backend_compile_duration"
+    def _listen(cls, event: str, duration_secs: float, **_: Any) -> None:
+        cls._total += event == "/jax/core/compile/backend_compile_duration"
 
     def __init__(self) -> None:
-        self._told = self._seen
+        self._counted = self._total
 
-    def new(self) -> int:
-        since, self._told = self._seen - self._told, self._seen
-        return since
+    def count_new(self) -> int:
+        """Since the last call."""
+        new, self._counted = self._total - self._counted, self._total
+        return new
 
 
-jax.monitoring.register_event_duration_secs_listener(Compilations._note)
+jax.monitoring.register_event_duration_secs_listener(CompilationCounter._listen)

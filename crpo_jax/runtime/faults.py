@@ -15,14 +15,15 @@ KNOBS = {
     "checkpoint": ("restoring a checkpoint", "parallel.layout=fsdp, or a mesh with more devices"),
     "": (
         "the update",
-        "parallel.micro_batch_tokens or parallel.logprob_chunk smaller, parallel.remat=true, parallel.layout=fsdp, or a mesh with more devices",
+        "parallel.micro_batch_tokens or parallel.logprob_chunk smaller, parallel.remat=true, parallel.layout=fsdp, "
+        "or a mesh with more devices",
     ),
 }
 
 
 @contextlib.contextmanager
 def faults_end_in_one_line(command: str) -> Iterator[None]:
-    """What ends a command through no fault of its input, and a device's refusal of memory, as one line and exit code 1."""
+    """A Fault, or a device's refusal of memory, ends the command with one line and exit code 1."""
     try:
         yield
     except Fault as fault:
@@ -35,9 +36,10 @@ def faults_end_in_one_line(command: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> Fault | None:
-    """A device's refusal of memory in words: which part of the run, how much it asked for, which settings to turn; None for other errors."""
-    said = str(error)
-    if "RESOURCE_EXHAUSTED" not in said and "Out of memory" not in said:
+    """A device's refusal of memory in words: what ran, how much it requested, which settings to change; None for other
+    errors."""
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" not in message and "Out of memory" not in message:
         return None
     files, trace = [], error.__traceback__
     while trace:
@@ -45,8 +47,8 @@ def out_of_memory(error: BaseException) -> Fault | None:
         trace = trace.tb_next
     places = {name for file in map(Path, files) if "crpo_jax" in file.parts for name in (file.parent.name, file.stem)}
     phase, knobs = next(words for place, words in KNOBS.items() if place in places or not place)
-    asked = re.search(r"allocat\w* (?:of )?([\d.,]+ ?(?:bytes|[KMGT]i?B))", said)
-    operators = re.findall(r"op_name=\"([^\"]+)\"", said)
+    requested = re.search(r"allocat\w* (?:of )?([\d.,]+ ?(?:bytes|[KMGT]i?B))", message)
+    operators = re.findall(r"op_name=\"([^\"]+)\"", message)
     buffer = f", the largest buffer made by {operators[0]}" if operators else ""
-    how_much = f" (asked for {asked[1].rstrip('.')}{buffer})" if asked else buffer
-    return Fault(f"out of device memory while {phase}{how_much}: try {knobs}")
+    size = f" (requested {requested[1].rstrip('.')}{buffer})" if requested else buffer
+    return Fault(f"out of device memory while {phase}{size}: try {knobs}")

@@ -17,10 +17,10 @@ from crpo_jax.parallel.mesh import data_size
 from crpo_jax.runtime import fine_tuning_report
 from crpo_jax.runtime.fine_tuning_report import best_step, held_out_losses
 from crpo_jax.runtime.inputs import Traces, model_digests, open_traces, trace_digest
-from crpo_jax.runtime.run import Run, open_run
+from crpo_jax.runtime.run import Run, open_run, shared_workdir
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.checkpoint import Checkpoints
-from crpo_jax.store.workdir import check_inputs, open_workdir
+from crpo_jax.store.workdir import check_inputs
 from crpo_jax.update.batches import Row, supervised_batches
 from crpo_jax.update.trainer import Trainer, TrainState
 
@@ -36,8 +36,8 @@ def cold_start_traces(runtime: Runtime, workdir: Path) -> Traces | None:
 
 
 def cold_start(runtime: Runtime, workdir: Path, traces: Traces | None, *, allow_changes: bool = False) -> Path | None:
-    """The start model of a CRPO run: model.path, or WORKDIR/coldstart, which a run in WORKDIR/sft writes if it is not there
-    yet. None where that run was asked to stop."""
+    """The start model of a CRPO run: model.path, or WORKDIR/coldstart, which a run in WORKDIR/sft writes if it is not
+    there yet. None where that run was asked to stop."""
     if runtime.settings.model.path:
         return model_folder(runtime.settings.model.path)
     folder = workdir / "coldstart"
@@ -53,14 +53,14 @@ def fine_tune(runtime: Runtime, workdir: Path, folder: Path, traces: Traces, *, 
     start = model_folder(settings.model.path) if settings.model.path else None
     batches = Batches(traces.train, min(sft.batch_size, len(traces.train)), settings.run.seed)
     steps, epoch = sft.steps or batches.steps(sft.epochs), batches.steps(1)
-    with open_workdir(workdir, settings, writes=runtime.writes, changes=allow_changes):
+    with shared_workdir(runtime, workdir, allow_changes=allow_changes):
         digests = {TRACES: trace_digest(traces)} | model_digests(runtime, start)
-        check_inputs(workdir, digests, writes=runtime.writes, changes=allow_changes)
+        check_inputs(workdir, digests, writer=runtime.writes, allow_changes=allow_changes)
         trainer = runtime.trainer("supervised", steps)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, 1, negated_losses)
         with open_run(runtime, workdir, trainer, runtime.start_state(trainer, start), steps, checkpoints) as run:
             losses = {step: loss for step, loss in held_out_losses(workdir).items() if step < run.done}
-            run.progress.keep(fine_tuning_report.opening(runtime, run.done, steps, epoch, traces, start, workdir))
+            run.progress.write(fine_tuning_report.sft_opening(runtime, run.done, steps, epoch, traces, start, workdir))
             for step in run.steps():
                 # ---- evaluate: the model after `step` steps
                 measures = {"sft/epoch": step / epoch}
@@ -68,7 +68,7 @@ def fine_tune(runtime: Runtime, workdir: Path, folder: Path, traces: Traces, *, 
                     measures |= evaluate_traces(run, traces, step)
                     if math.isfinite(measures.get("eval/loss", math.nan)):
                         losses[step] = measures["eval/loss"]
-                    run.progress.keep(f"step {step}/{steps}  {fine_tuning_report.step_line(measures)}")
+                    run.progress.write(f"step {step}/{steps}  {fine_tuning_report.sft_step_line(measures)}")
                     preview(run, traces, step)
                 if step == steps or (step % epoch == 0 and patience_is_over(losses, sft.patience)):
                     run.finish(step, measures)
@@ -81,12 +81,12 @@ def fine_tune(runtime: Runtime, workdir: Path, folder: Path, traces: Traces, *, 
                 update = jax.device_get(update)
 
                 # ---- keep
-                measures |= fine_tuning_report.update_metrics(update, rows, time.perf_counter() - began)
+                measures |= fine_tuning_report.sft_metrics(update, rows, time.perf_counter() - began)
                 due = (step + 1) % epoch == 0 or (sft.save_every > 0 and (step + 1) % sft.save_every == 0)
-                run.keep(step, measures, fine_tuning_report.step_line(measures), [update], [mini_batch], save=due)
+                run.keep(step, measures, fine_tuning_report.sft_step_line(measures), [update], [mini_batch], save=due)
             if run.finished:
                 write_best(run, losses, start, folder)
-    run.conclude(lambda: fine_tuning_report.closing(workdir, folder))
+    run.conclude(lambda: fine_tuning_report.sft_closing(workdir, folder))
     return run.finished
 
 
@@ -116,11 +116,12 @@ def preview(run: Run, traces: Traces, step: int) -> None:
     key, weights = jax.random.fold_in(runtime.key, PREVIEW), runtime.sampler_weights(run.state.policy)
     responses = [group[0] for group in runtime.sampler.generate(weights, [row.prompt for row in rows], key=key)]
     run.log.samples(fine_tuning_report.preview_rows(step, rows, responses, runtime.vocabulary))
-    run.progress.keep(fine_tuning_report.preview_lines(rows[0], responses[0], runtime.vocabulary))
+    run.progress.write(fine_tuning_report.preview_lines(rows[0], responses[0], runtime.vocabulary))
 
 
 def write_best(run: Run, losses: Mapping[int, float], start: Path | None, folder: Path) -> None:
-    """The weights with the lowest held-out loss as a Hugging Face folder, and adapters alone as WORKDIR/adapter for PEFT."""
+    """The weights with the lowest held-out loss as a Hugging Face folder, and adapters alone as WORKDIR/adapter for
+    PEFT."""
     run.save()
     run.checkpoints.wait()
     best = best_step(losses, [step for step in run.checkpoints.steps() if step])

@@ -15,7 +15,7 @@ from crpo_jax.update.trainer import Update
 SHOWN_CHARACTERS = 600
 
 
-def opening(
+def sft_opening(
     runtime: Runtime, done: int, total: int, epoch: int, traces: Traces, start: Path | None, workdir: Path
 ) -> str:
     """What is about to be fine-tuned, and on what; `epoch` is how many steps one takes."""
@@ -31,7 +31,7 @@ def opening(
     ])  # fmt: skip
 
 
-def update_metrics(update: Update, rows: Sequence[Row], seconds: float) -> dict[str, float]:
+def sft_metrics(update: Update, rows: Sequence[Row], seconds: float) -> dict[str, float]:
     """The metrics of one optimizer step, from values on the host."""
     return {
         "loss/total": float(update.metrics["sum/nll"] / update.metrics["sum/tokens"]),
@@ -42,7 +42,7 @@ def update_metrics(update: Update, rows: Sequence[Row], seconds: float) -> dict[
     }
 
 
-def step_line(values: Mapping[str, float]) -> str:
+def sft_step_line(values: Mapping[str, float]) -> str:
     """One line of what was measured."""
     names = {
         "loss/total": "loss {:.3f}",
@@ -52,29 +52,28 @@ def step_line(values: Mapping[str, float]) -> str:
     return "  ".join(
         [
             f"epoch {values['sft/epoch']:.1f}",
-            *(shown.format(values[name]) for name, shown in names.items() if name in values),
+            *(form.format(values[name]) for name, form in names.items() if name in values),
         ]
     )
 
 
 def preview_lines(prompt: Row, response: Response, vocabulary: Vocabulary) -> str:
     """The model's answer to one prompt, as far as it fits on a screen."""
-    said = vocabulary.decode(response)
-    cut = (
-        f"... ({len(said) - SHOWN_CHARACTERS:,} characters more in samples.jsonl)"
-        if len(said) > SHOWN_CHARACTERS
-        else ""
-    )
+    text = vocabulary.decode(response)
+    hidden = len(text) - SHOWN_CHARACTERS
+    cut = f"... ({hidden:,} characters more in samples.jsonl)" if hidden > 0 else ""
     ended = "stopped" if response.stopped else "cut at rollout.max_new_tokens"
-    asked = " ".join(str(vocabulary.tokenizer.decode(list(prompt.prompt), skip_special_tokens=True)).split())[-160:]
-    shown = "\n".join(f"    {line}" for line in (said[:SHOWN_CHARACTERS] + cut).splitlines())
-    return f"  preview, {len(response.tokens)} tokens, {ended}, after: ...{asked}\n{shown}"
+    prompt_text = " ".join(str(vocabulary.tokenizer.decode(list(prompt.prompt), skip_special_tokens=True)).split())[
+        -160:
+    ]
+    indented = "\n".join(f"    {line}" for line in (text[:SHOWN_CHARACTERS] + cut).splitlines())
+    return f"  preview, {len(response.tokens)} tokens, {ended}, after: ...{prompt_text}\n{indented}"
 
 
 def preview_rows(
     step: int, prompts: Sequence[Row], responses: Sequence[Response], vocabulary: Vocabulary
 ) -> list[dict[str, Any]]:
-    """What samples.jsonl keeps of an evaluation."""
+    """What samples.jsonl records of an evaluation."""
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
         texts = {
@@ -98,7 +97,7 @@ def best_step(losses: Mapping[int, float], among: Sequence[int]) -> int | None:
     return min((step for step in losses if step in among), key=lambda step: (losses[step], step), default=None)
 
 
-def closing(workdir: Path, folder: Path) -> str:
+def sft_closing(workdir: Path, folder: Path) -> str:
     """Loss before, at its best and at the end, and where everything is."""
     metrics = read_metrics(workdir)
     losses, epochs = held_out_losses(workdir), {int(row["step"]): row["sft/epoch"] for row in metrics}
@@ -114,11 +113,11 @@ def closing(workdir: Path, folder: Path) -> str:
     trained = [row["loss/total"] for row in metrics if row.get("loss/total") is not None]
     if trained:
         rows.append(f"{'training loss':<24}{f'first step {trained[0]:.4f}, last {trained[-1]:.4f}':>32}")
-    kept = [f"model     {folder}  (model.path={folder} starts from it)"]
+    files = [f"model     {folder}  (model.path={folder} starts from it)"]
     if (workdir / "adapter").is_dir():
-        kept.append(f"adapter   {workdir / 'adapter'}  (for PEFT, or as model.adapter)")
-    kept += [f"curve     {draw_loss_curve(workdir, metrics, losses, best)}", f"previews  {workdir / 'samples.jsonl'}"]
-    return "\n".join(rows) + "\n\n" + "\n".join(kept)
+        files.append(f"adapter   {workdir / 'adapter'}  (for PEFT, or as model.adapter)")
+    files += [f"curve     {draw_loss_curve(workdir, metrics, losses, best)}", f"previews  {workdir / 'samples.jsonl'}"]
+    return "\n".join(rows) + "\n\n" + "\n".join(files)
 
 
 def held_out_losses(workdir: Path) -> dict[int, float]:

@@ -1,4 +1,5 @@
-"""What a run reads besides its config and its start model: questions with their prompts, teacher traces, digests of all of it."""
+"""What a run reads besides its config and its start model: questions with their prompts, teacher traces, digests of all
+of it."""
 
 import dataclasses
 import functools
@@ -9,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crpo_jax.data.batches import Batches, questions_for
-from crpo_jax.data.prompts import Fitting, encode_response, fitting, render_all
-from crpo_jax.data.question import OTHER_HALF, Question, halves, held_out, read
+from crpo_jax.data.batches import Batches, load_questions
+from crpo_jax.data.prompts import Fitting, encode_response, fit_prompts, render_prompts
+from crpo_jax.data.question import OTHER_HALF, Question, hold_out, select_part
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
-from crpo_jax.parallel.processes import gathered, share
+from crpo_jax.parallel.processes import gather_from_processes, process_share
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.update.batches import Row
 
@@ -45,11 +47,11 @@ def open_questions(
     data, crpo, seed = runtime.settings.data, runtime.settings.crpo, runtime.settings.run.seed
     tokenizer = runtime.vocabulary.tokenizer
     if questions is None:
-        questions = questions_for(data, data.split)
+        questions = load_questions(data, data.split)
     if held_out is None:
-        held_out = questions_for(data, data.eval_split)
-    training = fitting(questions, data, tokenizer, render_shared)
-    fits = fitting(held_out, data, tokenizer, render_shared)
+        held_out = load_questions(data, data.eval_split)
+    training = fit_prompts(questions, data, tokenizer, render_shared)
+    fits = fit_prompts(held_out, data, tokenizer, render_shared)
     count = data.eval_questions or len(fits.questions)
     return TrainingQuestions(
         training,
@@ -61,10 +63,10 @@ def open_questions(
 
 def render_shared(questions: Sequence[Question], *how: Any) -> list[list[int]]:
     """Prompt tokens of all questions; each process renders its share of them, and then all hold all."""
-    return gathered(render_all([questions[i] for i in share(len(questions))], *how))
+    return gather_from_processes(render_prompts([questions[i] for i in process_share(len(questions))], *how))
 
 
-# ---- teacher traces ------------------------------------------------------------------------------------------------------
+# ---- teacher traces --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ class Traces:
 
 
 def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> Traces:
-    """The traces of sft.path, those given (questions with a column `response`), or the built-in teacher's on the half of the
-    vignettes that CRPO does not train on."""
+    """The traces of sft.path, those given (questions with a column `response`), or the built-in teacher's on the half
+    of the vignettes that CRPO does not train on."""
     sft, data, tokenizer = runtime.settings.sft, runtime.settings.data, runtime.vocabulary.tokenizer
     if traces is not None or sft.path:
-        questions = list(traces) if traces is not None else read("jsonl", sft.path, "train")
+        questions = list(traces) if traces is not None else read_questions("jsonl", sft.path, "train")
         for question in questions:
             response = question.columns.get("response")
             if not isinstance(response, str):
@@ -92,13 +94,13 @@ def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> T
     elif data.source == "vignettes":
         from crpo_jax.data.vignettes import teacher_response, vignettes
 
-        questions = halves(vignettes(data.split, data.vignettes), OTHER_HALF[data.part])
+        questions = select_part(vignettes(data.split, data.vignettes), OTHER_HALF[data.part])
         responses = [teacher_response(question, runtime.settings.run.seed) for question in questions]
     else:
         raise InputError(
             f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher"
         )
-    prompts = render_all(questions, data.prompt, data.system_prompt, tokenizer)
+    prompts = render_prompts(questions, data.prompt, data.system_prompt, tokenizer)
     rows = {}
     for question, prompt, response in zip(questions, prompts, responses, strict=True):
         row = Row(prompt, encode_response(response, tokenizer))
@@ -106,12 +108,12 @@ def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> T
             rows[question.id] = (question, row)
     if not rows:
         raise InputError(f"sft.max_tokens: expected room for at least one trace, got {sft.max_tokens}")
-    parts = held_out([question for question, _ in rows.values()], sft.held_out)
+    parts = hold_out([question for question, _ in rows.values()], sft.held_out)
     train, evaluated = ([rows[question.id][1] for question in part] for part in parts)
     return Traces(train, evaluated, len(questions) - len(rows))
 
 
-# ---- digests: the same numbers come only from the same inputs -------------------------------------------------------------
+# ---- digests: the same numbers come only from the same inputs --------------------------------------------------------
 
 
 def question_digests(questions: TrainingQuestions) -> dict[str, str]:

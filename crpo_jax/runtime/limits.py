@@ -19,7 +19,8 @@ from crpo_jax.update.trainer import Trainer, TrainState, Update
 
 
 class Limits:
-    """Watches a run's measures against `run.limits`: warns where one is beyond its limit, or ends the run, by settings."""
+    """Watches a run's measures against `run.limits`: warns where one is beyond its limit, or ends the run, by
+    settings."""
 
     def __init__(self, settings: Config, workdir: Path, say: Callable[[str], None], section: str) -> None:
         self._settings, self._workdir, self._say, self._section = settings, workdir, say, section
@@ -34,7 +35,8 @@ class Limits:
         trainer: Trainer,
         state: TrainState,
     ) -> None:
-        """Saves the mini-batches whose loss or gradient was not finite (the update was not applied) and names the tensors.
+        """Saves the mini-batches whose loss or gradient was not finite (the update was not applied) and names the
+        tensors.
 
         Fault after run.limits.skipped of them in a row.
         """
@@ -55,13 +57,13 @@ class Limits:
             if self._skipped == limit:
                 optimizer = "optimizer" if self._section == "crpo" else "sft.optimizer"
                 raise Fault(
-                    f"{problem}. It was the last of {limit} in a row (run.limits.skipped). Try a smaller {optimizer}.learning_rate "
-                    f"or {optimizer}.clip_norm, or model.dtype=float32, with --allow-changes{replay}"
+                    f"{problem}. It was the last of {limit} in a row (run.limits.skipped). Try a smaller "
+                    f"{optimizer}.learning_rate or {optimizer}.clip_norm, or model.dtype=float32, with --allow-changes{replay}"
                 )
 
     def check_measures(self, step: int, measures: Mapping[str, float]) -> None:
-        """Warns at the first step beyond a limit and then ever more rarely; Fault after run.limits.patience steps in a row
-        where run.limits.action is stop."""
+        """Warns at the first step beyond a limit and then ever more rarely; Fault after run.limits.patience steps in a
+        row where run.limits.action is stop."""
         settings = self._settings.run.limits
         for name, (is_beyond, advice) in self._advice().items():
             if name not in measures:
@@ -83,27 +85,28 @@ class Limits:
         return {
             "kl/mean": (
                 lambda kl: 0 < limits.kl < kl,
-                f"nats a token from the start model, over run.limits.kl={limits.kl:g}. The policy is drifting away from its "
-                "start, and reward gained there is often gamed. Look at samples.jsonl; try a smaller optimizer.learning_rate "
-                f"or a larger crpo.kl_coef than {s.crpo.kl_coef:g}",
+                f"nats a token from the start model, over run.limits.kl={limits.kl:g}. The policy is drifting away from "
+                "its start, and reward gained there is often gamed. Look at samples.jsonl; try a smaller "
+                f"optimizer.learning_rate or a larger crpo.kl_coef than {s.crpo.kl_coef:g}",
             ),
             "policy/entropy": (
                 lambda entropy: entropy < limits.entropy,
-                f"nats a token, under run.limits.entropy={limits.entropy:g}. The policy says nearly the same in every draw, so "
-                "the responses of a group no longer differ and nothing is learned from them. Try crpo.entropy_coef above "
-                f"{s.crpo.entropy_coef:g}, crpo.clip_high above {s.crpo.clip_high:g}, or an earlier checkpoint",
+                f"nats a token, under run.limits.entropy={limits.entropy:g}. The policy says nearly the same in every "
+                "draw, so the responses of a group no longer differ and nothing is learned from them. Try "
+                f"crpo.entropy_coef above {s.crpo.entropy_coef:g}, crpo.clip_high above {s.crpo.clip_high:g}, or an earlier checkpoint",
             ),
             "reward/zero_variance_groups": (
                 lambda share: 0 < limits.zero_variance <= share,
-                "of the groups have responses that all earn the same reward: no advantage, no policy gradient, only KL. The "
-                "questions are too easy or too hard for the model, or the reward does not tell responses apart. Look at why in "
+                "of the groups have responses that all earn the same reward: no advantage, no policy gradient, only KL. "
+                "The questions are too easy or too hard for the model, or the reward does not tell responses apart. "
+                "Look at why in "
                 f"samples.jsonl; try other questions, crpo.group_size above {s.crpo.group_size}, or a cold start",
             ),
             "response/truncated": (
                 lambda share: 0 < limits.truncated <= share,
-                f"of the responses were cut at rollout.max_new_tokens={s.rollout.max_new_tokens}, and a response without an end "
-                f"has no answer. Try more tokens; check that rollout.stop={list(s.rollout.stop)} is what the model ends with; "
-                "teach it to end by a cold start",
+                f"of the responses were cut at rollout.max_new_tokens={s.rollout.max_new_tokens}, and a response without "
+                f"an end has no answer. Try more tokens; check that rollout.stop={list(s.rollout.stop)} is what the "
+                "model ends with; teach it to end by a cold start",
             ),
         }
 

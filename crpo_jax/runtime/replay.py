@@ -1,4 +1,5 @@
-"""A skipped mini-batch examined: `python -m crpo_jax.train --workdir DIR --replay STEP` trains nothing and writes nothing."""
+"""A skipped mini-batch examined: `python -m crpo_jax.train --workdir DIR --replay STEP` trains nothing and writes
+nothing."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -13,19 +14,17 @@ from crpo_jax.parallel.mesh import fetch
 from crpo_jax.runtime.limits import not_finite
 from crpo_jax.runtime.runtime import Vocabulary, open_runtime
 from crpo_jax.store.checkpoint import Checkpoints
-from crpo_jax.store.skipped import load_batches, skipped_paths
+from crpo_jax.store.skipped import load_batches, skipped_paths, skipped_steps
 from crpo_jax.update.losses import Batch
 
 
 def replay(settings: Config, workdir: Path, step: int) -> str:
-    """What a step's skipped mini-batches give with the nearest checkpoint before it: loss, gradient norm, and which tensors and
-    rows are not finite."""
+    """What a step's skipped mini-batches give with the nearest checkpoint before it: loss, gradient norm, and which
+    tensors and rows are not finite."""
     paths = skipped_paths(workdir, step)
     if not paths:
-        steps = sorted({int(path.stem.split("_")[1]) for path in (workdir / "skipped").glob("step_*.npz")})
-        raise InputError(
-            f"--replay {step}: expected a step whose batch is kept in {workdir / 'skipped'}, got {steps or 'none there'}"
-        )
+        steps = skipped_steps(workdir) or "none there"
+        raise InputError(f"--replay {step}: expected a step whose batch is in {workdir / 'skipped'}, got {steps}")
     mini_batches: list[list[Any]] = [[Batch(**cast(Any, arrays)) for arrays in load_batches(path)] for path in paths]
     runtime = open_runtime(settings)
     trainer = runtime.trainer("crpo", 1)
@@ -34,7 +33,7 @@ def replay(settings: Config, workdir: Path, step: int) -> str:
     with Checkpoints(workdir / "checkpoints", settings.run.keep) as checkpoints:
         before = [saved for saved in checkpoints.steps() if saved <= step]
         if before:
-            saved = checkpoints.restore(checkpoints.chosen(before[-1]), state._replace(frozen=None))
+            saved = checkpoints.restore(checkpoints.select(before[-1]), state._replace(frozen=None))
             state = saved._replace(frozen=state.frozen)
     lines = [f"step {step} with the policy after step {before[-1] if before else 0}"]
     weights = trainer.weights(state)

@@ -1,6 +1,5 @@
 """What a person sees of a CRPO run: the opening, a line per step, the closing table, the learning curve."""
 
-import json
 import math
 import resource
 import sys
@@ -18,11 +17,12 @@ from crpo_jax.model.shape import forward_flops
 from crpo_jax.model.transformer import parameter_count
 from crpo_jax.parallel.layout import layout_warnings
 from crpo_jax.parallel.mesh import DATA, MODEL
-from crpo_jax.rollout.engine import Response, Tally
+from crpo_jax.rollout.engine import Response, RolloutProgress
 from crpo_jax.runtime.inputs import TrainingQuestions
-from crpo_jax.runtime.progress import clock
+from crpo_jax.runtime.progress import format_duration
 from crpo_jax.runtime.runtime import Runtime
-from crpo_jax.store.logs import read_metrics, told, whole_lines
+from crpo_jax.store.files import read_rows, writing
+from crpo_jax.store.logs import read_metrics
 from crpo_jax.update.batches import Row
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Update
@@ -51,11 +51,11 @@ def step_line(values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def rollout_line(tally: Tally) -> str:
+def rollout_line(tally: RolloutProgress) -> str:
     """How far a rollout is."""
     parts = [f"sampling: {tally.prompts:,} prompts, {tally.responses:,} of {tally.total:,} responses done"]
     parts += [f"{tally.tokens / tally.seconds:,.0f} tok/s", f"mean length {tally.mean_length:.0f}"]
-    return "  ".join([*parts, f"about {clock(tally.seconds_left)} left"])
+    return "  ".join([*parts, f"about {format_duration(tally.seconds_left)} left"])
 
 
 def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestions, start: Path, workdir: Path) -> str:
@@ -93,7 +93,8 @@ def model_and_devices(runtime: Runtime, start: Path | None, lora: Lora) -> list[
     merged = f" with {settings.model.adapter} merged in" if settings.model.adapter else ""
     devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.devices.size > 1 else ''}"
     return [
-        f"  model      {start or 'from scratch'}{merged}: {count:,} parameters, {part}, computing in {settings.model.dtype}",
+        f"  model      {start or 'from scratch'}{merged}: {count:,} parameters, {part}, "
+        f"computing in {settings.model.dtype}",
         f"  devices    {devices}, mesh {mesh.shape[DATA]}x{mesh.shape[MODEL]} (data x model), "
         f"layout {settings.parallel.layout}",
     ]
@@ -131,10 +132,12 @@ def time_metrics(
     mini_batches: Sequence[Sequence[Batch]],
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
-    """Seconds of a step's phases (rollout, score, update), rates, padding, MFU and memory: all that two equal runs may differ in.
+    """Seconds of a step's phases (rollout, score, update), rates, padding, MFU and memory: all that two equal runs may
+    differ in.
 
-    MFU (where the device's peak is published) counts model FLOPs: the forward of reference and policy, that of the old policy
-    where there are several mini-batches, and a backward as two; recomputation as none. Memory is the most so far, in GiB.
+    MFU (where the device's peak is published) counts model FLOPs: the forward of reference and policy, that of the old
+    policy where there are several mini-batches, and a backward as two; recomputation as none. Memory is the most so
+    far, in GiB.
     """
     tokens, lengths = sum(len(response.tokens) for response in responses), [row.length for row in rows]
     places = sum(batch.tokens.size for batches in mini_batches for batch in batches)
@@ -172,20 +175,20 @@ def closing(workdir: Path, count: int) -> str:
     for name, label in {**SHOWN, "truncated": "truncated"}.items():
         before, after = float(first[f"eval/{name}"]), float(last[f"eval/{name}"])
         shares = name in ("accuracy", "format", "cross_reference", "truncated")
-        shown = [f"{v:.3f} ± {standard_error(v, count):.3f}" if shares else f"{v:.2f}" for v in (before, after)]
-        rows.append(f"{label:<24}{shown[0]:>16}{shown[1]:>16}{after - before:>+10.2f}")
+        values = [f"{v:.3f} ± {standard_error(v, count):.3f}" if shares else f"{v:.2f}" for v in (before, after)]
+        rows.append(f"{label:<24}{values[0]:>16}{values[1]:>16}{after - before:>+10.2f}")
     example = before_and_after(workdir, int(first["step"]), int(last["step"]))
-    curve = draw_curve(workdir, metrics)
-    kept = f"curve     {curve}\nresponses {workdir / 'samples.jsonl'}, {workdir / 'report'}\nmetrics   {workdir / 'metrics.jsonl'}, {workdir / 'tb'}"
-    return "\n\n".join(part for part in (example, "\n".join(rows), kept) if part)
+    files = [
+        f"curve     {draw_curve(workdir, metrics)}",
+        f"responses {workdir / 'samples.jsonl'}, {workdir / 'report'}",
+        f"metrics   {workdir / 'metrics.jsonl'}, {workdir / 'tb'}",
+    ]
+    return "\n\n".join(part for part in (example, "\n".join(rows), "\n".join(files)) if part)
 
 
 def before_and_after(workdir: Path, first: int, last: int) -> str:
     """The held-out question whose reward rose most, with both responses."""
-    rows = [
-        [json.loads(text) for text in whole_lines(workdir / "report" / f"held_out_{step:06d}.jsonl")]
-        for step in (first, last)
-    ]
+    rows = [list(read_rows(workdir / "report" / f"held_out_{step:06d}.jsonl")) for step in (first, last)]
     pairs = [(old, new) for old, new in zip(*rows, strict=True) if "total" in old and "total" in new]
     if not pairs:
         return ""
@@ -193,7 +196,8 @@ def before_and_after(workdir: Path, first: int, last: int) -> str:
     options = "\n".join(f"{letter}) {text}" for letter, text in new["options"].items())
     return (
         f"{new['question']}\n{options}\n(answer {new['answer']})\n\n"
-        f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n-- after, reward {new['total']:.2f}:\n{new['response']}"
+        f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n"
+        f"-- after, reward {new['total']:.2f}:\n{new['response']}"
     )
 
 
@@ -209,12 +213,12 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
 
     def panel(axis: Any, title: str, names: Mapping[str, str], held_out: Mapping[str, str], y: str) -> None:
         for name, label in names.items():
-            (drawn,) = axis.plot(
+            (line,) = axis.plot(
                 [row["step"] for row in trained], [row[name] for row in trained], label=label, linewidth=1.2
             )
             if name in held_out:
                 points = [(row["step"], row[held_out[name]]) for row in measured]
-                axis.plot(*zip(*points, strict=True), "o", color=drawn.get_color(), markersize=5)
+                axis.plot(*zip(*points, strict=True), "o", color=line.get_color(), markersize=5)
         axis.set(title=title, xlabel="RL step", ylabel=y)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -232,7 +236,7 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
     panel(axes[1, 1], "response length", {"response/length": "tokens"}, {"response/length": "eval/length"}, "tokens")
     figure.suptitle("Lines: training batches. Dots: held-out questions.", fontsize=9)
     path = workdir / "report" / "curve.png"
-    with told(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from crpo_jax.errors import InputError
-from crpo_jax.rollout.engine import Tally
+from crpo_jax.parallel.processes import barrier
+from crpo_jax.rollout.engine import RolloutProgress
 from crpo_jax.runtime import report
-from crpo_jax.runtime.compilations import Compilations
+from crpo_jax.runtime.compilations import CompilationCounter
 from crpo_jax.runtime.limits import Limits
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime
-from crpo_jax.runtime.signals import Stop
+from crpo_jax.runtime.signals import StopSignal
 from crpo_jax.store.checkpoint import Checkpoints
 from crpo_jax.store.logs import Log
+from crpo_jax.store.workdir import open_workdir
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Trainer, TrainState, Update
 
@@ -22,8 +24,8 @@ from crpo_jax.update.trainer import Trainer, TrainState, Update
 class Run:
     """The state of training and everything that happens around a step: resume, log, checkpoint, limits, stop.
 
-    It continues after the newest whole checkpoint. Batches, random keys and schedules are functions of the step, so a resumed
-    run computes what one that was never stopped would have computed.
+    It continues after the newest whole checkpoint. Batches, random keys and schedules are functions of the step, so a
+    resumed run computes what one that was never stopped would have computed.
     """
 
     def __init__(
@@ -37,18 +39,19 @@ class Run:
             total,
             checkpoints,
         )
-        self.done, log_sizes = checkpoints.newest()
+        self.done, log_sizes = checkpoints.find_resume_point()
         if self.done > total:
             raise InputError(f"{name}.steps: expected at least the {self.done} that {workdir} has done, got {total}")
         self.state = self.restored(self.done, state) if self.done else state
         self.finished, self._saved = False, self.done
-        self.log = Log(workdir, self.done, log_sizes, writes=runtime.writes)
-        self.progress = Progress(total, self.done, speaks=runtime.writes)
-        self.limits = Limits(runtime.settings, workdir, self.progress.keep, name)
-        self.stop, self._compilations = Stop(), Compilations()
+        self.log = Log(workdir, self.done, log_sizes, writer=runtime.writes)
+        self.progress = Progress(total, self.done, enabled=runtime.writes)
+        self.limits = Limits(runtime.settings, workdir, self.progress.write, name)
+        self.stop, self._compilations = StopSignal(), CompilationCounter()
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, and `total`, at which there is only an evaluation. Ends early where the run is to stop."""
+        """The steps that are left, and `total`, at which there is only an evaluation. Ends early where the run is to
+        stop."""
         for step in range(self.done, self.total + 1):
             if self.finished or self.stopping:
                 return
@@ -59,9 +62,9 @@ class Run:
         """Whether any process of the run was asked to stop; every process must ask at the same place."""
         return self.stop.requested
 
-    def show_rollout(self, step: int) -> Callable[[Tally], None]:
+    def show_rollout(self, step: int) -> Callable[[RolloutProgress], None]:
         """Shows how far a rollout of this step is."""
-        return lambda tally: self.progress.show(step, report.rollout_line(tally))
+        return lambda tally: self.progress.update(step, report.rollout_line(tally))
 
     def finish(self, step: int, measures: Mapping[str, float]) -> None:
         """The last evaluation: there is no step after it."""
@@ -81,14 +84,14 @@ class Run:
     ) -> None:
         """Logs a step, holds it to the run's limits and saves a checkpoint where one is due."""
         self.log.samples(samples)
-        self.log.step(step, {**measures, "time/compilations": self._compilations.new()})
-        self.progress.show(step + 1, line)
+        self.log.step(step, {**measures, "time/compilations": self._compilations.count_new()})
+        self.progress.update(step + 1, line)
         self.limits.check_updates(step, updates, mini_batches, self.trainer, self.state)
         self.limits.check_measures(step, measures)
         self.done = step + 1
         if save or self.done == self.total:
             self.save()
-        self.checkpoints.check()
+        self.checkpoints.raise_failure()
 
     def save(self) -> None:
         """A checkpoint, written in the background; nothing where this step has one."""
@@ -104,7 +107,7 @@ class Run:
         """The last words: the closing table, or where to resume."""
         if self.runtime.writes:
             stopped = f"stopped after step {self.done} of {self.total}; the same command resumes from there"
-            self.progress.keep(text() if self.finished else stopped)
+            self.progress.write(text() if self.finished else stopped)
 
 
 @contextlib.contextmanager
@@ -117,3 +120,17 @@ def open_run(
         yield run
         if run.done:
             run.save()
+
+
+@contextlib.contextmanager
+def shared_workdir(runtime: Runtime, workdir: Path, *, allow_changes: bool) -> Iterator[None]:
+    """Locks the workdir for this run; InputError where it holds a run of another config, or a process does not see
+    it."""
+    with open_workdir(workdir, runtime.settings, writer=runtime.writes, allow_changes=allow_changes):
+        barrier("the workdir is open")
+        if not (workdir / "config.yaml").exists():
+            raise InputError(
+                f"--workdir {workdir}: expected a folder on a disk that all processes share, "
+                "got one that only the first process sees"
+            )
+        yield

@@ -1,6 +1,7 @@
-"""What every command that runs a model opens once: mesh, shape, layout, tokenizer, start weights and compiled programs."""
+"""What every command that runs a model opens once: mesh, shape, layout, tokenizer, start weights and compiled
+programs."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from crpo_jax.config import Config, Lora, Optimizer, as_dict, config_folder, replaced
+from crpo_jax.config import Config, Lora, Optimizer, config_folder, replaced
 from crpo_jax.data.prompts import load_tokenizer
 from crpo_jax.errors import InputError
 from crpo_jax.model.attention import choose_attention
@@ -78,7 +79,7 @@ class Runtime:
     def key(self) -> jax.Array:
         return jax.random.key(self.settings.run.seed)
 
-    # ---- sampling --------------------------------------------------------------------------------------------------------
+    # ---- sampling ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def sampler(self) -> Engine:
@@ -92,7 +93,7 @@ class Runtime:
     def sampler_weights(self, policy: Policy) -> SamplerWeights:
         return to_sampler(self.shape, self.mesh, self.settings.model.dtype)(policy)
 
-    # ---- training --------------------------------------------------------------------------------------------------------
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def trained_by(self, loss: Loss) -> tuple[Optimizer, Lora]:
         """The settings of CRPO's optimizer and adapters, or of the cold start's."""
@@ -113,7 +114,8 @@ class Runtime:
         return trainer.begin(adapters, self.start_weights(start, self.layout.compute, self.settings.model.dtype))
 
     def start_weights(self, start: Path | None, axes: Axes, dtype: str) -> Transformer:
-        """The model of a folder with model.adapter merged into it; with no folder a random one, the same on every mesh."""
+        """The model of a folder with model.adapter merged into it; with no folder a random one, the same on every
+        mesh."""
         if start is None:
 
             def random(key: jax.Array) -> Transformer:
@@ -123,7 +125,7 @@ class Runtime:
         model, adapter = load_model(str(start), self.mesh, axes, dtype), self.settings.model.adapter
         return merge_adapters(Policy(model, load_adapters(adapter, self.shape, self.mesh, axes) if adapter else None))
 
-    # ---- export ----------------------------------------------------------------------------------------------------------
+    # ---- export ------------------------------------------------------------------------------------------------------
 
     def export(
         self,
@@ -152,7 +154,8 @@ class Runtime:
 
 
 def open_runtime(settings: Config) -> Runtime:
-    """Opens the mesh, the model's shape and the tokenizer; InputError, before anything is written, where they do not fit."""
+    """Opens the mesh, the model's shape and the tokenizer; InputError, before anything is written, where they do not
+    fit."""
     mesh = make_mesh(settings.parallel.mesh)
     shape = open_shape(settings)
     if settings.parallel.layout == "auto":
@@ -166,7 +169,7 @@ def open_runtime(settings: Config) -> Runtime:
 def open_shape(settings: Config) -> Shape:
     """The shape of model.path, whose files must hold all its tensors, or of model.shape."""
     if not settings.model.path:
-        return shape_of(as_dict(settings.model.shape), "model.shape")
+        return shape_of(asdict(settings.model.shape), "model.shape")
     folder = model_folder(settings.model.path)
     shape = read_shape(folder)
     check_keys(shape, *read_headers(folder))
@@ -174,7 +177,8 @@ def open_shape(settings: Config) -> Shape:
 
 
 def open_vocabulary(settings: Config, shape: Shape) -> Vocabulary:
-    """The tokenizer of tokenizer.path, or of the model's folder; refused where it does not match the model's vocabulary."""
+    """The tokenizer of tokenizer.path, or of the model's folder; refused where it does not match the model's
+    vocabulary."""
     path = settings.tokenizer.path
     folder = find_shipped(path) if path else model_folder(settings.model.path)
     tokenizer = load_tokenizer(folder)

@@ -1,49 +1,45 @@
-"""A run asked to stop by a signal ends in good order."""
+"""Stops a run cleanly on a signal."""
 
 import os
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 
 
-class Stopped(Exception):
-    """A part of the work was left, since the run was asked to stop; it comes again, the same."""
+class StopRequested(Exception):
+    """Work was abandoned because the run was asked to stop; the resumed run repeats it identically."""
 
 
-class Stop:
-    """Turns the first SIGINT or SIGTERM (a TPU's preemption notice, Slurm's time limit) into a request; a second one ends the process at once.
+class StopSignal:
+    """Records the first SIGINT or SIGTERM (TPU preemption, Slurm's time limit); a second one exits at once.
 
-    A run that is ended at once loses no more than one that is killed: what it did since its last checkpoint.
+    Exiting at once loses no more than a kill does: the work since the last checkpoint.
     """
 
-    def __init__(self, doing: str = "finishing this part of the step, saving, then stopping") -> None:
-        self.noted = False  # by this process, which is all that a command without jax needs to know
-        self._doing = doing
-        self._before: dict[int, object] = {}
+    def __init__(self, action: str = "finishing this part of the step, saving, then stopping") -> None:
+        self.received = False  # by this process, which is all that a command without jax needs to know
+        self._action = action
+        self._previous: dict[int, object] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether any process of the run was asked to stop; every process must ask at the same place."""
-        from crpo_jax.parallel import (
-            processes,  # here, because commands without a model stop in good order too, and need no jax
-        )
+        """Whether any process of the run received a signal; all processes must read this at the same point."""
+        from crpo_jax.parallel.processes import any_process  # imports jax, which not every command needs
 
-        return processes.anywhere(self.noted)
+        return any_process(self.received)
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.noted:
-            os.write(2, f"\n{name} again: stopped at once; the same command goes on from what is saved\n".encode())
+        if self.received:
+            os.write(2, f"\n{name} again: exiting at once; the same command resumes from what is saved\n".encode())
             os._exit(128 + number)
-        self.noted = True
-        os.write(2, f"\n{name}: {self._doing}; once more stops at once\n".encode())
+        self.received = True
+        os.write(2, f"\n{name}: {self._action}; a second signal exits at once\n".encode())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

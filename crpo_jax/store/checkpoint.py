@@ -1,4 +1,4 @@
-"""Checkpoints of a run in its workdir, by orbax: in the background, whole or not at all, and checked before they are used."""
+"""Checkpoints of a run in its workdir: written by orbax in the background, and verified before they are used."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,20 +16,30 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from crpo_jax.errors import Fault, InputError
-from crpo_jax.store.logs import LOGS, evaluated
-from crpo_jax.update.trainer import TrainState
+from crpo_jax.store.logs import LOGS, held_out_rewards
+
+State = TypeVar("State")
 
 SEAL = "seal.json"
 
 
-class Saved(NamedTuple):
-    """RL steps done at a checkpoint, and the bytes of each log of the run at that moment."""
+class ResumePoint(NamedTuple):
+    """Where a run resumes: RL steps done, and the bytes that each of its logs had then."""
+
+    step: int
+    log_sizes: dict[str, int]
+
+
+RUN_START = ResumePoint(0, dict.fromkeys(LOGS, 0))
+
+
+class Seal(NamedTuple):
+    """What a checkpoint consists of: its arrays, name to type and shape, and its files, name to size and SHA-256."""
 
     step: int
     logs: dict[str, int]
-
-
-START = Saved(0, dict.fromkeys(LOGS, 0))
+    arrays: dict[str, str]  # empty in a checkpoint of an older version
+    files: dict[str, tuple[int, str]]
 
 
 class Damaged(Exception):
@@ -37,196 +47,235 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-    """Checkpoints by RL step in `folder`: the newest `keep`, and the `best` of those that were evaluated.
+    """Checkpoints by RL step in `folder`: the newest `keep`, and the `keep_best` of those with the highest scores.
 
-    Batches, keys and schedules are functions of the step, so the train state and the step are all there is to keep. A
-    checkpoint takes its number as its name when everything in it is written, its seal last: digest and size of every
-    file, and how long the run's logs beside `folder` were. A process killed at any moment leaves it whole or unnamed.
-    `scores` of the workdir say how good the evaluated ones are, by step, higher being better.
+    Batches, keys and schedules are functions of the step, so the train state and the step are all there is to save.
+    A checkpoint takes its number as its name once everything in it is written, its seal last, and only then are older
+    ones removed: a process killed at any moment leaves it whole or unnamed. `scores` reads from the workdir how good
+    the evaluated checkpoints are, by step.
+
+    Of several processes each saves its part of the arrays; the first does everything else.
     """
 
     def __init__(
-        self, folder: Path, keep: int, best: int = 0, scores: Callable[[Path], Mapping[int, float]] = evaluated
+        self,
+        folder: Path,
+        keep: int,
+        keep_best: int = 0,
+        scores: Callable[[Path], Mapping[int, float]] = held_out_rewards,
     ) -> None:
-        self._folder, self._keep, self._best, self._scores = folder.resolve(), keep, best, scores
+        self._folder, self._keep, self._keep_best, self._scores = folder.resolve(), keep, keep_best, scores
         self._saver = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-        self._writes = jax.process_index() == 0
+        self._first_process = jax.process_index() == 0
         self._damaged: set[int] = set()
-        self._there: int | None = None  # the step of the state last saved or restored
-        self._writer: threading.Thread | None = None
-        self._failed: BaseException | None = None
+        self._last_step: int | None = None  # of the state last saved or restored
+        self._thread: threading.Thread | None = None
+        self._failure: Fault | None = None
 
     def steps(self) -> list[int]:
-        """The steps whose checkpoints are there and not known to be damaged, in order."""
+        """The steps of the checkpoints that exist and are not known to be damaged, in order."""
         names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
         return sorted({int(name) for name in names if name.isdecimal()} - self._damaged)
 
-    def newest(self) -> Saved:
-        """The newest whole checkpoint, START where the run has none; says which damaged ones it passed over.
+    def find_resume_point(self) -> ResumePoint:
+        """The newest whole checkpoint, RUN_START where the run has none; prints which damaged ones it passes over.
 
-        InputError where all are damaged: the run would begin again, and what it wrote would be lost without a word.
+        InputError where all are damaged: to begin again would silently discard what the run wrote.
         """
-        found, why = None, ""
-        if self._writes:
-            for left in (
-                *self._folder.glob("*.unfinished*"),
-                *self._folder.glob("*.old"),
-            ):  # of a process that was killed
-                shutil.rmtree(left)
+        point, damages = None, []
+        if self._first_process:
+            for pattern in ("*.unfinished*", "*.old"):  # left by a process that was killed
+                for leftover in self._folder.glob(pattern):
+                    shutil.rmtree(leftover)
             for step in reversed(self.steps()):
                 try:
-                    found = self._checked(step, with_logs=True)
+                    point = self._verify(step, logs_too=True)
                     break
                 except Damaged as damage:
-                    why = why or str(damage)
                     print(f"checkpoint of step {step} is damaged and passed over: {damage}", file=sys.stderr)
                     self._damaged.add(step)
-        else:
-            found = START
-        found = START if found is None and not why else found
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found.step)))
+                    damages.append(str(damage))
+            if point is None and not damages:
+                point = RUN_START
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if point is None else point.step)))
         if step < 0:
             raise InputError(
-                f"{self._folder}: expected a whole checkpoint, got only damaged ones: {why}; without the folder the run begins again"
+                f"{self._folder}: expected a whole checkpoint, got only damaged ones: {''.join(damages[:1])}; "
+                "without the folder the run begins again"
             )
-        return found if self._writes and found else Saved(step, {})
+        return point or ResumePoint(step, {})
 
-    def chosen(self, steps_done: int | None) -> int:
-        """The checkpoint asked for, or the newest one; whole."""
-        kept = self.steps()
-        if not kept or (steps_done is not None and steps_done not in kept):
-            raise InputError(
-                f"{self._folder}: expected a checkpoint{'' if steps_done is None else f' of step {steps_done}'}, got {kept or 'none'}"
-            )
-        step = max(kept) if steps_done is None else steps_done
+    def select(self, steps_done: int | None) -> int:
+        """The step of the newest checkpoint, or `steps_done`; InputError where it is missing or damaged."""
+        steps = self.steps()
+        if not steps or (steps_done is not None and steps_done not in steps):
+            wanted = "a checkpoint" if steps_done is None else f"a checkpoint of step {steps_done}"
+            raise InputError(f"{self._folder}: expected {wanted}, got {steps or 'none'}")
+        step = steps[-1] if steps_done is None else steps_done
         try:
-            return self._checked(step, with_logs=False).step
+            return self._verify(step, logs_too=False).step
         except Damaged as damage:
-            raise InputError(
-                f"{self._folder / str(step)}: expected a whole checkpoint, got a damaged one: {damage}"
-            ) from None
+            raise self._unusable(step, damage) from None
 
-    def save(self, steps_done: int, state: TrainState) -> None:
-        """Copies the state off the devices and writes it while the run goes on; Fault where the one before could not be written."""
+    def save(self, steps_done: int, state: Any) -> None:
+        """Copies the state off the devices and writes it while the run goes on; Fault where the last save failed."""
         self.wait()
-        if (
-            steps_done == self._there
-        ):  # not a look at the folder: every process must decide the same, and only one names what it wrote
+        if steps_done == self._last_step:  # not read from the folder: all processes must decide the same
             return
-        logs = {name: length(self._folder.parent / name) for name in LOGS} if self._writes else {}
-        written = self._folder / f"{steps_done}.unfinished"
+        logs = {name: synced_size(self._folder.parent / name) for name in LOGS} if self._first_process else {}
+        unfinished, arrays = self._folder / f"{steps_done}.unfinished", named_arrays(state)
+        types = {name: describe(array) for name, array in arrays.items()}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._saver.save(written, args=ocp.args.StandardSave(as_tree(state)), force=True)
+            self._saver.save(unfinished, args=ocp.args.StandardSave(arrays), force=True)
         except (OSError, ValueError) as error:
             raise self._fault(steps_done, error) from None
-        self._there = steps_done
-        self._writer = threading.Thread(target=self._finish, args=(written, Saved(steps_done, logs)), name="checkpoint")
-        self._writer.start()
+        self._last_step = steps_done
+        arguments = unfinished, ResumePoint(steps_done, logs), types
+        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint")
+        self._thread.start()
 
-    def _finish(self, written: Path, saved: Saved) -> None:
+    def _finish(self, unfinished: Path, point: ResumePoint, types: dict[str, str]) -> None:
         try:
             self._saver.wait_until_finished()
-            if self._writes:
-                write_seal(written, saved)
-                final = self._folder / str(saved.step)
-                shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step, reported when the run began
-                os.replace(written, final)
-                self._damaged.discard(saved.step)
+            if self._first_process:
+                write_seal(unfinished, point, types)
+                final = self._folder / str(point.step)
+                shutil.rmtree(final, ignore_errors=True)  # a damaged one, reported when the run began
+                os.replace(unfinished, final)
+                self._damaged.discard(point.step)
                 self._remove_old()
         except Exception as error:  # noqa: BLE001 (raised again as a Fault in the thread that trains)
-            self._failed = self._fault(saved.step, error)
+            self._failure = self._fault(point.step, error)
 
     def _remove_old(self) -> None:
-        steps = self.steps()
-        values = self._scores(self._folder.parent) if self._best else {}
-        best = (
-            sorted((step for step in steps if step in values), key=lambda step: (values[step], step))[-self._best :]
-            if self._best
-            else []
-        )
-        for step in set(steps[: -self._keep]) - set(best):
-            gone = self._folder / f"{step}.old"  # a checkpoint that is half removed must not look like a damaged one
-            os.replace(self._folder / str(step), gone)
-            shutil.rmtree(gone)
+        steps, scores = self.steps(), self._scores(self._folder.parent) if self._keep_best else {}
+        ranked = sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))
+        for step in set(steps[: -self._keep]) - set(ranked[-self._keep_best :]):
+            old = self._folder / f"{step}.old"  # a checkpoint that is half removed must not look like a damaged one
+            os.replace(self._folder / str(step), old)
+            shutil.rmtree(old)
 
-    def check(self) -> None:
-        """Raises the Fault that ended the writing of the last checkpoint, where there was one."""
-        if self._failed:
-            failed, self._failed = self._failed, None
-            raise failed
+    def raise_failure(self) -> None:
+        """Raises the Fault that ended the last save, if one did."""
+        if self._failure:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises its Fault where it is not."""
-        if self._writer:
-            self._writer.join()
-            self._writer = None
-        self.check()
+        """Returns once the last save is on disk; raises its Fault if it failed."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.raise_failure()
 
     def _fault(self, step: int, error: BaseException) -> Fault:
-        said = " ".join(str(error).split())
-        reason = (
-            "No space left on device"
-            if "No space left" in said
-            else "File too large"
-            if "File too large" in said
-            else said[:300]
+        text = " ".join(str(error).split())
+        reasons = (reason for reason in ("No space left on device", "File too large") if reason in text)
+        steps = self.steps()
+        outlook = (
+            f"the checkpoint of step {steps[-1]} is whole, and the same command resumes from it"
+            if steps
+            else "there is no checkpoint yet, and the same command begins again"
         )
-        there = self.steps()
-        safe = f"the checkpoint of step {there[-1]} is whole" if there else "there is no checkpoint yet"
         return Fault(
-            f"{self._folder}: could not write the checkpoint of step {step}: {reason}; {safe}, and the same command goes on from it"
+            f"{self._folder}: could not write the checkpoint of step {step}: {next(reasons, text[:300])}; {outlook}"
         )
 
-    def _checked(self, step: int, *, with_logs: bool) -> Saved:
-        """The checkpoint's seal, once every file is what it says; Damaged where one is not."""
+    def _unusable(self, step: int, damage: Damaged) -> InputError:
+        return InputError(f"{self._folder / str(step)}: expected a whole checkpoint, got a damaged one: {damage}")
+
+    def _verify(self, step: int, *, logs_too: bool) -> ResumePoint:
+        """What the seal says, once every file is as it says; Damaged where one is not."""
         folder = self._folder / str(step)
-        saved, files = read_seal(folder)
-        for name, (size, digest) in files.items():
+        seal = read_seal(folder)
+        for name, (size, digest) in seal.files.items():
             path = folder / name
             if not path.is_file():
                 raise Damaged(f"{name} is missing")
             if path.stat().st_size != size:
                 raise Damaged(f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")
-            if digest_of(path) != digest:
+            if digest_file(path) != digest:
                 raise Damaged(f"{name} does not have the bytes that were written")
-        for name, size in saved.logs.items() if with_logs else ():
-            there = length(self._folder.parent / name)
-            if there < size:
+        for name, size in seal.logs.items() if logs_too else ():
+            actual = synced_size(self._folder.parent / name)
+            if actual < size:
                 raise Damaged(
-                    f"{name} beside it has {there:,} bytes instead of at least {size:,}: lines of its steps are missing"
+                    f"{name} beside it has {actual:,} bytes instead of at least {size:,}: "
+                    "lines of its steps are missing"
                 )
-        return saved
+        return ResumePoint(seal.step, seal.logs)
 
-    def restore(self, steps_done: int, like: TrainState) -> TrainState:
-        """The state after `steps_done` RL steps, placed like `like` (whose memory it does not need any more)."""
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), as_tree(like))
-        restored = self._saver.restore(self._folder / str(steps_done), args=ocp.args.StandardRestore(wanted))
-        self._there = steps_done
-        return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in sorted(restored, key=int)])
+    def restore(self, steps_done: int, like: State) -> State:
+        """The state after `steps_done` RL steps, placed like `like`, whose own values are not used.
+
+        InputError names the first array that differs in name, type or shape.
+        """
+        folder, arrays = self._folder / str(steps_done), named_arrays(like)
+        try:
+            check_arrays(folder, read_seal(folder).arrays, {name: describe(array) for name, array in arrays.items()})
+        except Damaged as damage:
+            raise self._unusable(steps_done, damage) from None
+        targets = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            for name, array in arrays.items()
+        }
+        restored = self._saver.restore(folder, args=ocp.args.StandardRestore(targets))
+        self._last_step = steps_done
+        return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in arrays])
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, *_: object
-    ) -> None:  # what is still being written is waited for
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
         except Fault:
-            if kind is None:  # else one line is said already
+            if kind is None:  # else one line was printed already
                 raise
         finally:
             self._saver.close()
 
 
-def as_tree(state: TrainState) -> dict[str, Any]:
-    """The state's leaves by number: a form that does not depend on the classes that hold them."""
-    return {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
+# ---- arrays by name --------------------------------------------------------------------------------------------------
 
 
-def length(path: Path) -> int:
-    """Bytes of a file that are on the disk for good; 0 where there is none."""
+def named_arrays(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their key paths, such as master.blocks.q_dnh, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf  # .value: a flax variable's
+        for path, leaf in leaves
+    }
+    assert len(arrays) == len(leaves), "two arrays of a tree have the same name"
+    return arrays
+
+
+def describe(array: Any) -> str:
+    """Type and shape, as in float32[2,64]."""
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
+
+
+def check_arrays(folder: Path, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """InputError where a checkpoint does not hold exactly the expected arrays, all of their types and shapes."""
+    if not saved:
+        raise InputError(
+            f"{folder}: expected a checkpoint whose arrays have names, got one of an older version, which numbered "
+            "them; finish or export that run with the version that wrote it, or choose another --workdir"
+        )
+    differing = [name for name in {**expected, **saved} if saved.get(name) != expected.get(name)]
+    if differing:
+        name, more = differing[0], f"; {len(differing) - 1} more arrays differ" if len(differing) > 1 else ""
+        raise InputError(
+            f"{folder}: {name}: expected {expected.get(name, 'no such array')}, got {saved.get(name, 'none')}{more}"
+        )
+
+
+# ---- the seal --------------------------------------------------------------------------------------------------------
+
+
+def synced_size(path: Path) -> int:
+    """Bytes of a file, all of them forced to the disk; 0 where there is none."""
     if not path.exists():
         return 0
     with path.open("rb") as file:
@@ -234,23 +283,23 @@ def length(path: Path) -> int:
         return os.fstat(file.fileno()).st_size
 
 
-def digest_of(path: Path) -> str:
+def digest_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_seal(folder: Path, saved: Saved) -> None:
-    """Two lines: what the checkpoint is made of, and the digest of that line."""
+def write_seal(folder: Path, point: ResumePoint, arrays: Mapping[str, str]) -> None:
+    """Two lines: the Seal of the files in the folder, and the digest of that line."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, digest_of(path)) for path in paths}
-    line = json.dumps({"step": saved.step, "logs": saved.logs, "files": files})
+    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, digest_file(path)) for path in paths}
+    line = json.dumps(Seal(point.step, point.log_sizes, dict(arrays), files)._asdict())
     with (folder / SEAL).open("w", encoding="utf-8") as file:
         file.write(f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_seal(folder: Path) -> tuple[Saved, dict[str, tuple[int, str]]]:
+def read_seal(folder: Path) -> Seal:
     try:
         line, digest = (folder / SEAL).read_bytes().splitlines()
     except FileNotFoundError:
@@ -259,5 +308,4 @@ def read_seal(folder: Path) -> tuple[Saved, dict[str, tuple[int, str]]]:
         raise Damaged(f"{SEAL} does not have its two lines") from None
     if hashlib.sha256(line).hexdigest().encode() != digest:
         raise Damaged(f"{SEAL} does not have the bytes that were written")
-    content = json.loads(line)
-    return Saved(content["step"], content["logs"]), content["files"]
+    return Seal(**{"arrays": {}} | json.loads(line))

@@ -39,9 +39,8 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 def write_all(descriptor: int, data: bytes) -> None:
     """Writes every byte or raises an OSError: `os.write` alone may stop half-way on a disk that fills up."""
-    left = memoryview(data)
-    while left:
-        left = left[os.write(descriptor, left) :]
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def encode_rows(rows: Iterable[Mapping[str, Any]]) -> bytes:

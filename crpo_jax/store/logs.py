@@ -1,19 +1,19 @@
-"""What a run leaves to read: metrics.jsonl, samples.jsonl, TensorBoard, and the line that says what is happening."""
+"""What a run logs: metrics.jsonl, samples.jsonl, and the same metrics for TensorBoard."""
 
 import contextlib
-import json
 import math
 import os
+import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (generated)
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from crpo_jax.errors import Fault
+from crpo_jax.store.files import encode_rows, read_rows, write_all, writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -21,102 +21,71 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 class Log:
     """Appends one object per step to metrics.jsonl and TensorBoard, and scored responses to samples.jsonl.
 
-    A run that resumes after `done` steps drops what stands beyond the `sizes` the files had then: it is about to write
-    those steps again, the same. So no step is there twice, and a line cut off by a crash is gone.
+    A run that resumes after `done` steps first drops whatever lies beyond the `sizes` that the files had then: it will
+    write those steps again, with the same content. So no step is there twice, and a line cut off by a crash is gone.
+
+    TensorBoard's events are written record by record: the thread behind tensorboardX's SummaryWriter dies of a full
+    disk, and the run would then wait for it forever.
     """
 
     def __init__(
-        self, workdir: Path, done: int = 0, sizes: Mapping[str, int] | None = None, *, writes: bool = True
+        self, workdir: Path, done: int = 0, sizes: Mapping[str, int] | None = None, *, writer: bool = True
     ) -> None:
-        self._writes = writes
-        if not writes:
+        self._writer, self._files = writer, dict[str, BinaryIO]()
+        if not writer:
             return
-        with told(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            self._metrics, self._samples = (self._reopened(workdir / name, (sizes or {}).get(name, 0)) for name in LOGS)
-            (workdir / "tb").mkdir(exist_ok=True)
-            self._board = EventsWriter(
-                str(workdir / "tb" / "events"), f".{os.getpid()}"
-            )  # in this thread: the library's own hangs on a full disk
-            self._board.write_event(
-                Event(step=done, session_log=SessionLog(status=SessionLog.START))
-            )  # TensorBoard drops what came after
-
-    @staticmethod
-    def _reopened(path: Path, size: int) -> BinaryIO:
-        file = path.open("ab", buffering=0)  # a line that did not fit on the disk must not wait in a buffer
-        file.truncate(size)
-        return file
+        with writing(workdir):
+            (workdir / "tb").mkdir(parents=True, exist_ok=True)
+            for name in LOGS:
+                self._files[name] = (workdir / name).open("ab", buffering=0)
+                self._files[name].truncate((sizes or {}).get(name, 0))
+            file_name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            self._events = RecordWriter(str(workdir / "tb" / file_name))
+            self._add_event(file_version="brain.Event:2")
+            self._add_event(
+                step=done, session_log=SessionLog(status=SessionLog.START)
+            )  # hides earlier events from here
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writes:
-            measured = {
-                name: value if math.isfinite(value) else None for name, value in values.items()
-            }  # JSON has no NaN
-            append(self._metrics, json.dumps({"step": step, **measured}) + "\n")
-            scalars = [
-                Summary.Value(tag=name, simple_value=value) for name, value in measured.items() if value is not None
-            ]
-            with told(Path(self._metrics.name).parent / "tb"):
-                self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
-                self._board.flush()
+        """Logs the metrics of a step; one that is not finite is null in JSON and absent in TensorBoard."""
+        if not self._writer:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._append("metrics.jsonl", [{"step": step, **finite}])
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items() if value is not None]
+        with writing(self._events.path):
+            self._add_event(step=step, summary=Summary(value=scalars))
+            self._events.flush()
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self._writes:
-            append(self._samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        """Logs the scored responses of a step."""
+        if self._writer:
+            self._append("samples.jsonl", rows)
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends all rows or raises a Fault; the part that fitted on a full disk is dropped when the run resumes."""
+        with writing(self._files[name].name):
+            write_all(self._files[name].fileno(), encode_rows(rows))
+
+    def _add_event(self, **fields: Any) -> None:
+        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._writes:
-            self._metrics.close()
-            self._samples.close()
-            with (
-                told(Path(self._metrics.name).parent / "tb") if kind is None else contextlib.suppress(OSError)
-            ):  # else one line is said already
-                self._board.close()
+        if self._writer:
+            for file in self._files.values():
+                file.close()
+            with writing(self._events.path) if kind is None else contextlib.suppress(OSError):  # else it was reported
+                self._events.close()
 
 
-@contextlib.contextmanager
-def told(path: str | Path) -> Iterator[None]:
-    """An OSError while writing `path` as a Fault of one line."""
-    try:
-        yield
-    except OSError as error:
-        raise Fault(
-            f"{path}: {error.strerror or error}; once that is mended, the same command goes on from the last checkpoint"
-        ) from None
-
-
-def append(file: BinaryIO, text: str) -> None:
-    """Writes the whole text or raises a Fault; what a full disk took of it is dropped when the run resumes."""
-    data = memoryview(text.encode())
-    with told(file.name):
-        while data:
-            data = data[file.write(data) :]
-
-
-def evaluated(workdir: Path) -> dict[int, float]:
-    """eval/mean, the mean reward of the held-out responses, by the step it was measured at."""
-    path, found = workdir / "metrics.jsonl", {}
-    with path.open(encoding="utf-8") if path.exists() else contextlib.nullcontext(()) as lines:
-        for line in lines:
-            if '"eval/mean"' in line and line.endswith("\n"):
-                row = json.loads(line)
-                if row["eval/mean"] is not None:
-                    found[row["step"]] = row["eval/mean"]
-    return found
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that end in a line break; a last one cut off by a crash is left out."""
-    return [
-        line + "\n" for line in path.read_text(encoding="utf-8").split("\n")[:-1]
-    ]  # splitlines would also cut at a response's U+2028
-
-
-def read_metrics(workdir: Path) -> list[dict[str, float]]:
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Every step of metrics.jsonl."""
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+    return list(read_rows(workdir / "metrics.jsonl"))
+
+
+def held_out_rewards(workdir: Path) -> dict[int, float]:
+    """The mean reward of the held-out responses (eval/mean), by the step at which it was measured."""
+    return {row["step"]: row["eval/mean"] for row in read_metrics(workdir) if row.get("eval/mean") is not None}

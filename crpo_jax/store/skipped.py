@@ -1,10 +1,11 @@
-"""Mini-batches whose update was skipped because it was not finite: `skipped/` of the workdir, for `--replay` to inspect."""
+"""Mini-batches whose update was skipped, since it was not finite: in `skipped/` of the workdir, for `--replay`."""
 
 import io
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,9 @@ def skipped_steps(workdir: Path) -> list[int]:
 
 def save_batches(path: Path, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
     """Writes the micro-batches of a mini-batch, every array under the name `micro/array`."""
-    arrays = {f"{micro}/{name}": value for micro, batch in enumerate(batches) for name, value in batch.items()}
+    arrays: dict[str, Any] = {
+        f"{micro}/{name}": array for micro, batch in enumerate(batches) for name, array in batch.items()
+    }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     with writing(path):

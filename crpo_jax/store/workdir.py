@@ -1,153 +1,154 @@
-"""The folder a run lives in: its config, its inputs, the lock that keeps a second run out, and the signals that end a run in good order."""
+"""The folder of a run: its config, the digests of its inputs, and the lock that keeps a second run out."""
 
 import contextlib
-import errno
 import fcntl
+import fnmatch
 import itertools
 import json
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from crpo_jax import config
 from crpo_jax.config import Config
 from crpo_jax.errors import InputError
+from crpo_jax.store.files import replace_file, writing
 
-ENDPOINT = ("base_url", "key_variable", "concurrency", "timeout", "retries", "max_reply_bytes")
+RUN_LENGTH = ("crpo.steps", "crpo.epochs")
 MAY_CHANGE = (
-    "crpo.steps",
-    "crpo.epochs",
-    "parallel.",
-    "run.save_every",
-    "run.eval_every",
-    "run.keep",
-    "run.limits.",
-    "run.compile_cache",
+    # how it is computed
+    "parallel.*",
     "rollout.slots",
     "rollout.chunk",
     "reward.workers",
     "reward.time_limit",
-    "sft.save_every",
-    *(f"distill.{name}:" for name in (*ENDPOINT, "attempts", "questions", "convert")),
-    "judge.",
-    "evaluate.answer:",
-    "evaluate.subjects:",
-    "evaluate.samples:",
+    "run.compile_cache",
+    # when it saves, evaluates and warns
+    "*.save_every",
+    "run.eval_every",
+    "run.keep",
+    "run.keep_best",
+    "run.limits.*",
+    # which replies are requested, from where, and what is done with them
+    *(f"distill.{name}" for name in ("base_url", "key_variable", "concurrency", "timeout", "retries")),
+    *(f"distill.{name}" for name in ("max_reply_bytes", "attempts", "questions", "convert")),
+    "judge.*",
+    # how much is evaluated
+    "evaluate.answer",
+    "evaluate.subjects",
+    "evaluate.samples",
 )
-"""Settings that a resumed run may change: they decide how long or how fast it runs, not what it computes up to a step.
+"""Patterns of the settings that a resumed run may change, for they do not affect what it computes up to a step.
 
-How long it runs does decide that where a learning rate schedule ends at the last step.
+So may RUN_LENGTH, unless the learning rate's schedule ends at the last step.
 """
 
-ANYWAY = "Take another --workdir, or say --allow-changes to go on with it"
+WAYS_OUT = "Choose another --workdir, or continue in this one with --allow-changes"
 
 
 def open_workdir(
-    workdir: Path, settings: Config, *, writes: bool = True, changes: bool = False
+    workdir: Path, settings: Config, *, writer: bool = True, allow_changes: bool = False
 ) -> contextlib.ExitStack:
-    """Makes the folder, or checks that the run in it has the same config; keeps the resolved config in config.yaml.
+    """Creates the folder, or checks that the run in it has the same config; config.yaml holds the resolved config.
 
-    No other run can take the folder until the result is closed or the process dies, however it dies. With `changes`,
-    another config is taken over: each difference is said, and the old file stays as config.1.yaml and so on.
+    No other run can open the folder until the result is closed or the process ends, however it ends. `allow_changes`
+    accepts another config: each difference is printed, and the old file becomes config.1.yaml, config.2.yaml and so on.
 
-    Of several processes the one that writes does this for all (`start.wait_for_workdir`).
+    Of several processes only the `writer` does any of this (`start.wait_for_workdir`).
     """
-    path = workdir / "config.yaml"
-    if not writes:
-        return contextlib.ExitStack()
+    lock = contextlib.ExitStack()
+    if not writer:
+        return lock
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir {workdir}: expected a folder, got a file")
-    if not path.exists() and workdir.exists() and any(path.name != ".lock" for path in workdir.iterdir()):
+    names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
+    if names - {".lock"} and "config.yaml" not in names:
         raise InputError(
             f"--workdir {workdir}: expected a new folder or one with a run's config.yaml, got a folder with other files"
         )
-    with contextlib.ExitStack() as held:
-        held.enter_context(lock(workdir))
-        changed = differences(path, settings) if path.exists() else []
-        if changed and not changes:
+    with writing(f"--workdir {workdir}", InputError, hint=""):
+        lock.enter_context(lock_workdir(workdir))
+        try:
+            write_config(workdir, settings, allow_changes=allow_changes)
+        except BaseException:
+            lock.close()
+            raise
+    return lock
+
+
+def write_config(workdir: Path, settings: Config, *, allow_changes: bool) -> None:
+    """Writes config.yaml; where one differs in what may not change, keeps a copy of it, or refuses."""
+    path = workdir / "config.yaml"
+    if path.exists() and (changed := refused_changes(path, settings)):
+        if not allow_changes:
             raise InputError(
-                f"--workdir {workdir}: expected the config of the run it holds, got {'; '.join(changed)}. {ANYWAY}"
+                f"--workdir {workdir}: expected the config of the run it holds, got {'; '.join(changed)}. {WAYS_OUT}"
             )
-        if changed:
-            number = next(number for number in itertools.count(1) if not (workdir / f"config.{number}.yaml").exists())
-            with writing(workdir):
-                shutil.copyfile(path, workdir / f"config.{number}.yaml")
-            print(
-                f"--allow-changes: {'; '.join(changed)}; the config until now is config.{number}.yaml", file=sys.stderr
-            )
-        replace(path, config.dump(settings))
-        return held.pop_all()
-    raise AssertionError("an ExitStack lets every exception through")
+        copies = (workdir / f"config.{number}.yaml" for number in itertools.count(1))
+        copy = next(copy for copy in copies if not copy.exists())
+        shutil.copyfile(path, copy)
+        print(f"--allow-changes: {'; '.join(changed)}; the previous config is in {copy.name}", file=sys.stderr)
+    replace_file(path, config.dump_config(settings))
 
 
-def differences(path: Path, settings: Config) -> list[str]:
-    """The settings that differ from those in the file and are not free to."""
-    before = config.load(path, model=False)  # it was checked when it was written
-    free = (
-        MAY_CHANGE
-        if before.optimizer.schedule == "constant"
-        else tuple(key for key in MAY_CHANGE if not key.startswith("crpo."))
-    )
-    return [line for line in config.differences(before, settings) if not line.startswith(free)]
+def refused_changes(path: Path, settings: Config) -> list[str]:
+    """`key: old -> new` of the settings that differ from those in the file and may not."""
+    before = config.load_config(path, model=False)  # it was checked when it was written
+    patterns = (*MAY_CHANGE, *RUN_LENGTH) if before.optimizer.schedule == "constant" else MAY_CHANGE
+    return [
+        change
+        for change in config.changed_settings(before, settings)
+        if not any(fnmatch.fnmatchcase(change.partition(":")[0], pattern) for pattern in patterns)
+    ]
 
 
-def check_inputs(workdir: Path, digests: Mapping[str, str], *, writes: bool = True, changes: bool = False) -> None:
-    """Refuses a run whose questions, tokenizer or start model are no longer what its first steps had; inputs.json keeps their digests."""
+def check_inputs(
+    workdir: Path, digests: Mapping[str, str], *, writer: bool = True, allow_changes: bool = False
+) -> None:
+    """Refuses a run whose questions, tokenizer or start model differ from those it began with.
+
+    inputs.json holds their digests.
+    """
     path = workdir / "inputs.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else digests
-    changed = [name for name, digest in digests.items() if before.get(name) != digest]
-    if changed and not changes:
+    changed = " and ".join(f"other {name}" for name, digest in digests.items() if before.get(name) != digest)
+    if changed and not allow_changes:
         raise InputError(
-            f"--workdir {workdir}: expected the inputs the run in it began with, got other {' and other '.join(changed)}. {ANYWAY}"
+            f"--workdir {workdir}: expected the inputs that the run in it began with, got {changed}. {WAYS_OUT}"
         )
-    if changed and writes:
-        print(f"--allow-changes: other {' and other '.join(changed)} than the run began with", file=sys.stderr)
-    if writes:
-        replace(path, json.dumps(dict(digests), indent=2) + "\n")
+    if changed and writer:
+        print(f"--allow-changes: {changed} than the run began with", file=sys.stderr)
+    if writer:
+        with writing(f"--workdir {workdir}", InputError, hint=""):
+            replace_file(path, json.dumps(dict(digests), indent=2) + "\n")
 
 
-def replace(path: Path, text: str) -> None:
-    """The file with this text, whole or as it was."""
-    fresh = path.with_name(f"{path.name}.new")
-    with writing(path.parent):
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-
-
-@contextlib.contextmanager
-def writing(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: Path) -> BinaryIO:
+    """Takes the folder for this process until the file is closed; InputError names the process that has it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = (workdir / ".lock").open("a+b")
     try:
-        yield
+        fcntl.flock(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # the kernel releases it when the process ends, however it ends
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read(200).decode(errors="replace").strip() or "another process"
+        file.close()
+        raise InputError(
+            f"--workdir {workdir}: expected a folder that no other run is using, got one that {owner} has open"
+        ) from None
     except OSError as error:
-        raise InputError(f"--workdir {workdir}: cannot write: {error.strerror}") from None
-
-
-def lock(workdir: Path) -> BinaryIO:
-    """Takes the workdir for this process, or says which one has it; the kernel lets go of it when the process ends, however."""
-    with writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a+b")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            file.seek(0)
-            other = file.read(200).decode(errors="replace").strip() or "another process"
-            file.close()
-            raise InputError(
-                f"--workdir {workdir}: expected a folder that no other run is using, got one that {other} has open"
-            ) from None
         print(
-            f"--workdir {workdir}: no locks on this file system ({error.strerror}): nothing keeps a second run out of it",
+            f"--workdir {workdir}: this file system has no locks ({error.strerror}): nothing keeps a second run out",
             file=sys.stderr,
         )
         return file
-    with writing(workdir):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    file.flush()
     return file

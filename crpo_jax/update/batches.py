@@ -1,4 +1,5 @@
-"""Mini-batches and micro-batches: rows sorted by length, padded to a few fixed shapes under a token budget. NumPy only."""
+"""Mini-batches and micro-batches: rows sorted by length, padded to a few fixed shapes under a token budget. NumPy
+only."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -48,10 +49,10 @@ def crpo_mini_batches(
     for first in range(0, len(rows), size):
         part = slice(first, first + size)
         weights = row_weights(lengths[part], counted[part], settings.crpo.aggregation, settings.rollout.max_new_tokens)
-        micro_batches = split_rows(rows[part], settings.parallel, shards)
-        mini_batches.append([
-            make_batch(micro, weights, advantages[part], align_to_tokens(logprobs[part], micro)) for micro in micro_batches
-        ])  # fmt: skip
+        batches = []
+        for micro in split_rows(rows[part], settings.parallel, shards):
+            batches.append(make_batch(micro, weights, advantages[part], align_to_tokens(logprobs[part], micro)))
+        mini_batches.append(batches)
     return mini_batches
 
 
@@ -77,9 +78,9 @@ def make_batch(
 def micro_batches(rows: Sequence[Row], *, budget: int, multiple: int, shards: int) -> list[MicroBatch]:
     """All rows, each exactly once, in micro-batches of at most `budget` tokens per data shard, padding included.
 
-    Rows are sorted by length, so that rows of one micro-batch waste little. Lengths are multiples of `multiple`; row counts
-    follow from the length and the number of rows alone (a remainder is rounded up to a quarter of a full batch), so that
-    few shapes compile. A row longer than the budget stands alone on its shard.
+    Rows are sorted by length, so that rows of one micro-batch waste little. Lengths are multiples of `multiple`; row
+    counts follow from the length and the number of rows alone (a remainder is rounded up to a quarter of a full batch),
+    so that few shapes compile. A row longer than the budget stands alone on its shard.
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
     batches = []

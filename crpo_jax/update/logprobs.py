@@ -1,4 +1,5 @@
-"""Log-probs and entropies of tokens, in float32 and in chunks, so that [b, t, v] logits never stand in memory at once."""
+"""Log-probs and entropies of tokens, in float32 and in chunks, so that [b, t, v] logits never stand in memory at
+once."""
 
 from collections.abc import Callable
 
@@ -28,13 +29,13 @@ def token_logprobs(
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """log softmax(logits / temperature) of each target, and the distribution's entropy (0 where not asked for).
 
-    Without `entropy_gradient` the entropy is a constant, which the backward pass does not make again. `chunk` tokens of a row
-    each are computed at a time and again in the backward pass; `constrain` places the logits.
+    Without `entropy_gradient` the entropy is a constant, which the backward pass does not make again. `chunk` tokens of
+    a row each are computed at a time and again in the backward pass; `constrain` places the logits.
     """
     b, t, d = hidden.shape
 
     @jax.checkpoint
-    def one(part: tuple[Array, Array]) -> tuple[Array, Array]:
+    def of_chunk(part: tuple[Array, Array]) -> tuple[Array, Array]:
         scores = constrain(model.logits(part[0])) / temperature
         top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         shifted = scores - top
@@ -47,8 +48,8 @@ def token_logprobs(
         return at_target - log_total, entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
 
     if t == chunk:
-        return one((hidden, targets))
+        return of_chunk((hidden, targets))
     hidden = hidden.reshape(b, t // chunk, chunk, d).swapaxes(0, 1)
     targets = targets.reshape(b, t // chunk, chunk).swapaxes(0, 1)
-    logprobs, entropy = jax.lax.map(one, (hidden, targets))
+    logprobs, entropy = jax.lax.map(of_chunk, (hidden, targets))
     return logprobs.swapaxes(0, 1).reshape(b, t), entropy.swapaxes(0, 1).reshape(b, t)

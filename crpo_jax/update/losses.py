@@ -1,11 +1,12 @@
 """The equations of CRPO, and of the variants users compare it with, on plain arrays: no Flax, no mesh.
 
-Per-token arrays are [b, t]. A mask is 1 where a token belongs to a response that carries gradient; `weights` [b] are the
-aggregation's: the loss is sum over b, t of weights * mask * per-token loss, so that micro-batches and devices simply add.
+Per-token arrays are [b, t]. A mask is 1 where a token belongs to a response that carries gradient; `weights` [b] are
+the aggregation's: the loss is sum over b, t of weights * mask * per-token loss, so that micro-batches and devices
+simply add.
 
 A variant is a choice of advantage, aggregation, ratio, clip range and of the groups trained on, within this one loss:
-Dr. GRPO (arXiv 2503.20783) centres advantages only and divides by a constant length; GSPO (2507.18071) has one ratio per
-response; DAPO (2503.14476) clips higher above than below and replaces groups whose rewards are all equal.
+Dr. GRPO (arXiv 2503.20783) centres advantages only and divides by a constant length; GSPO (2507.18071) has one ratio
+per response; DAPO (2503.14476) clips higher above than below and replaces groups whose rewards are all equal.
 """
 
 from typing import Literal, NamedTuple
@@ -29,8 +30,8 @@ KL_BOUND = 10.0  # ours: k3 has a tail: one token of log-ratio 10 would outweigh
 class Batch(NamedTuple):
     """A micro-batch: right-padded rows of one shape, each a prompt and its response.
 
-    Position j predicts token j + 1, and per-token arrays are aligned on the predicting position: a response of m tokens after
-    a prompt of n occupies positions n - 1 to n + m - 2. A row that only fills up the shape has length 0.
+    Position j predicts token j + 1, and per-token arrays are aligned on the predicting position: a response of m tokens
+    after a prompt of n occupies positions n - 1 to n + m - 2. A row that only fills up the shape has length 0.
     """
 
     tokens: Int[Array, "b t"]
@@ -44,8 +45,8 @@ class Batch(NamedTuple):
 
 
 def response_mask(batch: Batch) -> Bool[Array, "b t"]:
-    """Where position j predicts a token of a response that carries gradient: prompt - 1 <= j < length - 1. From lengths, never
-    from token ids."""
+    """Where position j predicts a token of a response that carries gradient: prompt - 1 <= j < length - 1. From
+    lengths, never from token ids."""
     position = jnp.arange(batch.tokens.shape[1])[None]
     inside = (position >= batch.prompt_lengths[:, None] - 1) & (position < batch.lengths[:, None] - 1)
     return inside & (batch.weights > 0)[:, None]
@@ -54,29 +55,31 @@ def response_mask(batch: Batch) -> Bool[Array, "b t"]:
 def group_advantages(
     rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], advantage: Advantage = "grpo"
 ) -> Float[np.ndarray, "p g"]:
-    """(r - mean) / (std + 1e-6) within each group (equation 3), std with ddof = 1, over the responses that count; dr_grpo: r - mean.
+    """(r - mean) / (std + 1e-6) within each group (equation 3), std with ddof = 1, over the responses that count;
+    dr_grpo: r - mean.
 
     A response that does not count has advantage 0; so has every response of a group whose rewards are all equal.
     Two passes in float64, on the host: a handful of numbers.
     """
     rewards, out = np.asarray(rewards, np.float64), np.zeros(np.shape(rewards))
-    for group, here, advantages in zip(rewards, counted, out, strict=True):
-        values = group[here]
+    for group, counts, advantages in zip(rewards, counted, out, strict=True):
+        values = group[counts]
         if len(values) > 1 and np.ptp(values) > 0:
             spread = values.std(ddof=1) + ADVANTAGE_EPS if advantage == "grpo" else 1.0
-            advantages[here] = (values - values.mean()) / spread
+            advantages[counts] = (values - values.mean()) / spread
     return out.astype(np.float32)
 
 
 def choose_groups(
     rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], wanted: int
 ) -> tuple[Int[np.ndarray, " chosen"], int]:
-    """DAPO's dynamic sampling: the first `wanted` groups whose rewards differ, in order, and how many there were of them.
+    """DAPO's dynamic sampling: the first `wanted` groups whose rewards differ, in order, and how many there were of
+    them.
 
     Where they are fewer, the first of the others fill the mini-batches up: they carry the KL alone.
     """
     varied = np.array(
-        [len(group[here]) > 1 and np.ptp(group[here]) > 0 for group, here in zip(rewards, counted, strict=True)]
+        [len(group[counts]) > 1 and np.ptp(group[counts]) > 0 for group, counts in zip(rewards, counted, strict=True)]
     )
     first = np.argsort(~varied, kind="stable")[:wanted]
     return np.sort(first), int(varied[first].sum())
@@ -87,8 +90,9 @@ def row_weights(
 ) -> Float[np.ndarray, " b"]:
     """What each token of a response weighs in the mini-batch's loss; the denominators are of the whole mini-batch.
 
-    token_mean: 1 / all response tokens. sequence_mean: 1 / (the response's tokens * responses), equation 1 read literally.
-    constant: 1 / (`longest` * responses), the longest a response may be, so that length itself is not rewarded (Dr. GRPO).
+    token_mean: 1 / all response tokens. sequence_mean: 1 / (the response's tokens * responses), equation 1 read
+    literally. constant: 1 / (`longest` * responses), the longest a response may be, so that length itself is not
+    rewarded (Dr. GRPO).
     """
     lengths = np.where(counted, lengths, 0).astype(np.float64)
     if aggregation == "token_mean":
@@ -113,8 +117,8 @@ def k3(logprobs: Float[Array, "b t"], reference: Float[Array, "b t"]) -> Float[A
 def clipped_objective(
     log_ratio: Float[Array, "b t"], advantages: Float[Array, " b"], clip_low: float, clip_high: float
 ) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
-    """PPO's min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), and where the clipped side was the smaller: above 1 for a good
-    response, below it for a bad one."""
+    """PPO's min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), and where the clipped side was the smaller: above 1 for
+    a good response, below it for a bad one."""
     ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
     free, clipped = ratio * advantages[:, None], jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages[:, None]
     return jnp.minimum(free, clipped), clipped < free
@@ -135,13 +139,15 @@ def crpo_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The negated objective (equation 1 with PPO-clip) of some rows of a mini-batch, and its metrics.
 
-    Without `batch.old` the rollout has a single optimizer step and the ratio is 1. With one ratio per response every token
-    stands for its response: weights of sequence_mean make it GSPO's equation 5.
+    Without `batch.old` the rollout has a single optimizer step and the ratio is 1. With one ratio per response every
+    token stands for its response: weights of sequence_mean make it GSPO's equation 5.
 
     Metrics named sum/... add over micro-batches, max/... and min/... combine by maximum and minimum.
     """
     mask, advantages = response_mask(batch), batch.advantages
-    assert advantages is not None and batch.sampler is not None and batch.reference is not None
+    assert advantages is not None
+    assert batch.sampler is not None
+    assert batch.reference is not None
     old = jax.lax.stop_gradient(logprobs) if batch.old is None else batch.old
     by_token = crpo.ratio == "token"
     clip_low, clip_high = (

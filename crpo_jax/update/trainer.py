@@ -1,9 +1,10 @@
 """The compiled programs of training: log-probs, gradient accumulation and the optimizer step, on one mesh and layout.
 
-Masters, moments and gradients are float32 in the layout's master table; the weights that compute are a copy cast once per
-optimizer step (a learning rate of 1e-6 applied to bf16 weights would change nothing).
+Masters, moments and gradients are float32 in the layout's master table; the weights that compute are a copy cast once
+per optimizer step (a learning rate of 1e-6 applied to bf16 weights would change nothing).
 
-With LoRA the masters are the adapters alone, and the frozen weights stay in the compute type and table for the whole run.
+With LoRA the masters are the adapters alone, and the frozen weights stay in the compute type and table for the whole
+run.
 """
 
 import functools
@@ -32,6 +33,7 @@ from crpo_jax.update.losses import Batch, adapted_kl_coef, combine_metrics, crpo
 
 Metrics = dict[str, Array]
 Loss = Literal["crpo", "supervised"]
+EVERY_WEIGHT = Lora(rank=0)
 
 
 class TrainState(NamedTuple):
@@ -52,8 +54,8 @@ class TrainState(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What an optimizer step measured: metrics summed over its micro-batches, the gradient norm before clipping, and 1 where
-    the step was applied (0: loss or gradient was not finite)."""
+    """What an optimizer step measured: metrics summed over its micro-batches, the gradient norm before clipping, and 1
+    where the step was applied (0: loss or gradient was not finite)."""
 
     metrics: Metrics
     norm: Array
@@ -96,7 +98,8 @@ def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTrans
 
 
 def muon_dimensions(trained: Any) -> Any:
-    """Rows and columns of every matrix that Muon trains, None for the others: d, or an adapter's r, against the rest."""
+    """Rows and columns of every matrix that Muon trains, None for the others: d, or an adapter's r, against the
+    rest."""
 
     def split(dims: str, letter: str) -> Any:
         width = (dims.index(letter),)
@@ -124,7 +127,7 @@ class Trainer:
         total_steps: int,
         *,
         loss: Loss,
-        lora: Lora = Lora(rank=0),
+        lora: Lora = EVERY_WEIGHT,
         attention: AttentionKind | None = None,
     ) -> None:
         self.mesh, self.crpo, self.parallel = mesh, settings.crpo, settings.parallel
@@ -157,10 +160,11 @@ class Trainer:
         self.accumulate = shard(self._accumulate, (master, whole), (0, 1))
         self.apply = shard(self._apply, (self.shardings, whole, whole), (0,))
 
-    # ---- what a training loop calls --------------------------------------------------------------------------------------
+    # ---- what a training loop calls ----------------------------------------------------------------------------------
 
     def begin(self, master: Any, frozen: Transformer | None = None) -> TrainState:
-        """The state before the first step. `frozen` is the base of adapters; a full CRPO run keeps a copy of its start."""
+        """The state before the first step. `frozen` is the base of adapters; a full CRPO run keeps a copy of its
+        start."""
         if frozen is None and self.loss == "crpo":
             frozen = self.reference_copy(master)
         return self.initial_state(master)._replace(frozen=frozen)
@@ -178,8 +182,8 @@ class Trainer:
         return [jax.tree.map(place, batch) for batch in batches]
 
     def with_logprobs(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-        """A rollout's mini-batches with the log-probs of the reference and, where several optimizer steps follow, of the policy
-        that sampled; batches must be on the devices."""
+        """A rollout's mini-batches, on the devices, with the log-probs of the reference and, where several optimizer
+        steps follow, of the policy that sampled."""
         assert state.frozen is not None
         reference, weights = Policy(state.frozen), self.weights(state) if len(mini_batches) > 1 else None
 
@@ -207,7 +211,7 @@ class Trainer:
         shapes = jax.eval_shape(self._initial_state, self.shapes)
         return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, self.shardings)
 
-    # ---- the programs ----------------------------------------------------------------------------------------------------
+    # ---- the programs ------------------------------------------------------------------------------------------------
 
     def _moment_shardings(self, master: Any, whole: NamedSharding) -> Any:
         """The masters' shardings for their moments; Muon keeps different ones for different weights."""
@@ -294,5 +298,5 @@ class Trainer:
         if crpo.kl_target and self.loss == "crpo":
             kl_coef = adapted_kl_coef(kl_coef, metrics["sum/kl"], metrics["sum/tokens"], crpo.kl_target, crpo.kl_gain)
         new = TrainState(jax.tree.map(jnp.add, state.master, changes), None, moments, state.step + 1, kl_coef)
-        kept = jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state)
-        return kept, norm, finite.astype(jnp.float32)
+        changed = jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state)
+        return changed, norm, finite.astype(jnp.float32)

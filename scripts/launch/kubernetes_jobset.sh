@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Trains on several nodes of a Kubernetes cluster as a JobSet (jobset.sigs.k8s.io), one pod per node.
 #   NAME=crpo HOSTS=2 IMAGE=registry/crpo_jax:1 CLAIM=shared scripts/launch/kubernetes_jobset.sh --mesh 16x1 model.path=/share/Qwen2.5-3B-Instruct
-# IMAGE holds this package; CLAIM is a volume that all pods mount at /share (ReadWriteMany): the workdir must be on a disk they all see.
-# DEVICE and DEVICES say what a pod gets (nvidia.com/gpu 8; on GKE also google.com/tpu 4, with
-# SELECTOR='cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 4x4').
-# When one pod dies the others end too, and all start again from the last checkpoint, RESTARTS times.
-# --dry-run as the first argument prints what would be applied.
+# IMAGE has this package installed. CLAIM is a volume that all pods mount at /share (ReadWriteMany), for the workdir.
+# DEVICE and DEVICES are the resources of a pod: nvidia.com/gpu 8, or on GKE google.com/tpu 4, with
+# SELECTOR='cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 4x4'.
+# When a pod dies, the others end too; all restart from the last checkpoint, up to RESTARTS times.
+# --dry-run as the first argument prints the manifest instead of applying it.
 set -euo pipefail
 apply() { kubectl apply -f -; }
 [ "${1:-}" = --dry-run ] && shift && apply() { cat; }

@@ -1,20 +1,19 @@
-"""What a run writes and reads back: checkpoints, bit by bit and onto another mesh, and logs that a resumed run goes on with."""
+"""Checkpoints: bit by bit, onto another mesh, by the names of their arrays, and damaged in every way."""
 
 import errno
-import io
 import json
 import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import MESHES, SHAPE, mesh_of, placed
 from jax.sharding import Mesh
@@ -24,21 +23,15 @@ from crpo_jax.errors import Fault, InputError
 from crpo_jax.model.placement import weight_shardings
 from crpo_jax.model.transformer import Qwen2
 from crpo_jax.parallel.layout import LAYOUTS
-from crpo_jax.rollout.engine import Tally
-from crpo_jax.runtime import report
-from crpo_jax.runtime.progress import Progress, clock
-from crpo_jax.store.checkpoint import START, Checkpoints, Saved
-from crpo_jax.store.logs import LOGS, Log, read_metrics
+from crpo_jax.store.checkpoint import RUN_START, SEAL, Checkpoints, ResumePoint, named_arrays, write_seal
+from crpo_jax.store.logs import Log
 from crpo_jax.update.trainer import Trainer, TrainState, trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
 def programs(mesh: Mesh, layout: str) -> Trainer:
-    settings = config.load(
+    settings = config.load_config(
         None, [f"parallel.layout={layout}", "model.dtype=float32", "optimizer.learning_rate=0.01"], model=False
     )
     return trainer(SHAPE, mesh, settings, settings.optimizer, 10, loss="crpo")
@@ -51,7 +44,7 @@ def begun(run: Trainer, model: Qwen2, mesh: Mesh, layout: str, scale: float = 1.
 
 @pytest.fixture(scope="module")
 def trained(model: Qwen2) -> TrainState:
-    """A state on 4x2 after one step: moments of every size, a step of 1, a NaN and the smallest float among the masters."""
+    """A state on 4x2 after one step: moments of every size, and among the masters a NaN and the smallest float."""
     mesh = mesh_of(4, 2)
     run = programs(mesh, "zero1")
     state = begun(run, model, mesh, "zero1")
@@ -85,7 +78,7 @@ def test_a_state_comes_back_bit_by_bit_on_any_mesh(
     placed_like = [leaf.sharding for leaf in jax.tree.leaves(other)]
     assert bits(other) != bits(trained)
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.newest().step == 7
+        assert checkpoints.find_resume_point().step == 7
         restored = checkpoints.restore(7, other)
     assert bits(restored) == bits(trained)
     assert jax.tree.structure(restored) == jax.tree.structure(trained)
@@ -113,32 +106,32 @@ def test_a_step_after_restoring_is_the_step_that_would_have_been(trained: TrainS
 def test_only_the_newest_are_kept(trained: TrainState, tmp_path: Path):
     folder = tmp_path / "checkpoints"
     with Checkpoints(folder, keep=2) as checkpoints:
-        assert checkpoints.newest() == START
+        assert checkpoints.find_resume_point() == RUN_START
         for step in (1, 2, 3):
             checkpoints.save(step, trained)
         checkpoints.save(3, trained)  # the last step and the end of the run may fall together
         checkpoints.wait()
-        assert checkpoints.newest().step == 3
+        assert checkpoints.find_resume_point().step == 3
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["2", "3"]
     with Checkpoints(folder, keep=2) as checkpoints:
-        assert (checkpoints.chosen(None), checkpoints.chosen(2)) == (3, 2)
+        assert (checkpoints.select(None), checkpoints.select(2)) == (3, 2)
         with pytest.raises(
             InputError, match=f"^{re.escape(f'{folder}: expected a checkpoint of step 1, got [2, 3]')}$"
         ):
-            checkpoints.chosen(1)
+            checkpoints.select(1)
 
 
 def test_no_checkpoint_at_all(tmp_path: Path):
     folder = tmp_path / "none"
     with Checkpoints(folder, keep=2) as checkpoints:
         with pytest.raises(InputError, match=f"^{re.escape(f'{folder}: expected a checkpoint, got none')}$"):
-            checkpoints.chosen(None)
-        assert checkpoints.newest() == START
+            checkpoints.select(None)
+        assert checkpoints.find_resume_point() == RUN_START
     assert not folder.exists()  # a reader leaves nothing
 
 
 def test_the_best_that_were_evaluated_are_kept_beside_the_newest(trained: TrainState, tmp_path: Path):
-    with Log(tmp_path) as log, Checkpoints(tmp_path / "checkpoints", keep=1, best=2) as checkpoints:
+    with Log(tmp_path) as log, Checkpoints(tmp_path / "checkpoints", keep=1, keep_best=2) as checkpoints:
         for step, value in ((1, 3.0), (2, 9.0), (3, None), (4, 5.0), (5, 1.0), (6, math.nan)):
             log.step(step, {} if value is None else {"eval/mean": value})
             checkpoints.save(step, trained)
@@ -156,7 +149,7 @@ def test_what_a_killed_process_was_writing_or_removing_is_no_checkpoint(
     for name in ("2.unfinished", "2.unfinished.orbax-checkpoint-tmp", "0.old"):
         shutil.copytree(folder / "1", folder / name)
     with Checkpoints(folder, keep=2) as checkpoints:
-        assert checkpoints.newest().step == 1
+        assert checkpoints.find_resume_point().step == 1
     assert [path.name for path in folder.iterdir()] == ["1"]
     assert capsys.readouterr().err == ""
 
@@ -211,22 +204,22 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
         shutil.copytree(spare, folder / "2")
         damage(folder / "2")
         with Checkpoints(folder, keep=2) as checkpoints:
-            assert checkpoints.newest().step == 1, name
+            assert checkpoints.find_resume_point().step == 1, name
             said = capsys.readouterr().err
             assert re.fullmatch(r"checkpoint of step 2 is damaged and passed over: [^\n]+\n", said), (name, said)
     with Checkpoints(folder, keep=2) as checkpoints:
         with pytest.raises(InputError, match="expected a whole checkpoint, got a damaged one"):
-            checkpoints.chosen(None)
-        checkpoints.newest()
+            checkpoints.select(None)
+        checkpoints.find_resume_point()
         checkpoints.save(2, trained)  # the run comes by again
         checkpoints.wait()
-        assert checkpoints.newest().step == 2
+        assert checkpoints.find_resume_point().step == 2
         for step in (1, 2):
             os.truncate(folder / str(step) / "_METADATA", 1)
         with pytest.raises(
             InputError, match=r"expected a whole checkpoint, got only damaged ones: _METADATA has 1 bytes instead of "
         ):
-            checkpoints.newest()
+            checkpoints.find_resume_point()
 
 
 def test_a_checkpoint_whose_log_lines_are_lost_is_passed_over(
@@ -239,8 +232,8 @@ def test_a_checkpoint_whose_log_lines_are_lost_is_passed_over(
             checkpoints.save(step, trained)
     os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 1)
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        saved = checkpoints.newest()
-    assert saved == Saved(1, {"metrics.jsonl": 22, "samples.jsonl": 0})
+        saved = checkpoints.find_resume_point()
+    assert saved == ResumePoint(1, {"metrics.jsonl": 22, "samples.jsonl": 0})
     assert (
         "metrics.jsonl beside it has 43 bytes instead of at least 44: lines of its steps are missing"
         in capsys.readouterr().err
@@ -252,7 +245,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_fault(
 ):
     folder = tmp_path / "checkpoints"
 
-    def full(folder: Path, saved: Saved) -> None:
+    def full(folder: Path, point: ResumePoint, arrays: dict[str, str]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Checkpoints(folder, keep=2) as checkpoints:
@@ -262,169 +255,111 @@ def test_a_checkpoint_that_cannot_be_written_is_a_fault(
         checkpoints.save(2, trained)
         with pytest.raises(
             Fault,
-            match=r"could not write the checkpoint of step 2: No space left on device; the checkpoint of step 1 is whole",
+            match=r"could not write the checkpoint of step 2: No space left on device; "
+            r"the checkpoint of step 1 is whole, and the same command resumes from it$",
         ):
             checkpoints.wait()
         assert checkpoints.steps() == [1]
 
 
-# --- logs -------------------------------------------------------------------------------------------------------------
+# ---- arrays by name --------------------------------------------------------------------------------------------------
 
 
-def lines(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+class Parts(NamedTuple):
+    """A state as trees of any kind make it up; None, as for frozen weights, is no array."""
+
+    master: Any
+    frozen: Any
+    optimizer: Any
+    step: Any
 
 
-def test_a_log_holds_one_object_per_step(tmp_path: Path):
-    with Log(tmp_path, 0) as log:
-        log.samples([{"step": 0, "response": "µ ≥ 3\u2028"}, {"step": 0, "response": "b"}])
-        log.step(0, {"reward/mean": 1.5})
-        assert read_metrics(tmp_path) == [{"step": 0, "reward/mean": 1.5}]  # readable while the run goes on
-        log.step(1, {"reward/mean": 2.5, "kl/mean": 0.1})
-    assert read_metrics(tmp_path) == [{"step": 0, "reward/mean": 1.5}, {"step": 1, "reward/mean": 2.5, "kl/mean": 0.1}]
-    assert list((tmp_path / "tb").iterdir())
-
-
-def write_three_steps(folder: Path) -> None:
-    with Log(folder, 0) as log:
-        for step in range(3):
-            log.samples([{"step": step, "response": f"{step}-{i}"} for i in range(2)])
-            log.step(step, {"reward/mean": float(step)})
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    return {name: (folder / name).stat().st_size for name in LOGS}
-
-
-def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path):
-    """The checkpoint was of step 1, the log went on to 2: those lines come again, and would stand twice."""
-    with Log(tmp_path) as log:
-        log.samples([{"step": 0, "response": f"0-{i}"} for i in range(2)])
-        log.step(0, {"reward/mean": 0.0})
-        saved = sizes(tmp_path)
-        log.samples([{"step": 1, "response": "lost"}])
-        log.step(1, {"reward/mean": 1.0})
-        log.step(2, {"reward/mean": 2.0})
-    with Log(tmp_path, 1, saved) as log:
-        log.samples([{"step": 1, "response": "again"}])
-        log.step(1, {"reward/mean": 7.0})
-    assert [(row["step"], row["reward/mean"]) for row in read_metrics(tmp_path)] == [(0, 0.0), (1, 7.0)]
-    assert [row["response"] for row in lines(tmp_path / "samples.jsonl")] == ["0-0", "0-1", "again"]
-
-
-@pytest.mark.parametrize("cut", ['{"step": 1, "rew', '{"step": 1}', "{"])
-def test_a_last_line_cut_off_by_a_crash_is_dropped(cut: str, tmp_path: Path):
-    """Even one that happens to be whole JSON: without its line break, the next line would be glued to it."""
-    with Log(tmp_path) as log:
-        log.step(0, {"reward/mean": 0.0})
-    saved, path = sizes(tmp_path), tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + cut)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0]
-    with Log(tmp_path, 1, saved) as log:
-        log.step(1, {"reward/mean": 3.0})
-    assert [row["step"] for row in lines(path)] == [0, 1]
-
-
-def test_a_disk_full_in_the_middle_of_a_line_is_one_line_and_no_loss(tmp_path: Path):
-    """A file that may not grow stands for a full disk: what was logged before stays, what was cut goes when the run resumes."""
-    script = (
-        "import resource, signal, sys; from pathlib import Path; from crpo_jax.store.logs import Log\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "with Log(Path(sys.argv[1])) as log:\n"
-        "    log.step(0, {'a': 1.0})\n"
-        "    size = Path(sys.argv[1], 'metrics.jsonl').stat().st_size\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10,) * 2)\n"
-        "    log.step(1, {'a': 2.0, 'b': 3.0, 'c': 4.0})\n"
+def parts(width: int = 3, dtype: Any = jnp.float32, **more: Any) -> Parts:
+    master = {"b": jnp.arange(width, dtype=dtype), "a": jnp.ones((2, width), dtype)} | more
+    optimizer = optax.partition(
+        {"some": optax.adamw(0.1), "rest": optax.sgd(0.1)}, {name: "some" if name == "a" else "rest" for name in master}
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
-    said = f"Fault: {tmp_path / 'metrics.jsonl'}: File too large; once that is mended, the same command goes on from the last checkpoint"
-    assert done.stderr.splitlines()[-1].endswith(said)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0]
+    return Parts(master, None, optimizer.init(master), jnp.int32(5))
 
 
-def test_a_response_with_odd_line_breaks_is_one_line(tmp_path: Path):
-    """JSON leaves U+2028 and U+0085 as they are, and Python's splitlines cuts there: a run with such a response could not resume."""
-    odd = "a\u2028b\u2029c\x85d\x0ce\x1cf\ng"
-    with Log(tmp_path) as log:
-        log.samples([{"step": 0, "response": odd}])
-        log.step(0, {})
-    with Log(tmp_path, 1, sizes(tmp_path)) as log:
-        log.step(1, {})
-    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    assert kept == [{"step": 0, "response": odd}]
+def test_arrays_are_named_by_their_key_paths(trained: TrainState):
+    names = list(named_arrays(trained))
+    assert {"master.final_norm_d", "master.blocks.q_dnh", "optimizer.1.0.mu.blocks.q_dnh", "step"} <= set(names)
+    assert len(names) == len(jax.tree.leaves(trained))
+    assert list(named_arrays(parts())) == [
+        "master.a",
+        "master.b",
+        "optimizer.inner_states.some.inner_state.0.count",
+        "optimizer.inner_states.some.inner_state.0.mu.a",
+        "optimizer.inner_states.some.inner_state.0.nu.a",
+        "step",
+    ]
+    with pytest.raises(AssertionError, match="the same name"):
+        named_arrays({"a": {"b": 1}, "a.b": 2})
 
 
-def test_a_process_that_does_not_write_leaves_nothing(tmp_path: Path):
-    with Log(tmp_path / "run", 0, writes=False) as log:
-        log.samples([{"step": 0}])
-        log.step(0, {"a": 1.0})
-    assert not (tmp_path / "run").exists()
-    assert read_metrics(tmp_path / "run") == []
+def test_an_array_finds_its_place_by_its_name(tmp_path: Path):
+    """In whatever order a library flattens the state by then, and with no array where there is none."""
+    state = parts()
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        restored = checkpoints.restore(1, jax.tree.map(jnp.zeros_like, state))
+        assert restored.frozen is None
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
 
+        class Reordered(NamedTuple):
+            step: Any
+            master: Any
+            optimizer: Any
 
-# --- what a person sees -----------------------------------------------------------------------------------------------
+        like = Reordered(*(jax.tree.map(jnp.zeros_like, x) for x in (state.step, state.master, state.optimizer)))
+        other = checkpoints.restore(1, like)
+        assert type(other) is Reordered
+        assert other.step == 5
+        jax.tree.map(np.testing.assert_array_equal, (other.master, other.optimizer), (state.master, state.optimizer))
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"),
+    ("like", "line"),
     [
-        (0, "0:00"),
-        (0.4, "0:00"),
-        (59.4, "0:59"),
-        (59.6, "1:00"),
-        (61, "1:01"),
-        (3599.6, "1:00:00"),
-        (3661, "1:01:01"),
-        (90061, "25:01:01"),
+        (parts(width=4), "master.a: expected float32[2,4], got float32[2,3]; 3 more arrays differ"),
+        (parts(dtype=jnp.bfloat16), "master.a: expected bfloat16[2,3], got float32[2,3]; 3 more arrays differ"),
+        (parts(c=jnp.zeros(1)), "master.c: expected float32[1], got none"),
+        (parts()._replace(step=None), "step: expected no such array, got int32[]"),
     ],
 )
-def test_clock(seconds: float, shown: str):
-    assert clock(seconds) == shown
+def test_a_state_of_other_arrays_is_refused_by_name(like: Parts, line: str, tmp_path: Path):
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, parts())
+        checkpoints.wait()
+        with pytest.raises(InputError) as caught:
+            checkpoints.restore(1, like)
+    assert str(caught.value) == f"{tmp_path / 'checkpoints' / '1'}: {line}"
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def test_a_checkpoint_of_numbered_arrays_is_refused_and_left_alone(tmp_path: Path):
+    """As versions wrote it that saved the leaves by number: whole, and not to be taken for a damaged one."""
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(3, {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(parts()))})
+    content = json.loads((folder / "3" / SEAL).read_text().splitlines()[0])
+    write_seal(folder / "3", ResumePoint(content["step"], content["logs"]), {})
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with Checkpoints(folder, keep=1) as checkpoints:
+        assert checkpoints.find_resume_point().step == 3
+        with pytest.raises(
+            InputError, match=r"3: expected .* names, got one of an older version, which numbered them; "
+        ):
+            checkpoints.restore(3, parts())
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_progress_rewrites_one_line_on_a_terminal():
-    screen = Terminal()
-    progress = Progress(10, 0, stream=screen)
-    progress.show(1, "reward 1.00")
-    progress.show(2, "reward 2.00")
-    progress.keep("done")
-    text = screen.getvalue()
-    assert text.count("\n") == 1
-    assert text.endswith("\r\x1b[2Kdone\n")
-    assert re.search(r"\r\x1b\[2K2/10  reward 2\.00  \d+:\d\d left", text)
-
-
-def test_progress_keeps_a_file_clean():
-    """No escape codes and no passing states where nobody can see them pass."""
-    file = io.StringIO()
-    progress = Progress(10, 0, stream=file)
-    progress.show(1, "reward 1.00")
-    progress.keep("step 1/10")
-    assert file.getvalue() == "step 1/10\n"
-
-
-def test_a_rollout_says_how_far_it_is():
-    """30 of 40 responses in 60 seconds, 2,400 tokens in all: 40 tokens a second, and 20 seconds for the 10 left."""
-    screen = Terminal()
-    show = report.sampling(Progress(10, 0, stream=screen), 3)
-    show(Tally(prompts=5, responses=30, total=40, tokens=2400, done_tokens=1500, steps=90, cache_bytes=0, seconds=60.0))
-    assert (
-        "3/10  sampling: 5 prompts, 30 of 40 responses done  40 tok/s  mean length 50  about 0:20 to go"
-        in screen.getvalue()
-    )
-
-
-def test_time_left_counts_from_where_a_resumed_run_began():
-    """90 of 100 steps were done before: what is left is measured by the steps of this process alone."""
-    screen = Terminal()
-    progress = Progress(100, 90, stream=screen)
-    progress._started -= 50.0  # 50 seconds ago
-    progress.show(95, "")
-    assert screen.getvalue().endswith("0:50 left")
-    progress.show(90, "")
-    assert screen.getvalue().endswith("90/100    ")
+def test_a_checkpoint_damaged_since_it_was_verified_is_refused(tmp_path: Path):
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, parts())
+        checkpoints.wait()
+        (tmp_path / "checkpoints" / "1" / SEAL).unlink()
+        with pytest.raises(InputError, match=r"expected a whole checkpoint, got a damaged one: seal\.json is missing"):
+            checkpoints.restore(1, parts())

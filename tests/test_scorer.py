@@ -1,5 +1,7 @@
 """The pool: order, exceptions, time limits that kill, dead workers, dead parents, a user's functions and sums."""
 
+import functools
+import importlib
 import os
 import re
 import signal
@@ -7,7 +9,10 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +20,9 @@ from response_table import GOOD, GOUT, ROWS
 
 from crpo_jax.config import Reward
 from crpo_jax.errors import InputError
-from crpo_jax.reward.rules import Score, score
-from crpo_jax.reward.scorer import CHUNK, Failure, Scorer, ScoringError, design_parts
+from crpo_jax.reward.functions import Failure, design_name, import_path
+from crpo_jax.reward.rules import Score, score_response
+from crpo_jax.reward.scorer import CHUNK, Scorer, ScoringError, design_parts
 
 RESPONSES = [row[2] for row in ROWS]
 
@@ -48,7 +54,8 @@ def careless(prompts, completions, **columns):
 
 def columns(prompts, completions, answer, options, id, subject, **others):
     assert prompts == ["Q?"] * len(completions) and others["completion_ids"][0] == [1, 2], others
-    return [subject[n] == "heart" and answer[n] == "A" and options[n] == {"A": "x"} and id[n] == str(n) for n in range(len(completions))]
+    rows = zip(subject, answer, options, id, strict=True)
+    return [row == ("heart", "A", {"A": "x"}, str(n)) for n, row in enumerate(rows)]
 
 def sometimes(prompts, completions, **columns):
     return [None if text.startswith("skip") else 2 for text in completions]
@@ -66,6 +73,9 @@ def world(prompts, completions, **columns):
     print("a function may print")
     hidden = os.environ["JAX_PLATFORMS"] == "cpu" and os.environ["CUDA_VISIBLE_DEVICES"] == ""
     return [float(hidden and "jax" not in sys.modules and "transformers" not in sys.modules)] * len(completions)
+
+def where(prompts, completions, **columns):
+    return [float(os.getpid())] * len(completions)
 
 def note(text):
     with open(CALLS, "a") as file:
@@ -108,8 +118,8 @@ def test_pool_gives_what_the_rules_give_in_order(workers: int) -> None:
     settings = Reward(workers=workers)
     with Scorer(settings) as scorer:
         first, second = scorer.submit([GOUT] * len(RESPONSES), RESPONSES), scorer.submit([GOUT], [GOOD])
-        assert scorer.collect(second) == [score(GOUT, GOOD, settings)]
-        assert scorer.collect(first) == [score(GOUT, response, settings) for response in RESPONSES]
+        assert scorer.collect(second) == [score_response(GOUT, GOOD, settings)]
+        assert scorer.collect(first) == [score_response(GOUT, response, settings) for response in RESPONSES]
         assert scorer.score([], []) == []
     assert len(RESPONSES) > 4 * CHUNK, "several chunks to each worker"
 
@@ -124,7 +134,7 @@ def test_token_ids_and_the_table_reach_the_workers() -> None:
     assert found[0].why["consistency"]["by"] == "tokens"
     assert isinstance(found[2], Failure), "an id beyond the table"
     assert found[2].error == "ValueError: token_ids: expected ids from 0 to 2, got 0 to 3"
-    assert "in consistency" in found[2].traceback
+    assert "in measure_consistency" in found[2].traceback
 
 
 def test_submit_returns_before_the_scores_are_there(here: Path) -> None:
@@ -187,7 +197,7 @@ def test_a_response_that_kills_its_worker(here: Path) -> None:
 def test_workers_killed_from_outside_lose_nothing() -> None:
     settings = Reward(workers=2)
     with Scorer(settings) as scorer:
-        expected = [score(GOUT, response, settings) for response in RESPONSES]
+        expected = [score_response(GOUT, response, settings) for response in RESPONSES]
         assert scorer.score([GOUT] * len(RESPONSES), RESPONSES) == expected
         killed = [process.process.pid for process in scorer._processes.values()]
         for pid in killed:
@@ -264,14 +274,14 @@ def test_workers_see_no_accelerator_and_import_no_jax(here: Path, capfd: pytest.
 def test_weighted_sums_report_every_part(here: Path, workers: int) -> None:
     design = f"crpo*1.0 + {named(here, 'length')}*0.5 + {named(here, 'sometimes')}*-2"
     found = run(Reward(design=design, workers=workers), [GOOD, "skip"])
-    alone = score(GOUT, GOOD, Reward())
+    alone = score_response(GOUT, GOOD, Reward())
     assert isinstance(found[0], Score)
     assert isinstance(found[1], Score)
     assert found[0].components == {"crpo": 12.0, named(here, "length"): float(len(GOOD)), named(here, "sometimes"): 2.0}
     assert found[0].total == 12 + 0.5 * len(GOOD) - 2 * 2
     assert (found[0].accuracy, found[0].format, found[0].why["cross_reference"]) == (1, 1, alone.why["cross_reference"])
     assert found[1].components[named(here, "sometimes")] is None, "not applicable: TRL's None"
-    assert found[1].total == score(GOUT, "skip", Reward()).total + 0.5 * 4
+    assert found[1].total == score_response(GOUT, "skip", Reward()).total + 0.5 * 4
 
 
 def test_a_users_function_alone_is_the_total_and_crpo_describes(here: Path) -> None:
@@ -290,6 +300,107 @@ def test_weights_of_built_in_designs() -> None:
     assert isinstance(found, Score)
     assert found.components == {"grpo": 11.0, "released": 12.0}
     assert found.total == 17.5
+
+
+# ---- functions given as objects ------------------------------------------------------------------------------------
+
+
+def user_function(here: Path, function: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"mine_{here.name}"), function)
+
+
+def short_or_fail(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Only this process has it under the name below."""
+    if any(text.startswith("raise") for text in completions):
+        raise RuntimeError(f"cannot read, in process {os.getpid()}")
+    return [float(len(text) < 3) for text in completions]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_closure_is_called_in_this_process_with_whole_batches(workers: int) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        calls.append((os.getpid(), len(completions)))
+        assert columns["answer"] == ["C"] * len(completions)
+        return [None if text == "skip" else float(len(text)) for text in completions]
+
+    name = design_name(reward)
+    assert re.fullmatch(r"\w+", name)
+    n = 2 * CHUNK
+    with Scorer(Reward(design=f"crpo+{name}*0.5", workers=workers), functions={name: reward}) as scorer:
+        scores = scorer.score([GOUT] * n, ["skip", *["ab"] * (n - 1)])
+    assert calls == [(os.getpid(), n)]
+    assert isinstance(scores[0], Score)
+    assert isinstance(scores[1], Score)
+    assert (scores[0].components, scores[1].components) == ({"crpo": 0.5, name: None}, {"crpo": 0.5, name: 2.0})
+    assert scores[1].total == 0.5 + 0.5 * 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_object_that_can_be_imported_goes_to_the_workers(here: Path, workers: int) -> None:
+    name = design_name(user_function(here, "where"))
+    assert name == named(here, "where"), "as it is named on the command line"
+    with Scorer(Reward(design=name, workers=workers), functions={name: user_function(here, "where")}) as scorer:
+        (scored,) = scorer.score([GOUT], ["a"])
+    assert isinstance(scored, Score)
+    assert (scored.total == os.getpid()) == (workers == 0)
+
+
+def test_a_module_beside_the_users_script_is_found_by_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python elsewhere/train_mine.py` has its own folder on sys.path, and neither PYTHONPATH nor cwd says so."""
+    (tmp_path / "beside_the_script.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scored = run(Reward(design="beside_the_script:length", workers=1), ["abc"])[0]
+    assert isinstance(scored, Score)
+    assert scored.total == 3.0
+
+
+def test_failures_of_a_function_of_this_process_are_recorded_like_any_other() -> None:
+    responses = ["a"] * 9 + ["raise"]
+    with Scorer(Reward(design="mine", workers=1), functions={"mine": lambda **batch: short_or_fail(**batch)}) as scorer:
+        scores = scorer.score([GOUT] * 10, responses)
+        assert [isinstance(scored, Failure) for scored in scores] == [False] * 9 + [True]
+        failed = scores[9]
+        assert isinstance(failed, Failure)
+        assert failed.error.endswith(f"RuntimeError: cannot read, in process {os.getpid()}")
+        assert "in short_or_fail" in failed.traceback
+        with pytest.raises(ScoringError, match=r"reward.max_failed_share=0.1 .*cannot read"):
+            scorer.score([GOUT] * 2, ["raise", "a"])
+        assert all(isinstance(scored, Score) for scored in scorer.score([GOUT], ["a"])), "the next batch is scored"
+
+
+def test_which_functions_can_be_imported_again(here: Path) -> None:
+    class Brevity:
+        def __call__(self, **batch: Any) -> list[float]:
+            return []
+
+    assert import_path(short_or_fail) == "test_scorer:short_or_fail"
+    assert import_path(user_function(here, "length")) == named(here, "length")
+    functions = [lambda **batch: [], Brevity(), functools.partial(short_or_fail, [])]
+    assert [import_path(function) for function in functions] == [None] * 3
+    assert [design_name(function) for function in functions] == ["lambda", "Brevity", "partial"]
+    module = types.ModuleType("no_file_has_it")
+    exec("def f(**batch): return []", module.__dict__)  # noqa: S102 (as a notebook defines a function)
+    sys.modules["no_file_has_it"] = module
+    try:
+        assert import_path(module.f) is None
+    finally:
+        del sys.modules["no_file_has_it"]
+
+
+def test_names_of_functions_given_as_objects() -> None:
+    with pytest.raises(
+        InputError, match="reward functions: expected other names than those of built-in designs, got crpo"
+    ):
+        Scorer(Reward(), functions={"crpo": short_or_fail})
+    with pytest.raises(
+        InputError, match=r"reward\.design: expected crpo, grpo, released, mine or module:function, got 'm'"
+    ):
+        Scorer(Reward(design="m"), functions={"mine": short_or_fail})
+    assert design_parts(Reward(design="mine*2"), ["mine"]) == (("mine", 2.0),)
 
 
 @pytest.mark.parametrize(

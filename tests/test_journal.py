@@ -1,7 +1,6 @@
-"""Rows on disk: whole or absent, whatever happens."""
+"""A journal's rows are on disk whole or absent, whatever happens."""
 
 import errno
-import json
 import os
 import threading
 
@@ -10,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crpo_jax.errors import InputError
-from crpo_jax.store.journal import Full, Journal, replace_rows, whole_rows
+from crpo_jax.store import journal as journal_module
+from crpo_jax.store.files import DiskFull, read_rows
+from crpo_jax.store.journal import Journal
 
 
 @settings(max_examples=25)
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers()), max_size=4), st.integers(0, 400))
-def test_a_file_cut_anywhere_keeps_its_whole_rows(tmp_path_factory, rows, cut):
+def test_a_file_cut_anywhere_keeps_its_read_rows(tmp_path_factory, rows, cut):
     path = tmp_path_factory.mktemp("cut") / "rows.jsonl"
     with Journal(path) as journal:
         for row in rows:
@@ -26,7 +27,7 @@ def test_a_file_cut_anywhere_keeps_its_whole_rows(tmp_path_factory, rows, cut):
     with Journal(path) as journal:
         assert journal.rows == rows[:kept]
         journal.append({"new": 1})
-    assert list(whole_rows(path)) == [*rows[:kept], {"new": 1}]
+    assert list(read_rows(path)) == [*rows[:kept], {"new": 1}]
 
 
 def test_threads_write_whole_lines(tmp_path):
@@ -39,7 +40,7 @@ def test_threads_write_whole_lines(tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-    assert sorted(row["n"] for row in whole_rows(tmp_path / "rows.jsonl")) == sorted(list(range(8)) * 5)
+    assert sorted(row["n"] for row in read_rows(tmp_path / "rows.jsonl")) == sorted(list(range(8)) * 5)
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
@@ -53,12 +54,12 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with Journal(tmp_path / "rows.jsonl") as journal:
         journal.append({"a": 1})
         monkeypatch.setattr(os, "write", half)
-        with pytest.raises(Full, match="No space left on device"):
+        with pytest.raises(DiskFull, match="No space left on device"):
             journal.append({"b": "x" * 100})
         monkeypatch.undo()
         assert (tmp_path / "rows.jsonl").read_text() == '{"a": 1}\n'
         journal.append({"c": 3})
-    assert list(whole_rows(tmp_path / "rows.jsonl")) == [{"a": 1}, {"c": 3}]
+    assert list(read_rows(tmp_path / "rows.jsonl")) == [{"a": 1}, {"c": 3}]
 
 
 def test_a_second_writer_is_refused(tmp_path):
@@ -72,8 +73,19 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
         Journal(tmp_path / "rows.jsonl")
 
 
-def test_a_file_is_replaced_at_once(tmp_path):
-    replace_rows(tmp_path / "rows.jsonl", [{"a": "\ud800"}])
-    replace_rows(tmp_path / "rows.jsonl", [{"b": 2}])
-    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [{"b": 2}]
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+def test_a_reply_waits_for_room_on_a_full_disk(tmp_path, monkeypatch):
+    real, slept = os.write, []
+    monkeypatch.setattr(journal_module.time, "sleep", slept.append)
+
+    def full_twice(fd, data):
+        if len(slept) < 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data)
+
+    lines = []
+    with Journal(tmp_path / "rows.jsonl") as journal:
+        monkeypatch.setattr(os, "write", full_twice)
+        journal.append_or_wait({"a": 1}, lines.append)
+    assert list(read_rows(tmp_path / "rows.jsonl")) == [{"a": 1}]
+    assert len(slept) == len(lines) == 2
+    assert all("No space left on device" in line and "waiting for room" in line for line in lines)

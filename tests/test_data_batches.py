@@ -1,4 +1,4 @@
-"""The loader: every epoch sees every question once, and a step's batch needs nothing but the step."""
+"""Batches: every epoch has every question once, and a step's batch needs nothing but the step."""
 
 import json
 from collections import Counter
@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crpo_jax.config import Data
-from crpo_jax.data.batches import Batches, questions_for
-from crpo_jax.data.question import Question, read
+from crpo_jax.data.batches import Batches, load_questions
+from crpo_jax.data.question import Question
+from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -43,7 +44,7 @@ def test_every_epoch_visits_every_question_once(count, prompts_per_step, seed):
 @settings(deadline=None, max_examples=40)
 @given(sizes, st.integers(1, 12), seeds, st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
 def test_a_batch_follows_from_the_step_alone(count, prompts_per_step, seed, steps):
-    """A resumed run asks a new loader for step s first; an old one was asked for all before it, here in any order and twice."""
+    """A resumed run starts at step s; the run before it had all earlier steps, here in any order and twice."""
     used = Batches(numbered(count), prompts_per_step, seed)
     for step in [*steps, *steps]:
         assert used.batch(step) == Batches(numbered(count), prompts_per_step, seed).batch(step)
@@ -96,7 +97,7 @@ def test_what_cannot_be_batched(arguments, expected):
     assert str(caught.value) == expected
 
 
-# ---- the questions of a config ----------------------------------------------------------------------------------------
+# ---- the questions of a config ---------------------------------------------------------------------------------------
 
 
 def own(path, prefix, count):
@@ -112,20 +113,20 @@ def test_a_part_is_taken_of_the_training_split_only(tmp_path):
     own(tmp_path / "train.jsonl", "t", 40)
     own(tmp_path / "test.jsonl", "e", 30)
     parts = {
-        part: questions_for(Data(source="jsonl", path=str(tmp_path), part=part), "train")
+        part: load_questions(Data(source="jsonl", path=str(tmp_path), part=part), "train")
         for part in ("all", "first_half", "second_half")
     }
     assert len(parts["all"]) == 40
     assert sorted(question.id for part in ("first_half", "second_half") for question in parts[part]) == sorted(
         question.id for question in parts["all"]
     )
-    assert len(questions_for(Data(source="jsonl", path=str(tmp_path)), "test")) == 30
+    assert len(load_questions(Data(source="jsonl", path=str(tmp_path)), "test")) == 30
 
 
 def test_evaluation_has_a_path_of_its_own(tmp_path):
     train, test = own(tmp_path / "a.jsonl", "t", 4), own(tmp_path / "b.jsonl", "e", 3)
     data = Data(source="jsonl", path=train, eval_path=test, part="all")
-    assert [len(questions_for(data, split)) for split in ("train", "test")] == [4, 3]
+    assert [len(load_questions(data, split)) for split in ("train", "test")] == [4, 3]
 
 
 def test_no_run_reports_on_the_file_it_trains_on(tmp_path):
@@ -134,22 +135,22 @@ def test_no_run_reports_on_the_file_it_trains_on(tmp_path):
         InputError,
         match=r"data\.eval_path: expected a file or folder of its own for split test, got none beside the single file",
     ):
-        questions_for(Data(source="jsonl", path=train), "test")
+        load_questions(Data(source="jsonl", path=train), "test")
     with pytest.raises(InputError, match=r"data\.eval_path: expected a file or folder of its own .* for both"):
-        questions_for(Data(source="jsonl", path=train, eval_path=train), "test")
+        load_questions(Data(source="jsonl", path=train, eval_path=train), "test")
     with pytest.raises(
         InputError, match=r"data\.eval_split: expected another split than data\.split, got 'test' for both"
     ):
-        questions_for(Data(source="jsonl", path=train, split="test"), "test")
+        load_questions(Data(source="jsonl", path=train, split="test"), "test")
     with pytest.raises(InputError, match=r"split: expected data\.split=train or data\.eval_split=test, got 'dev'"):
-        questions_for(Data(source="jsonl", path=train), "dev")
+        load_questions(Data(source="jsonl", path=train), "dev")
 
 
 def test_vignettes_are_made_in_the_asked_number_and_halved_for_training():
     data = Data(source="vignettes", vignettes=50, eval_questions=20, part="all")
-    assert [len(questions_for(data, split)) for split in ("train", "test")] == [50, 20]
+    assert [len(load_questions(data, split)) for split in ("train", "test")] == [50, 20]
     first, second = (
-        questions_for(Data(source="vignettes", vignettes=50, part=part), "train")
+        load_questions(Data(source="vignettes", vignettes=50, part=part), "train")
         for part in ("first_half", "second_half")
     )
     assert len(first) + len(second) == 50
@@ -161,9 +162,9 @@ def test_published_questions_of_both_splits_are_disjoint():
     if not folder.exists():
         pytest.skip("the published data is not here: shared/data/medqa")
     data = Data(path=str(folder), split="dev", part="all")
-    train, test = questions_for(data, "dev"), questions_for(data, "test")
+    train, test = load_questions(data, "dev"), load_questions(data, "test")
     assert (len(train), len(test)) == (1272, 1273)
     assert not {question.id for question in train} & {question.id for question in test}
-    assert test == read("medqa", str(folder), "test")
+    assert test == read_questions("medqa", str(folder), "test")
     batch = Batches(train, 512, 0).batch(2)
     assert len({question.id for question in batch}) > 400

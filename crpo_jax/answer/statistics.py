@@ -1,0 +1,161 @@
+"""What counting says of a data set's responses: accuracy, votes, formats, lengths, each with its interval; no jax.
+
+A share of responses has a 95% interval over questions: Wilson's, with as many independent answers as the variance
+between questions implies (at least one per question, at most one per response). So several samples of one question
+narrow it only as far as they differ, and a share of 0 or 1 still has a width.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from crpo_jax.answer.records import Answer
+from crpo_jax.answer.truth import EXACT_MEASURES, count_exactly, has_truth
+from crpo_jax.config import Config
+from crpo_jax.reward.parse import parse_response
+from crpo_jax.reward.rules import Score, find_answer
+from crpo_jax.reward.scorer import Scored, Scorer
+
+Z = 1.959964  # of a 95% interval
+FORMATS = (("dx", "conclusion"), ("think", "answer"))
+
+
+def extract_letter(answer: Answer, settings: Config) -> str | None:
+    """The option in a response's only box, which must stand where evaluate.answer asks; None if it holds no option."""
+    question = answer.question
+    if settings.evaluate.answer == "anywhere":
+        box = parse_response(answer.response).box
+        letter = box.text.strip() if box and box.text is not None else None
+        return letter if letter in question.options else None
+    for tags in dict.fromkeys((*FORMATS, tuple(settings.reward.grpo_tags))):
+        parsed = parse_response(answer.response, tags, systems=False)
+        if parsed.conclusion is not None:
+            return find_answer(parsed, question, tags[1])[0]
+    return None
+
+
+def majority_vote(letters: Sequence[str | None]) -> str | None:
+    """The most frequent letter, ties to the first; an unreadable answer has no vote."""
+    votes = Counter(letter for letter in letters if letter is not None)
+    return max(votes, key=lambda letter: votes[letter], default=None)  # a Counter keeps the order of arrival
+
+
+def estimate_share(by_question: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Mean and 95% interval of numbers in [0, 1], grouped by question; every question weighs the same."""
+    means = np.array([np.mean(values) for values in by_question])
+    questions, responses = len(by_question), sum(map(len, by_question))
+    mean = float(means.mean())
+    variance = float(means.var(ddof=1)) / questions if questions > 1 else 0.0
+    n = questions
+    if 0 < mean < 1:
+        n = responses if variance == 0 else min(max(mean * (1 - mean) / variance, questions), responses)
+    middle = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
+    # Rounding may put an end of the interval on the wrong side of a mean of 0 or 1.
+    return {"mean": mean, "low": min(mean, max(0.0, middle - half)), "high": max(mean, min(1.0, middle + half))}
+
+
+def estimate_count(by_question: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Mean and 95% interval of counts, by the normal approximation over questions."""
+    means = np.array([np.mean(values) for values in by_question])
+    half = Z * float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    mean = float(means.mean())
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def group_by_question(answers: Sequence[Answer]) -> list[list[int]]:
+    """The indices of each question's responses, samples in order."""
+    groups: dict[str, list[int]] = {}
+    for index, answer in enumerate(answers):
+        groups.setdefault(answer.question.id, []).append(index)
+    return [sorted(group, key=lambda index: answers[index].sample) for group in groups.values()]
+
+
+def score_answers(
+    answers: Sequence[Answer], settings: Config, effective: np.ndarray | None
+) -> tuple[list[Scored], str]:
+    """Scores under the `crpo` reward, whatever the run's design; and whether consistency is by tokens or characters."""
+    by_tokens = effective is not None and all(answer.token_ids is not None for answer in answers)
+    ids = [answer.token_ids or [] for answer in answers] if by_tokens else None
+    reward = replace(settings.reward, design="crpo", max_failed_share=1.0)
+    with Scorer(reward, effective if by_tokens else None) as scorer:
+        scores = scorer.score([answer.question for answer in answers], [answer.response for answer in answers], ids)
+    return scores, "tokens" if by_tokens else "characters"
+
+
+def summarize(answers: Sequence[Answer], settings: Config, effective: np.ndarray | None = None) -> dict[str, Any]:
+    """A data set's entry in summary.json, as plain values."""
+    groups = group_by_question(answers)
+    letters = [extract_letter(answer, settings) for answer in answers]
+    right = [letter == answer.question.answer for letter, answer in zip(letters, answers, strict=True)]
+    votes = [majority_vote([letters[i] for i in group]) == answers[group[0]].question.answer for group in groups]
+    scores, consistency_by = score_answers(answers, settings, effective)
+    scored = {index: score for index, score in enumerate(scores) if isinstance(score, Score)}
+
+    def by_question(values: Sequence[float]) -> list[list[float]]:
+        return [[float(values[index]) for index in group] for group in groups]
+
+    def reward_part(name: str) -> list[list[float]]:
+        rows = [[float(getattr(scored[index], name)) for index in group if index in scored] for group in groups]
+        return [row for row in rows if row]
+
+    summary: dict[str, Any] = {
+        "questions": len(groups),
+        "samples": max(map(len, groups)),
+        "responses": len(answers),
+        "accuracy": estimate_share(by_question(right)),
+        "valid": estimate_share(by_question([letter is not None for letter in letters])),
+        "majority": estimate_share([[float(vote)] for vote in votes]),
+        "unscored": len(answers) - len(scored),
+    }
+    if scored:
+        summary |= {name: estimate_share(reward_part(name)) for name in ("format", "cross_reference", "consistency")}
+        summary |= {"consistency_by": consistency_by, "reward": estimate_count(reward_part("total"))}
+        summary["reward_of"] = settings.reward.k + 2
+    summary["length"] = summarize_lengths(answers)
+    summary["subjects"] = summarize_subjects(answers, groups, right, settings)
+    if all(has_truth(answers[group[0]].question) for group in groups):
+        counts = [count_exactly(answer.question, answer.response) for answer in answers]
+        summary["exact"] = {
+            name: estimate_count(by_question([count[name] for count in counts])) for name in EXACT_MEASURES
+        }
+    return summary
+
+
+def summarize_lengths(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Lengths in tokens if the file has them, else in words; and the share of truncated responses."""
+    sizes, unit = [answer.tokens for answer in answers if answer.tokens is not None], "tokens"
+    if len(sizes) < len(answers):
+        sizes, unit = [len(answer.response.split()) for answer in answers], "words"
+    truncated = [not answer.stopped for answer in answers if answer.stopped is not None]
+    return {
+        "unit": unit,
+        "mean": statistics.fmean(sizes),
+        "median": statistics.median(sizes),
+        "p95": float(np.quantile(sizes, 0.95)),
+        "truncated": statistics.fmean(truncated) if truncated else None,
+    }
+
+
+def summarize_subjects(
+    answers: Sequence[Answer], groups: Sequence[Sequence[int]], right: Sequence[bool], settings: Config
+) -> dict[str, Any]:
+    """Accuracy by each column of evaluate.subjects that the questions have, the largest subjects first."""
+    tables: dict[str, Any] = {}
+    for column in settings.evaluate.subjects:
+        subjects: dict[str, list[list[float]]] = {}
+        for group in groups:
+            subject = answers[group[0]].question.columns.get(column)
+            if subject is not None:
+                subjects.setdefault(str(subject), []).append([float(right[index]) for index in group])
+        if subjects:
+            ranked = sorted(subjects.items(), key=lambda item: (-len(item[1]), item[0]))
+            tables[column] = {
+                subject: {"questions": len(rows), "accuracy": estimate_share(rows)} for subject, rows in ranked
+            }
+    return tables

@@ -1,0 +1,222 @@
+"""Records from JSON and parquet files, folders laid out as on the Hugging Face hub, and the hub itself. No jax.
+
+All records of a split are returned, or an InputError names the file, the line and what is wrong there.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from crpo_jax.data.record import Record
+from crpo_jax.errors import InputError, brief
+
+HUB_DATASETS: dict[str, tuple[str, str | None]] = {  # id on the hub and configuration
+    "medqa": ("GBaker/MedQA-USMLE-4-options", None),
+    "medmcqa": ("openlifescienceai/medmcqa", None),
+    "medxpertqa": ("TsinghuaC3I/MedXpertQA", "Text"),
+}
+# One split, four spellings: MedXpertQA has dev, MedMCQA on the hub has validation.
+VALIDATION = ("dev", "validation", "val", "valid")
+SUFFIXES = (".json", ".jsonl", ".parquet")
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def load_records(path: Path, source: str, split: str) -> list[Record]:
+    """Every record of a file, or of the split's files in a folder; none at all is an error."""
+    if not path.exists():
+        raise InputError(f"{path}: expected a file or folder with {source} questions, got no such path")
+    records: list[Record] = []
+    for file in [path] if path.is_file() else split_files(path, source, split):
+        if file.suffix not in SUFFIXES:
+            raise InputError(
+                f"{file}: expected a file ending in {', '.join(SUFFIXES)}, got {file.suffix or 'no ending'}"
+            )
+        try:
+            in_file = parquet_records(file) if file.suffix == ".parquet" else json_records(file)
+        except OSError as error:
+            raise InputError(f"{file}: expected a readable file, got {error.strerror or error}") from None
+        if not in_file:
+            raise InputError(f"{file}: expected at least one record, got an empty file")
+        records += in_file
+    return records
+
+
+def split_spellings(split: str) -> tuple[str, ...]:
+    return (split, *(name for name in VALIDATION if name != split)) if split in VALIDATION else (split,)
+
+
+def split_files(folder: Path, source: str, split: str) -> list[Path]:
+    """The split's file in a folder laid out as on the hub, or all its shards in order.
+
+    The split is a word of the file's name (`phrases_no_exclude_test.jsonl`, `data/train-00000-of-00002.parquet`) or a
+    folder's whole name (`Text/test/0000.parquet`). Two candidates that are not shards of each other are refused.
+    """
+    names = split_spellings(split)
+    inside = {path: path.relative_to(folder) for path in sorted(folder.rglob("*"))}
+    files = [
+        path
+        for path, name in inside.items()
+        if path.suffix in SUFFIXES and path.is_file() and not any(part.startswith(".") for part in name.parts)
+    ]
+    config = HUB_DATASETS[source][1] if source in HUB_DATASETS else None
+    if config:  # MedXpertQA's multimodal part has files of the same names
+        files = [path for path in files if config in inside[path].parts[:-1]] or files
+    chosen = [path for path in files if set(re.split(r"[^a-z0-9]+", path.stem.lower())) & set(names)]
+    chosen = chosen or [path for path in files if set(inside[path].parts[:-1]) & set(names)]
+    if not chosen:
+        listed = ", ".join(str(inside[path]) for path in files[:8]) or f"no {', '.join(SUFFIXES)} file"
+        raise InputError(f"{folder}: expected a file of split {' or '.join(names)}, got {listed}")
+    families = {(path.parent, re.sub(r"(^|[-_.])\d+(-of-\d+)?$", "", path.stem), path.suffix) for path in chosen}
+    if len(families) > 1:
+        listed = ", ".join(str(inside[path]) for path in chosen[:8])
+        raise InputError(
+            f"{folder}: expected one file of split {split}, or the shards of one, got {listed}; "
+            "name the file or its folder"
+        )
+    for path in chosen:
+        total = re.search(r"-of-(\d+)$", path.stem)
+        if total and int(total[1]) != len(chosen):
+            raise InputError(f"{folder}: expected all {int(total[1])} shards of split {split}, got {len(chosen)}")
+    return chosen
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def json_records(path: Path) -> list[Record]:
+    """Records of a JSON file: an array of objects or an object a line, both of which may be called .json."""
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if data.lstrip()[:1] == b"[":
+        return parse_array(decode_utf8(data, str(path)), path)
+    # str.splitlines would also cut at a U+2028 inside a text
+    lines = ((f"{path}:{number}", line) for number, line in enumerate(data.split(b"\n"), start=1))
+    return [parse_line(decode_utf8(line, where), where) for where, line in lines if line.strip()]
+
+
+def parse_line(text: str, where: str) -> Record:
+    """The record of one line of JSON."""
+    try:
+        return record_at(DECODER.decode(text), where)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: expected one JSON object a line, got {json_fault(error)} in {brief(text.strip())}"
+        ) from None
+
+
+def parse_array(text: str, path: Path) -> list[Record]:
+    """Records of a JSON array, each with the line it starts on."""
+
+    def after_space(at: int) -> int:
+        space = JSON_SPACE.match(text, at)
+        return space.end() if space else at
+
+    records: list[Record] = []
+    line, counted = 1, 0
+    position = after_space(text.index("[") + 1)
+    closed = text.startswith("]", position)
+    while not closed:
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{path}:{line}"
+        try:
+            value, position = DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: expected a JSON object in the array, got {json_fault(error)}") from None
+        records.append(record_at(value, where))
+        position = after_space(position)
+        closed = text.startswith("]", position)
+        if not closed and not text.startswith(",", position):
+            got = brief(text[position : position + 20]) if position < len(text) else "the end"
+            raise InputError(f"{where}: expected ',' or ']' after the record, got {got}")
+        position = position if closed else after_space(position + 1)
+    if rest := text[position + 1 :].strip():
+        raise InputError(f"{path}: expected nothing after the array, got {brief(rest)}")
+    return records
+
+
+def decode_utf8(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        byte, offset = data[error.start], error.start
+        raise InputError(f"{where}: expected UTF-8 text, got byte {byte:#04x} at offset {offset}") from None
+
+
+def record_at(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, got {brief(value)}")
+    return Record(value, where)
+
+
+def json_fault(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deeply"
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are each written once; plain JSON would keep the last option A and lose the first."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return fields
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=object_of_unique_keys)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def parquet_records(path: Path) -> list[Record]:
+    """Rows of a parquet file, counted from 1."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: expected a parquet file, got {str(error).splitlines()[0]}") from None
+    schema = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    cop = schema.get("info", {}).get("features", {}).get("cop", {})
+    return table_records(table.to_pylist(), str(path), isinstance(cop, dict) and cop.get("_type") == "ClassLabel")
+
+
+def table_records(rows: list[dict[str, Any]], table: str, zero_based: bool) -> list[Record]:
+    return [Record(row, f"{table}: row {number}", True, zero_based) for number, row in enumerate(rows, start=1)]
+
+
+def hub_records(name: str, config: str | None, split: str) -> list[Record]:
+    """Rows of a split on the hub, or of the local copy that `datasets` keeps of it."""
+    import datasets
+    from huggingface_hub.utils import HfHubHTTPError
+    from huggingface_hub.utils import logging as hub_logging
+
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # its retries would bury the one line that says what is wrong
+    try:
+        dataset, problem = None, ""
+        for spelling in split_spellings(split):
+            try:
+                dataset = datasets.load_dataset(name, config, split=spelling)
+                break
+            except ValueError as error:
+                if not str(error).startswith("Unknown split"):
+                    raise
+                problem = problem or str(error)
+        if dataset is None:
+            raise InputError(f"hub dataset {name}: {problem}")
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"hub dataset {name}: expected to load split {split}, got: {first_line}; "
+            "with no network, give a local copy as data.path"
+        ) from None
+    finally:
+        hub_logging.set_verbosity(verbosity)
+    zero_based = isinstance(dataset.features.get("cop"), datasets.ClassLabel)
+    records = table_records(dataset.to_list(), f"{name} [{split}]", zero_based)
+    if not records:
+        raise InputError(f"hub dataset {name}: expected at least one record in split {split}, got none")
+    return records

@@ -1,0 +1,163 @@
+"""The run to plan: a config's model, batch and settings on a target's devices, in a mesh and a layout."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from crpo_jax.config import Config, replaced
+from crpo_jax.errors import InputError
+from crpo_jax.model.attention import AttentionKind, choose_attention
+from crpo_jax.model.placement import automatic_layout
+from crpo_jax.model.shape import Shape, read_shape, shape_of
+from crpo_jax.parallel.layout import check_layout, find_layout
+from crpo_jax.parallel.mesh import DATA, MODEL, parse_mesh
+from crpo_jax.planner.targets import Target
+
+QWEN_SIZES = {
+    "0.5B": Shape(d=896, l=24, n=14, k=2, h=64, f=4864, v=151936, tied=True, rope_theta=1e6, norm_eps=1e-6),
+    "1.5B": Shape(d=1536, l=28, n=12, k=2, h=128, f=8960, v=151936, tied=True, rope_theta=1e6, norm_eps=1e-6),
+    "3B": Shape(d=2048, l=36, n=16, k=2, h=128, f=11008, v=151936, tied=True, rope_theta=1e6, norm_eps=1e-6),
+    "7B": Shape(d=3584, l=28, n=28, k=4, h=128, f=18944, v=152064, tied=False, rope_theta=1e6, norm_eps=1e-6),
+}
+"""The shape of each Qwen2.5, so that a model can be planned before it is downloaded."""
+
+MEAN_PROMPT, MEAN_RESPONSE = 0.4, 0.25
+"""Mean lengths as shares of the longest that the settings allow; only times use them. The median of MedQA's prompts is
+394 of 1,024 tokens; the mean of responses of lognormal length is about a quarter of their limit."""
+
+
+def resolve_shape(settings: Config) -> Shape:
+    """The shape of the folder or the Qwen2.5 that model.path names, or of model.shape if it is empty."""
+    path = settings.model.path
+    if not path:
+        return shape_of(dataclasses.asdict(settings.model.shape), "model.shape")
+    if (Path(path).expanduser() / "config.json").is_file():
+        return read_shape(Path(path).expanduser())
+    match = re.search(r"Qwen2\.5-(\d+(?:\.\d+)?B)(?:-Instruct)?$", path)
+    if not match or match[1] not in QWEN_SIZES:
+        names = ", ".join(f"Qwen/Qwen2.5-{size}" for size in QWEN_SIZES)
+        raise InputError(
+            f"model.path: expected a folder with config.json or one of {names} (or -Instruct), got {path!r}"
+        )
+    return QWEN_SIZES[match[1]]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run on a mesh of `data` x `model` devices. Counts are per device; counts of rows are per data shard."""
+
+    settings: Config
+    shape: Shape
+    target: Target
+    data: int
+    model: int
+
+    def __post_init__(self) -> None:
+        if self.data * self.model != self.target.count:
+            product = f"{self.data} x {self.model} = {self.data * self.model}"
+            devices = f"the {self.target.count} devices of {self.target.name}"
+            raise InputError(f"--mesh {self.mesh_text}: expected data x model = {devices}, got {product}")
+        sizes = {letter: getattr(self.shape, letter) for letter in "dnkhfv"}
+        check_layout(find_layout(self.layout_name), self.mesh, sizes)
+
+    @property
+    def mesh_text(self) -> str:
+        return f"{self.data}x{self.model}"
+
+    @property
+    def layout_name(self) -> str:
+        return self.settings.parallel.layout
+
+    @functools.cached_property
+    def mesh(self) -> Any:
+        """The mesh without devices, from which shardings follow."""
+        return AbstractMesh((self.data, self.model), (DATA, MODEL))
+
+    @property
+    def attention(self) -> AttentionKind:
+        """The attention that the run uses on the target."""
+        settings, platform = self.settings, self.target.chip.kind
+        return choose_attention(settings.parallel.attention, platform, settings.model.dtype, self.shape.h)
+
+    def with_settings(self, changes: Mapping[str, Any]) -> "PlannedRun":
+        """The same run with new values by dotted key."""
+        return dataclasses.replace(self, settings=replaced(self.settings, changes))
+
+    # ---- rollout ---------------------------------------------------------------------------------------------------
+    @property
+    def wave_prompts(self) -> int:
+        """Prompts decoded together on a data shard, each with its whole group."""
+        crpo, slots = self.settings.crpo, self.settings.rollout.slots
+        return max(1, min(slots // crpo.group_size, -(-crpo.prompts_per_step // self.data)))
+
+    @property
+    def wave_rows(self) -> int:
+        return self.wave_prompts * self.settings.crpo.group_size
+
+    @property
+    def waves(self) -> int:
+        return -(-self.settings.crpo.prompts_per_step // (self.wave_prompts * self.data))
+
+    # ---- update ----------------------------------------------------------------------------------------------------
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.settings.data.max_prompt_tokens + self.settings.rollout.max_new_tokens
+
+    @property
+    def micro_batch(self) -> tuple[int, int]:
+        """(rows on a data shard, tokens per row) of the micro-batch that needs the most memory: as many tokens as the
+        budget allows in the longest rows that reach it, or one row of the longest length if that exceeds the budget."""
+        crpo, parallel = self.settings.crpo, self.settings.parallel
+        lengths = range(parallel.length_multiple, self.longest_row + parallel.length_multiple, parallel.length_multiple)
+        most_rows = -(-crpo.mini_batch_prompts * crpo.group_size // self.data)
+        sizes = [(min(most_rows, max(1, parallel.micro_batch_tokens // t)), t) for t in lengths]
+        return max(sizes, key=lambda size: (size[0] * size[1], size[1]))
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps in one RL step."""
+        return self.settings.crpo.prompts_per_step // self.settings.crpo.mini_batch_prompts
+
+    # ---- the work of one RL step, at mean lengths ------------------------------------------------------------------
+    @property
+    def mean_prompt(self) -> float:
+        return MEAN_PROMPT * self.settings.data.max_prompt_tokens
+
+    @property
+    def mean_response(self) -> float:
+        return MEAN_RESPONSE * self.settings.rollout.max_new_tokens
+
+    @property
+    def responses(self) -> float:
+        """Responses of an RL step on a data shard."""
+        return self.settings.crpo.prompts_per_step * self.settings.crpo.group_size / self.data
+
+    @property
+    def decode_steps(self) -> float:
+        """Tokens drawn one after another if every slot is busy until all responses are done."""
+        return self.responses * self.mean_response / self.wave_rows
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one optimizer step, filled without padding."""
+        rows, t = self.micro_batch
+        tokens = int(self.responses / self.optimizer_steps * (self.mean_prompt + self.mean_response))
+        return max(1, -(-tokens // (rows * t)))
+
+
+def resolve_run(settings: Config, target: Target, mesh: str = "") -> PlannedRun:
+    """The run on `mesh` (DxM; empty: all devices on the data axis); parallel.layout=auto is resolved as in training."""
+    data, model = parse_mesh(mesh) if mesh else (target.count, 1)
+    shape = resolve_shape(settings)
+    if settings.parallel.layout == "auto":
+        devices: Any = AbstractMesh((data, model), (DATA, MODEL))
+        layout = automatic_layout(shape, devices, settings.model.dtype, target.chip.memory)
+        settings = replaced(settings, {"parallel.layout": layout})
+    return PlannedRun(settings, shape, target, data, model)

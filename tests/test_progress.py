@@ -1,0 +1,75 @@
+"""What a person sees of a run's progress."""
+
+import io
+import re
+
+import pytest
+
+from crpo_jax.rollout.engine import Tally
+from crpo_jax.runtime import report
+from crpo_jax.runtime.progress import Progress, clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0:00"),
+        (0.4, "0:00"),
+        (59.4, "0:59"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599.6, "1:00:00"),
+        (3661, "1:01:01"),
+        (90061, "25:01:01"),
+    ],
+)
+def test_clock(seconds: float, shown: str):
+    assert clock(seconds) == shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_rewrites_one_line_on_a_terminal():
+    screen = Terminal()
+    progress = Progress(10, 0, stream=screen)
+    progress.show(1, "reward 1.00")
+    progress.show(2, "reward 2.00")
+    progress.keep("done")
+    text = screen.getvalue()
+    assert text.count("\n") == 1
+    assert text.endswith("\r\x1b[2Kdone\n")
+    assert re.search(r"\r\x1b\[2K2/10  reward 2\.00  \d+:\d\d left", text)
+
+
+def test_progress_keeps_a_file_clean():
+    """No escape codes and no passing states where nobody can see them pass."""
+    file = io.StringIO()
+    progress = Progress(10, 0, stream=file)
+    progress.show(1, "reward 1.00")
+    progress.keep("step 1/10")
+    assert file.getvalue() == "step 1/10\n"
+
+
+def test_a_rollout_says_how_far_it_is():
+    """30 of 40 responses in 60 seconds, 2,400 tokens in all: 40 tokens a second, and 20 seconds for the 10 left."""
+    screen = Terminal()
+    show = report.sampling(Progress(10, 0, stream=screen), 3)
+    show(Tally(prompts=5, responses=30, total=40, tokens=2400, done_tokens=1500, steps=90, cache_bytes=0, seconds=60.0))
+    assert (
+        "3/10  sampling: 5 prompts, 30 of 40 responses done  40 tok/s  mean length 50  about 0:20 to go"
+        in screen.getvalue()
+    )
+
+
+def test_time_left_counts_from_where_a_resumed_run_began():
+    """90 of 100 steps were done before: what is left is measured by the steps of this process alone."""
+    screen = Terminal()
+    progress = Progress(100, 90, stream=screen)
+    progress._started -= 50.0  # 50 seconds ago
+    progress.show(95, "")
+    assert screen.getvalue().endswith("0:50 left")
+    progress.show(90, "")
+    assert screen.getvalue().endswith("90/100    ")
