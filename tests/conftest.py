@@ -94,6 +94,12 @@ def random_weights(shape: Shape, seed: int = 0) -> Transformer:
     return Transformer(shape, make)
 
 
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a model or of adapters by their names, "q_dnh": arrays, shapes, shardings."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {next(part.name for part in path if "_" in getattr(part, "name", "")): leaf for path, leaf in paths}
+
+
 def placed(model: Transformer, shardings: Transformer) -> Transformer:
     """A copy of the model, which may be donated without the original being lost."""
     return jax.tree.map(lambda weight, to: jax.device_put(np.array(weight), to), model, shardings)

@@ -1,4 +1,4 @@
-"""Attention against the formula written out in float64, for training (whole or by chunks of queries) and for decoding."""
+"""Attention against the formula in float64, for training (whole or by blocks of queries) and for decoding."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from crpo_jax.errors import InputError
 from crpo_jax.model import attention
-from crpo_jax.model.attention import causal_attention, decode_attention, implementation
+from crpo_jax.model.attention import causal_attention, choose_attention, decode_attention
 from crpo_jax.model.placement import training_placement
 from crpo_jax.parallel.layout import KV_BTKH, Q_BTNH
 
@@ -24,8 +24,8 @@ N, K, H = SHAPE.n, SHAPE.k, SHAPE.h
 
 
 def random_qkv(b: int = B, t: int = T, seed: int = 0, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    draw = np.random.default_rng(seed)
-    return tuple(np.float32(draw.normal(size=(b, t, heads, H)) * scale) for heads in (N, K, K))
+    rng = np.random.default_rng(seed)
+    return tuple(np.float32(rng.normal(size=(b, t, heads, H)) * scale) for heads in (N, K, K))
 
 
 def attend(*qkv: Any) -> jax.Array:
@@ -49,51 +49,52 @@ def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(
-    params=[(128, 1024), (4, 1024), (5, 0), (1, 0)], ids=lambda sizes: f"pieces of {sizes[0]}, kept to {sizes[1]}"
+    params=[(128, 1024), (4, 1024), (5, 0), (1, 0)],
+    ids=lambda sizes: f"blocks of {sizes[0]}, scores stored up to {sizes[1]}",
 )
-def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows whole, in equal pieces, in pieces of which the last is shorter, and in no more than eight."""
-    monkeypatch.setattr(attention, "PIECE", request.param[0])
-    monkeypatch.setattr(attention, "KEPT", request.param[1])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rows, equal blocks, a shorter last block, and the greatest number of blocks."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", request.param[0])
+    monkeypatch.setattr(attention, "REMAT_ABOVE", request.param[1])
 
 
-def test_is_the_formula(pieces: None):
+def test_is_the_formula(blocks: None):
     q, k, v = random_qkv()
     np.testing.assert_allclose(attend(q, k, v), naive(q, k, v), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])
 def test_any_number_of_kv_heads(heads: int):
-    draw = np.random.default_rng(1)
-    q, k, v = (np.float32(draw.normal(size=(2, 7, n, H))) for n in (8, heads, heads))
+    rng = np.random.default_rng(1)
+    q, k, v = (np.float32(rng.normal(size=(2, 7, n, H))) for n in (8, heads, heads))
     np.testing.assert_allclose(attend(q, k, v), naive(q, k, v), rtol=1e-5, atol=1e-6)
 
 
-def test_rows_are_cut_into_no_more_than_eight_pieces():
-    assert [attention.piece(t) for t in (1, 128, 1024, 1025, 5120)] == [128, 128, 128, 256, 640]
+def test_rows_are_cut_into_at_most_eight_blocks():
+    assert [attention.query_block(t) for t in (1, 128, 1024, 1025, 5120)] == [128, 128, 128, 256, 640]
 
 
 def gradients(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Any:
-    """Of a function that weighs every output differently."""
+    """Gradients of a sum that weights every output differently."""
     weights = np.random.default_rng(9).normal(size=q.shape)
     return jax.grad(lambda *x: jnp.sum(attend(*x) * weights), argnums=(0, 1, 2))(q, k, v)
 
 
-@pytest.mark.parametrize("kept", [0, 1024])
-def test_gradients_by_pieces_are_the_gradients(kept: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("remat_above", [0, 1024])
+def test_gradients_by_blocks_are_the_gradients(remat_above: int, monkeypatch: pytest.MonkeyPatch):
     whole = gradients(*random_qkv())
-    monkeypatch.setattr(attention, "PIECE", 5)
-    monkeypatch.setattr(attention, "KEPT", kept)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 5)
+    monkeypatch.setattr(attention, "REMAT_ABOVE", remat_above)
     for ours, expected in zip(gradients(*random_qkv()), whole, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_those_of_finite_differences(pieces: None):
+def test_gradients_are_those_of_finite_differences(blocks: None):
     check_grads(lambda *x: attend(*x), random_qkv(b=1, t=4), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-def test_no_token_sees_a_later_one(pieces: None):
-    """Neither its values nor its gradients: right padding needs no mask of its own."""
+def test_no_token_sees_a_later_one(blocks: None):
+    """Neither values nor gradients: right padding needs no mask."""
     q, k, v = random_qkv()
     changed = [np.concatenate([x[:, :7], x[:, 7:] * -3 + 1], axis=1) for x in (q, k, v)]
     np.testing.assert_array_equal(attend(q, k, v)[:, :7], attend(*changed)[:, :7])
@@ -112,8 +113,8 @@ def test_rows_and_heads_do_not_mix():
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e8])
-def test_extreme_scores_stay_finite(pieces: None, scale: float):
-    """Scores up to 1e16: the softmax becomes a maximum, values and gradients stay numbers."""
+def test_extreme_scores_stay_finite(blocks: None, scale: float):
+    """Scores up to 1e16: the softmax becomes a maximum, and values and gradients stay finite."""
     q, k, v = random_qkv(scale=scale)
     v = random_qkv()[2]
     out = attend(q, k, v)
@@ -122,7 +123,7 @@ def test_extreme_scores_stay_finite(pieces: None, scale: float):
 
 
 def test_scores_are_float32_for_bfloat16_inputs():
-    """Scores of about 300 in bf16 would be off by a whole unit, and weights by a factor of e."""
+    """In bf16, scores of about 300 would be off by up to 1, and weights by a factor of e."""
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in random_qkv(scale=8))
     out = attend(q, k, v)
     assert out.dtype == jnp.bfloat16
@@ -134,46 +135,46 @@ def test_scores_are_float32_for_bfloat16_inputs():
 
 
 def test_splash_on_each_devices_rows_and_heads(monkeypatch: pytest.MonkeyPatch):
-    """The TPU's kernel, interpreted: values and gradients are those of XLA's attention, rows and heads split over 4 devices."""
+    """The TPU kernel, interpreted on 4 devices that split rows and heads, has the values and gradients of XLA's."""
     monkeypatch.setattr(attention, "INTERPRET", True)
     mesh, (q, k, v) = mesh_of(2, 2), random_qkv(b=2, t=128)
     weights = np.random.default_rng(9).normal(size=q.shape)
 
-    def run(name: Any) -> Any:
-        attend = training_placement(SHAPE, mesh, name).attend
-        here = [jax.device_put(x, NamedSharding(mesh, to)) for x, to in ((q, Q_BTNH), (k, KV_BTKH), (v, KV_BTKH))]
-        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attend(*x) * weights), argnums=(0, 1, 2)))(*here)
+    def run(kind: Any) -> Any:
+        attend = training_placement(SHAPE, mesh, kind).attend
+        qkv = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((q, Q_BTNH), (k, KV_BTKH), (v, KV_BTKH))]
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attend(*x) * weights), argnums=(0, 1, 2)))(*qkv)
 
     (value, grads), (expected, expected_grads) = run("splash"), run("xla")
     assert float(value) == pytest.approx(float(expected), rel=1e-4)
-    for found, wanted in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_without_whole_tiles_go_to_xla():
-    """No TPU here: had Splash been asked, it would have failed."""
+    """Without a TPU, Splash would fail."""
     q, k, v = random_qkv()
     np.testing.assert_array_equal(causal_attention(*map(jnp.asarray, (q, k, v)), "splash"), attend(q, k, v))
 
 
 @pytest.mark.parametrize(
-    ("wanted", "platform", "dtype", "width", "expected"),
+    ("setting", "platform", "dtype", "width", "expected"),
     [
         ("auto", "cpu", "bfloat16", 128, "xla"),
         ("auto", "gpu", "bfloat16", 128, "cudnn"),
-        ("auto", "cuda", "bfloat16", 64, "cudnn"),  # a compile-only GPU calls itself so
+        ("auto", "cuda", "bfloat16", 64, "cudnn"),  # the platform name of a compile-only GPU
         ("auto", "gpu", "float32", 128, "xla"),
         ("auto", "gpu", "bfloat16", 6, "xla"),
         ("auto", "tpu", "float32", 64, "splash"),
         ("xla", "tpu", "bfloat16", 128, "xla"),
     ],
 )
-def test_auto_follows_the_devices(wanted: str, platform: str, dtype: str, width: int, expected: str):
-    assert implementation(wanted, platform, dtype, width) == expected
+def test_auto_follows_the_devices(setting: str, platform: str, dtype: str, width: int, expected: str):
+    assert choose_attention(setting, platform, dtype, width) == expected
 
 
 @pytest.mark.parametrize(
-    ("wanted", "platform", "dtype", "line"),
+    ("setting", "platform", "dtype", "line"),
     [
         ("splash", "cpu", "float32", "parallel.attention: expected auto, xla, or splash on tpu, got splash on cpu"),
         ("cudnn", "tpu", "bfloat16", "parallel.attention: expected auto, xla, or cudnn on gpu, got cudnn on tpu"),
@@ -181,27 +182,27 @@ def test_auto_follows_the_devices(wanted: str, platform: str, dtype: str, width:
             "cudnn",
             "gpu",
             "float32",
-            "parallel.attention: expected auto, xla, or cudnn on gpu with model.dtype=bfloat16 and heads of a multiple of 8 up to 128, "
-            "got cudnn on gpu with float32 and heads of 128",
+            "parallel.attention: expected auto, xla, or cudnn on gpu with model.dtype=bfloat16 "
+            "and heads of a multiple of 8 up to 128, got cudnn on gpu with float32 and heads of 128",
         ),
     ],
 )
-def test_a_kernel_that_cannot_run_is_refused(wanted: str, platform: str, dtype: str, line: str):
+def test_a_kernel_that_cannot_run_is_refused(setting: str, platform: str, dtype: str, line: str):
     with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
-        implementation(wanted, platform, dtype, 128)
+        choose_attention(setting, platform, dtype, 128)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def test_decoding_is_the_last_row_of_the_whole():
-    """Prompts of several lengths in groups of 3, responses of 4 tokens in a cache of 6 slots."""
+def test_decoding_is_the_last_row_of_causal_attention():
+    """Prompts of different lengths in groups of 3, responses of 4 tokens in a cache of 6 slots."""
     p, g, t, s, cursor = 2, 3, 7, 6, 3
     lengths = np.array([7, 4])
-    draw = np.random.default_rng(2)
+    rng = np.random.default_rng(2)
 
     def normal(*sizes: int) -> np.ndarray:
-        return np.float32(draw.normal(size=sizes))
+        return np.float32(rng.normal(size=sizes))
 
     prompt_k, prompt_v = normal(p, K, t, H), normal(p, K, t, H)
     cache_k, cache_v, q = normal(p * g, K, s, H), normal(p * g, K, s, H), normal(p * g, N, H)
@@ -229,11 +230,11 @@ def test_decoding_is_the_last_row_of_the_whole():
 
 
 def test_decoding_reads_no_slot_that_is_not_seen():
-    """What padding and unused slots hold, even NaN-like extremes, does not matter."""
+    """The contents of padding and unused slots do not matter, however extreme."""
     p, g, t, s = 2, 2, 4, 3
-    draw = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     arrays = [
-        np.float32(draw.normal(size=sizes))
+        np.float32(rng.normal(size=sizes))
         for sizes in ((p * g, N, H), (p, K, t, H), (p, K, t, H), (p * g, K, s, H), (p * g, K, s, H))
     ]
     q, prompt_k, prompt_v, cache_k, cache_v = arrays
@@ -246,9 +247,9 @@ def test_decoding_reads_no_slot_that_is_not_seen():
 
 def test_decoding_with_extreme_scores():
     p, g, t, s = 1, 2, 3, 2
-    draw = np.random.default_rng(4)
+    rng = np.random.default_rng(4)
     q, prompt_k, cache_k = (
-        np.float32(draw.normal(size=sizes) * 1e8) for sizes in ((p * g, N, H), (p, K, t, H), (p * g, K, s, H))
+        np.float32(rng.normal(size=sizes) * 1e8) for sizes in ((p * g, N, H), (p, K, t, H), (p * g, K, s, H))
     )
     prompt_v, cache_v = np.ones((p, K, t, H), np.float32), np.ones((p * g, K, s, H), np.float32)
     out = decode(q, prompt_k, prompt_v, jnp.ones((p, t), bool), cache_k, cache_v, jnp.ones((p * g, s), bool))

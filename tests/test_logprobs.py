@@ -9,7 +9,7 @@ import pytest
 from conftest import SHAPE, random_weights
 from jax.test_util import check_grads
 
-from crpo_jax.model.transformer import Qwen2, logits
+from crpo_jax.model.transformer import Transformer
 from crpo_jax.update.logprobs import chunk_length, token_logprobs
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
@@ -28,9 +28,9 @@ def targets() -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).integers(SHAPE.v, size=(B, T)), jnp.int32)
 
 
-def plain(model: Qwen2, hidden: jax.Array, targets: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def plain(model: Transformer, hidden: jax.Array, targets: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """Both in float64."""
-    scores = np.asarray(hidden, np.float64) @ np.asarray(model.unembed_dv[...], np.float64) / TEMPERATURE
+    scores = np.asarray(hidden, np.float64) @ np.asarray(model["unembed_dv"], np.float64) / TEMPERATURE
     scores -= scores.max(axis=-1, keepdims=True)
     all_logprobs = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
     entropy = -(np.exp(all_logprobs) * all_logprobs).sum(axis=-1)
@@ -46,75 +46,72 @@ def by_chunks(chunk: int, with_entropy: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 12])
-def test_every_chunk_is_the_formula(chunk: int, model: Qwen2, hidden: jax.Array, targets: jax.Array):
-    found, expected = by_chunks(chunk)(model, hidden, targets), plain(model, hidden, targets)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-5)
+def test_every_chunk_is_the_formula(chunk: int, model: Transformer, hidden: jax.Array, targets: jax.Array):
+    logprobs, entropy = by_chunks(chunk)(model, hidden, targets)
+    expected_logprobs, expected_entropy = plain(model, hidden, targets)
+    np.testing.assert_allclose(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
 
 
-def test_is_jax_log_softmax(model: Qwen2, hidden: jax.Array, targets: jax.Array):
-    every = jax.nn.log_softmax(logits(model, hidden) / TEMPERATURE)
-    np.testing.assert_allclose(
-        by_chunks(4)(model, hidden, targets)[0],
-        jnp.take_along_axis(every, targets[..., None], -1)[..., 0],
-        rtol=1e-5,
-        atol=1e-5,
-    )
+def test_is_jax_log_softmax(model: Transformer, hidden: jax.Array, targets: jax.Array):
+    distributions = jax.nn.log_softmax(model.logits(hidden) / TEMPERATURE)
+    expected = jnp.take_along_axis(distributions, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(by_chunks(4)(model, hidden, targets)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [3, 12])
-def test_entropy_only_where_asked_for(chunk: int, model: Qwen2, hidden: jax.Array, targets: jax.Array):
+def test_entropy_only_on_request(chunk: int, model: Transformer, hidden: jax.Array, targets: jax.Array):
     without = by_chunks(chunk, with_entropy=False)(model, hidden, targets)
     np.testing.assert_array_equal(without[1], np.zeros((B, T)))
     np.testing.assert_allclose(without[0], by_chunks(chunk)(model, hidden, targets)[0], rtol=1e-6)
 
 
-def test_gradients_of_every_chunk_are_those_of_the_plain_formula(model: Qwen2, hidden: jax.Array, targets: jax.Array):
-    """For hidden states and weights, of log-probs and entropies weighed differently everywhere."""
+def test_gradients_of_every_chunk_are_those_of_the_plain_formula(
+    model: Transformer, hidden: jax.Array, targets: jax.Array
+):
+    """For hidden states and weights, with a random factor on each log-prob and entropy."""
     weights = np.random.default_rng(2).normal(size=(2, B, T)).astype(np.float32)
 
-    def ours(model: Qwen2, hidden: jax.Array, chunk: int) -> Any:
+    def ours(model: Transformer, hidden: jax.Array, chunk: int) -> Any:
         logprobs, entropy = token_logprobs(model, hidden, targets, TEMPERATURE, chunk, with_entropy=True)
         return jnp.sum(weights[0] * logprobs + weights[1] * entropy)
 
-    def written_out(model: Qwen2, hidden: jax.Array) -> Any:
-        every = jax.nn.log_softmax(hidden @ model.unembed_dv[...] / TEMPERATURE)
-        logprobs = jnp.take_along_axis(every, targets[..., None], -1)[..., 0]
-        return jnp.sum(weights[0] * logprobs - weights[1] * jnp.sum(jnp.exp(every) * every, axis=-1))
+    def written_out(model: Transformer, hidden: jax.Array) -> Any:
+        distributions = jax.nn.log_softmax(hidden @ model["unembed_dv"] / TEMPERATURE)
+        logprobs = jnp.take_along_axis(distributions, targets[..., None], -1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(distributions) * distributions, axis=-1)
+        return jnp.sum(weights[0] * logprobs + weights[1] * entropy)
 
     expected = jax.jit(jax.grad(written_out, argnums=(0, 1)))(model, hidden)
     for chunk in (3, 12):
-        found = jax.jit(jax.grad(ours, argnums=(0, 1)), static_argnums=2)(model, hidden, chunk)
-        np.testing.assert_allclose(found[0].unembed_dv[...], expected[0].unembed_dv[...], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+        gradients = jax.jit(jax.grad(ours, argnums=(0, 1)), static_argnums=2)(model, hidden, chunk)
+        np.testing.assert_allclose(gradients[0]["unembed_dv"], expected[0]["unembed_dv"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(gradients[1], expected[1], rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_those_of_finite_differences(model: Qwen2, hidden: jax.Array, targets: jax.Array):
+def test_gradients_are_those_of_finite_differences(model: Transformer, hidden: jax.Array, targets: jax.Array):
     def both(part: Any) -> Any:
         return token_logprobs(model, jnp.asarray(part), targets[:1, :4], TEMPERATURE, 2, with_entropy=True)
 
     check_grads(both, (hidden[:1, :4],), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-def test_extreme_logits_stay_finite(model: Qwen2, hidden: jax.Array, targets: jax.Array):
+def test_extreme_logits_stay_finite(model: Transformer, hidden: jax.Array, targets: jax.Array):
     """Logits of 1e6: probabilities underflow, log-probs and gradients do not become NaN."""
     huge = hidden * 1e6
-    found = by_chunks(4)(model, huge, targets)
-    assert all(np.all(np.isfinite(part)) for part in found)
-    gradient = jax.grad(
-        lambda x: sum(jnp.sum(part) for part in token_logprobs(model, x, targets, TEMPERATURE, 4, with_entropy=True))
-    )(huge)
+    assert all(np.all(np.isfinite(values)) for values in by_chunks(4)(model, huge, targets))
+    gradient = jax.grad(lambda hidden: sum(jnp.sum(values) for values in by_chunks(4)(model, hidden, targets)))(huge)
     assert np.all(np.isfinite(gradient))
 
 
-def test_bfloat16_weights_give_float32_log_probs(hidden: jax.Array, targets: jax.Array):
+def test_bfloat16_weights_give_float32_logprobs(hidden: jax.Array, targets: jax.Array):
     """The same numbers as float32 arithmetic on the rounded weights, not log-probs rounded to 8 bits."""
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_weights(SHAPE))
-    found, _ = by_chunks(4)(narrow, hidden.astype(jnp.bfloat16), targets)
-    assert found.dtype == jnp.float32
+    logprobs, _ = by_chunks(4)(narrow, hidden.astype(jnp.bfloat16), targets)
+    assert logprobs.dtype == jnp.float32
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
     expected, _ = plain(wide, hidden.astype(jnp.bfloat16).astype(jnp.float32), targets)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

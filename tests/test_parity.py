@@ -1,7 +1,7 @@
-"""The same folder gives the same logits as transformers' Qwen2 in float32, in the training forward and in the sampler.
+"""A model folder gives the same logits as transformers' Qwen2 in float32, in the training forward and in the sampler.
 
-Where torch is installed, random models that transformers itself wrote are compared live. Everywhere, a model whose weights
-follow from a seed must give the logits that transformers once gave (and a live test checks that it still does).
+Where torch is installed, random models written by transformers are compared live. Everywhere, a model with weights from
+a fixed seed must give recorded logits of transformers (and a live test checks that they are current).
 """
 
 import json
@@ -12,42 +12,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from conftest import mesh_of
 from safetensors.numpy import load_file, save_file
 
 from crpo_jax.model.decode import Cache, Shard, decode, prefill
-from crpo_jax.model.huggingface import load, save
-from crpo_jax.model.placement import to_sampling
-from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import Qwen2, hidden_states, logits
+from crpo_jax.model.huggingface import load_model, save_model
+from crpo_jax.model.lora import Policy
+from crpo_jax.model.placement import to_sampler
+from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import TENSOR
-from crpo_jax.parallel.mesh import DATA, MODEL
 
 TOLERANCE = 1e-4
 
 
-def one_device() -> Mesh:
-    return jax.make_mesh((1, 1), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=jax.devices()[:1])
+def load(folder: Path) -> Transformer:
+    return load_model(str(folder), mesh_of(1, 1), TENSOR)
 
 
-def trainer_logits(model: Qwen2, shape: Shape, tokens: np.ndarray) -> np.ndarray:
+def trainer_logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     """[b, t, v] by the training forward."""
-
-    def forward(model: Qwen2, tokens: Any) -> Any:
-        return logits(model, hidden_states(model, tokens, shape))
-
-    return np.asarray(jax.jit(forward)(model, tokens))
+    return np.asarray(jax.jit(lambda model, tokens: model.logits(model(tokens)))(model, tokens))
 
 
-def sampler_logits(model: Qwen2, shape: Shape, prompts: list[np.ndarray], responses: np.ndarray) -> np.ndarray:
-    """[b, s + 1, v] by prefill and decode, with the responses' tokens [b, s] forced; b = p * g rows, prompt-major."""
-    lengths = jnp.array([len(prompt) for prompt in prompts])
+def sampler_logits(model: Transformer, prompts: list[np.ndarray], responses: np.ndarray) -> np.ndarray:
+    """[b, s + 1, v] by prefill and decode of the given responses [b, s]; b = p * g rows, prompt-major."""
+    shape, lengths = model.shape, jnp.array([len(prompt) for prompt in prompts])
     tokens = np.zeros((len(prompts), max(len(prompt) for prompt in prompts)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     b, s = responses.shape
-    weights = to_sampling(shape, one_device(), "float32")(model)
-    first, kept = jax.jit(lambda weights, tokens: prefill(weights, tokens, lengths, shape, Shard(None), "xla"))(
+    weights = to_sampler(shape, mesh_of(1, 1), "float32")(Policy(model))
+    first, prompt_cache = jax.jit(lambda weights, tokens: prefill(weights, tokens, lengths, shape, Shard(None), "xla"))(
         weights, tokens
     )
     before = jnp.repeat(lengths, b // len(prompts))
@@ -56,12 +51,12 @@ def sampler_logits(model: Qwen2, shape: Shape, prompts: list[np.ndarray], respon
             weights, tokens, before + cursor, lengths, cursor, cache, shape, Shard(None)
         )
     )
-    cache = [Cache(k, v, *(jnp.zeros((b, shape.k, s, shape.h)) for _ in range(2))) for k, v in kept]
-    found = [np.repeat(np.asarray(first), b // len(prompts), axis=0)]
+    cache = [Cache(k, v, *(jnp.zeros((b, shape.k, s, shape.h)) for _ in range(2))) for k, v in prompt_cache]
+    logits = [np.repeat(np.asarray(first), b // len(prompts), axis=0)]
     for cursor in range(s):
-        scores, cache = step(weights, responses[:, cursor], np.int32(cursor), cache)
-        found.append(np.asarray(scores))
-    return np.stack(found, axis=1)
+        of_token, cache = step(weights, responses[:, cursor], np.int32(cursor), cache)
+        logits.append(np.asarray(of_token))
+    return np.stack(logits, axis=1)
 
 
 # --- recorded: runs everywhere ----------------------------------------------------------------------------------------
@@ -103,7 +98,7 @@ RECORDED_LOGITS = [
 
 
 def recorded_folder(folder: Path) -> Path:
-    """Weights of RandomState(0), whose stream numpy guarantees never to change, under keys written out here by hand."""
+    """Weights of RandomState(0), a stream that numpy guarantees never to change, under keys written out by hand."""
     d, heads, kv, f, v = 48, 6 * 8, 2 * 8, 80, 67
     sizes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (v, d),
@@ -126,9 +121,9 @@ def recorded_folder(folder: Path) -> Path:
             f"{block}.mlp.up_proj.weight": (f, d),
             f"{block}.mlp.down_proj.weight": (d, f),
         }
-    draw = np.random.RandomState(0)
+    rng = np.random.RandomState(0)
     weights = {
-        key: ((draw.standard_normal(size) * 0.2) + ("norm" in key)).astype(np.float32) for key, size in sizes.items()
+        key: ((rng.standard_normal(size) * 0.2) + ("norm" in key)).astype(np.float32) for key, size in sizes.items()
     }
     folder.mkdir(exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -137,10 +132,9 @@ def recorded_folder(folder: Path) -> Path:
 
 
 def test_recorded_logits(tmp_path: Path):
-    shape, model = load(str(recorded_folder(tmp_path)), one_device(), TENSOR)
-    tokens = RECORDED_TOKENS
-    ours = trainer_logits(model, shape, tokens)[0]
-    sampled = sampler_logits(model, shape, [tokens[0, :4]], tokens[:, 4:])[0]
+    model, tokens = load(recorded_folder(tmp_path)), RECORDED_TOKENS
+    ours = trainer_logits(model, tokens)[0]
+    sampled = sampler_logits(model, [tokens[0, :4]], tokens[:, 4:])[0]
     at = tuple(np.array(RECORDED_AT).T)
     np.testing.assert_allclose(ours[at], RECORDED_LOGITS, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(sampled, ours[3:], rtol=0, atol=TOLERANCE)
@@ -202,38 +196,39 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_weights(config: dict[str, Any], seed: int) -> Any:
-    """Every parameter random: transformers' own start has zero biases and unit norms, which would hide their keys."""
+def random_transformers_model(config: dict[str, Any], seed: int) -> Any:
+    """Every parameter random: transformers starts biases at 0 and norms at 1, which would hide an exchanged key."""
     torch, transformers = torch_and_transformers()
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, **config)).eval()
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(torch.tensor(draw.normal(float("norm" in name), 0.2, weight.shape)))
+            weight.copy_(torch.tensor(rng.normal(float("norm" in name), 0.2, weight.shape)))
     return model
 
 
 @pytest.mark.parametrize(("name", "max_shard_size"), list(zip(MODELS, ["5GB", "100KB", "100KB", "5GB"], strict=True)))
 def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Path):
-    """A folder that transformers wrote, whole or in shards; right-padded rows, and groups that share their prompt's keys."""
+    """A folder by transformers, whole or in shards; right-padded rows; groups that share their prompt's keys."""
     torch, _ = torch_and_transformers()
-    theirs = random_weights(MODELS[name], seed=1)
+    theirs = random_transformers_model(MODELS[name], seed=1)
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors.index.json").is_file() == (max_shard_size == "100KB")
-    shape, model = load(str(tmp_path), one_device(), TENSOR)
+    model = load(tmp_path)
+    shape = model.shape
 
-    draw = np.random.default_rng(2)
-    prompts = [draw.integers(shape.v, size=length) for length in (3, 11, 7)]
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(shape.v, size=length) for length in (3, 11, 7)]
     group, width = 2, 6
-    responses = draw.integers(shape.v, size=(len(prompts) * group, width)).astype(np.int32)
-    sampled = sampler_logits(model, shape, prompts, responses)
+    responses = rng.integers(shape.v, size=(len(prompts) * group, width)).astype(np.int32)
+    sampled = sampler_logits(model, prompts, responses)
     rows = [np.concatenate([prompts[row // group], response]) for row, response in enumerate(responses)]
     padded = np.array([np.pad(row, (0, 32 - len(row)), constant_values=7) for row in rows])
-    trained = trainer_logits(model, shape, padded)
+    trained = trainer_logits(model, padded)
     for row, tokens in enumerate(rows):
         with torch.no_grad():
             expected = theirs(torch.tensor(tokens[None])).logits[0].numpy()
-        assert np.abs(expected).max() > 1  # else the tolerance would say little
+        assert np.abs(expected).max() > 1  # otherwise the tolerance would be loose
         np.testing.assert_allclose(trained[row, : len(tokens)], expected, rtol=0, atol=TOLERANCE)
         np.testing.assert_allclose(sampled[row], expected[len(prompts[row // group]) - 1 :], rtol=0, atol=TOLERANCE)
 
@@ -241,34 +236,25 @@ def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "dtype"), list(zip(MODELS, ["float32", "float32", "bfloat16", "bfloat16"], strict=True))
 )
-def test_transformers_loads_what_we_export(name: str, dtype: str, tmp_path: Path):
-    """transformers -> load -> save -> transformers: the same parameters bit for bit, the same logits, no key over."""
+def test_transformers_loads_what_we_export(name: str, dtype: Any, tmp_path: Path):
+    """transformers -> load -> save -> transformers: the same parameters bit for bit, the same logits, no extra key."""
     torch, transformers = torch_and_transformers()
-    random_weights(MODELS[name], seed=3).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
+    random_transformers_model(MODELS[name], seed=3).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
     before = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto")
-    shape, model = load(str(tmp_path / "theirs"), one_device(), TENSOR)
-    save(
-        model,
-        shape,
-        tmp_path / "ours",
-        dtype=dtype,
-        max_shard_bytes=60_000,
-        generation={"eos_token_id": [3, 4], "pad_token_id": 4},
-    )  # type: ignore
+    generation = {"eos_token_id": [3, 4], "pad_token_id": 4}
+    save_model(load(tmp_path / "theirs"), tmp_path / "ours", dtype=dtype, max_shard_bytes=60_000, generation=generation)
     after, notes = transformers.Qwen2ForCausalLM.from_pretrained(
         tmp_path / "ours", dtype="auto", output_loading_info=True
     )
     assert not any(notes.values()), notes
     assert after.dtype == getattr(torch, dtype)
-    assert (after.config.eos_token_id, after.generation_config.eos_token_id, after.generation_config.pad_token_id) == (
-        [3, 4],
-        [3, 4],
-        4,
-    )
-    one, two = before.state_dict(), after.state_dict()
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    tokens = torch.tensor(np.random.default_rng(4).integers(shape.v, size=(2, 9)))
+    assert after.config.eos_token_id == [3, 4]
+    assert after.generation_config.eos_token_id == [3, 4]
+    assert after.generation_config.pad_token_id == 4
+    expected, exported = before.state_dict(), after.state_dict()
+    assert expected.keys() == exported.keys()
+    assert all(torch.equal(expected[key], exported[key]) for key in expected)
+    tokens = torch.tensor(np.random.default_rng(4).integers(SMALL["vocab_size"], size=(2, 9)))
     with torch.no_grad():
         assert torch.equal(before(tokens).logits, after(tokens).logits)
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")

@@ -1,15 +1,15 @@
-"""config.json -> Shape: the published configs, both spellings of rope, and one line for each thing that is refused."""
+"""config.json -> Shape: the published configs, both spellings of rope, and one line for everything refused."""
 
 import json
 import re
 from pathlib import Path
 
-import jax
 import pytest
+from conftest import leaves_by_name
 
 from crpo_jax.errors import InputError
 from crpo_jax.model.shape import Shape, forward_flops, read_shape, shape_of
-from crpo_jax.model.transformer import abstract, dims_of, parameter_count
+from crpo_jax.model.transformer import model_shapes, parameter_count
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5"
 
@@ -90,6 +90,7 @@ def test_head_dim_is_free_of_the_width():
             {"hidden_size": 2050},
             "config.json: hidden_size: expected an even multiple of num_attention_heads=16, got 2050",
         ),
+        ({"head_dim": 127}, "config.json: head_dim: expected an even number, got 127"),
     ],
 )
 def test_refused(changed: dict[str, object], line: str):
@@ -111,12 +112,11 @@ def test_unreadable_config(tmp_path: Path):
 def test_names_spell_the_dims():
     """With a different size for every dim, a weight whose name and shape disagree cannot hide."""
     shape = Shape(d=2, n=3, k=5, h=7, f=11, v=13, l=17, tied=False, rope_theta=1e4, norm_eps=1e-6)
-    weights = jax.tree_util.tree_leaves_with_path(abstract(shape))
-    assert len(weights) == 15
-    for path, weight in weights:
-        names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
-        name = next(name for name in names if "_" in name)
-        assert weight.shape == shape.dims(("l" if "blocks" in names else "") + dims_of(name)), name
+    model = model_shapes(shape)
+    in_blocks = leaves_by_name(model.blocks)
+    assert len(leaves_by_name(model)) == 15
+    for name, weight in leaves_by_name(model).items():
+        assert weight.shape == shape.dims("l" * (name in in_blocks) + name.rsplit("_", 1)[1]), name
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_values_of_another_kind_are_refused_by_name(changed, expected):
 
 
 def test_flops_of_a_forward_pass():
-    """By hand: 2 per weight and token, the embedding's look-up none; attention 4 per query, head width and key that it sees, half of all."""
+    """By hand: 2 per weight and token, the embedding's look-up none; 4 per query, head width and visible key."""
     s = Shape(d=4, n=2, k=1, h=2, f=8, v=10, l=3, tied=True, rope_theta=1e4, norm_eps=1e-6)
     block = 4 * (2 * 2) + 2 * 4 * (1 * 2) + (2 * 2) * 4 + 3 * 4 * 8
     assert forward_flops(s, 6) == 2 * (3 * block + 4 * 10) * 6 + 3 * 2 * 2 * 4 * 6 * 6 / 2

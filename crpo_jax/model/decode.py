@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from crpo_jax.model.attention import Implementation, causal_attention, decode_attention
+from crpo_jax.model.attention import AttentionKind, causal_attention, decode_attention
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import dot, rms_norm, rope
 
@@ -100,7 +100,7 @@ def prefill(
     lengths: Int[Array, " p"],
     shape: Shape,
     shard: Shard,
-    attention: Implementation,
+    attention: AttentionKind,
 ) -> tuple[Float[Array, "p v"], list[tuple[Array, Array]]]:
     """Logits after the last token of each right-padded prompt, and every layer's prompt keys and values [p, k, t, h].
 

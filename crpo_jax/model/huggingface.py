@@ -1,12 +1,13 @@
-"""Hugging Face folders, in and out: one key table both ways, one tensor in host memory at a time.
+"""Reads and writes Hugging Face model folders, one tensor in host memory at a time.
 
-`load_model` reads each tensor of the safetensors once, puts its pieces on the devices that hold them and only then reads the
-next, so the host never holds the model. `save_model` goes the other way, also tensor by tensor, and ends in one rename. Export
-then import gives the same bits. Weights are only ever read from safetensors: a pickle (`pytorch_model.bin`) runs code.
+`load_model` reads each tensor of the safetensors once and puts it on its devices before it reads the next, so the host
+never holds the whole model. `save_model` writes tensor by tensor, and the finished folder appears by one rename. Export
+then import gives the same bits. Weights are read from safetensors only: a pickle (`pytorch_model.bin`) can run code.
 """
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +28,15 @@ from safetensors import SafetensorError, safe_open
 
 from crpo_jax.errors import InputError
 from crpo_jax.model.architecture import ARCHITECTURES, Weight
-from crpo_jax.model.shape import Shape, read_shape
+from crpo_jax.model.shape import SIZE_KEYS, Shape, read_mapping, read_shape
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import Axes, weight_spec
 
-IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-"""Buffers that old folders hold and rope_theta replaces; the only extra keys that are accepted, with a line that says so."""
+ROTARY_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Buffers of old folders, which rope_theta replaces: the only extra keys accepted, with a line on standard error."""
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""The types a stored tensor may have, as safetensors names them."""
+"""The types that a stored tensor may have, by their names in safetensors."""
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 TOKENIZER_FILES = (
@@ -48,21 +49,26 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING_KEY, OUTPUT_KEY = "model.embed_tokens.weight", "lm_head.weight"
 MAX_SHARD_BYTES = 5_000_000_000
 
 
 class Tensor(NamedTuple):
-    """A tensor of the safetensors and the weight it is (a layer of)."""
+    """A tensor of the safetensors and the weight it holds, or holds one layer of."""
 
     key: str
     weight: Weight
     layer: int | None
     sizes: tuple[int, ...]
 
+    @property
+    def elements(self) -> int:
+        return math.prod(self.sizes)
+
 
 class Header(NamedTuple):
-    """What a safetensors file says about one of its tensors."""
+    """What a safetensors file states about one of its tensors."""
 
     file: Path
     sizes: tuple[int, ...]
@@ -76,21 +82,18 @@ def stored_sizes(weight: Weight, shape: Shape) -> tuple[int, ...]:
 
 def model_tensors(shape: Shape) -> list[Tensor]:
     """Every tensor that the safetensors of a model must hold, no more and no fewer, layer by layer."""
-    per_layer = [weight for weight in shape.weights if weight.stacked]
-    first = shape.weights.index(per_layer[0])
-
-    def tensor(weight: Weight, layer: int | None = None) -> Tensor:
-        return Tensor(weight.key.format(l=layer), weight, layer, stored_sizes(weight, shape))
-
-    ends = [tensor(weight) for weight in shape.weights if not weight.stacked]
-    return [*ends[:first], *(tensor(weight, layer) for layer in range(shape.l) for weight in per_layer), *ends[first:]]
+    return [
+        Tensor(weight.key.format(l=layer), weight, layer, stored_sizes(weight, shape))
+        for stacked, weights in itertools.groupby(shape.weights, lambda weight: weight.stacked)
+        for layer, weight in itertools.product(range(shape.l) if stacked else [None], weights)
+    ]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def model_folder(path: str) -> Path:
-    """The local folder of a model: `path` itself, or the snapshot of a hub id, downloaded where it is not in the cache."""
+    """The local folder of a model: `path` itself, or the snapshot of a hub id, downloaded unless it is in the cache."""
     folder = Path(path).expanduser()
     if path and folder.is_dir():  # Path("") is the working directory
         return folder
@@ -98,25 +101,18 @@ def model_folder(path: str) -> Path:
         raise InputError(
             f"model.path: expected a folder, or a hub id such as Qwen/Qwen2.5-3B, got {path!r}, which is neither"
         )
-    import huggingface_hub  # here, because most runs read a local folder and this import is slow
+    import huggingface_hub  # slow to import, and most runs read a local folder
     from huggingface_hub.errors import HfHubHTTPError
 
-    # HfHubHTTPError's bases are the error of the HTTP client, which differs between the hub's versions, and OSError.
+    # HfHubHTTPError's bases are OSError and the HTTP client's error, which differs between versions of huggingface_hub.
     failures: tuple[Any, ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
     try:
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_FILES)))
     except failures as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model.path: {path}: no such folder here, and the hub did not give it: {reason}") from None
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON, got: {error}") from None
+        raise InputError(
+            f"model.path: {path}: not a local folder, and it cannot be downloaded from the hub: {reason}"
+        ) from None
 
 
 def read_header(file: Path) -> dict[str, Header]:
@@ -134,26 +130,16 @@ def read_header(file: Path) -> dict[str, Header]:
 
 
 def read_headers(folder: Path) -> tuple[Path, dict[str, Header]]:
-    """Every tensor of a folder, and the file that lists them: the single safetensors, or the index, which must not err."""
-    single, index = folder / SINGLE, folder / INDEX
+    """The file that lists a folder's tensors, model.safetensors or an index, and every tensor's header.
+
+    Raises InputError where the index and its files disagree.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():
         return single, read_header(single)
     if not index.is_file():
-        found = sorted(
-            path.name
-            for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
-            for path in folder.glob(pattern)
-        )
-        got = f"got only {', '.join(found[:3])}" if found else "got neither"
-        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in found)
-        why = (
-            "; a pickle can run code when it is read: write safetensors with transformers' save_pretrained"
-            if pickled
-            else ""
-        )
-        raise InputError(f"{folder}: expected {SINGLE} or {INDEX}, {got}{why}")
-    content = read_json(index)
-    listed = content.get("weight_map") if isinstance(content, dict) else None
+        refuse_other_weights(folder)
+    listed = read_mapping(index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise InputError(f"{index}: weight_map: expected a mapping of keys to file names, got {listed!r:.60}")
     headers: dict[str, Header] = {}
@@ -161,71 +147,75 @@ def read_headers(folder: Path) -> tuple[Path, dict[str, Header]]:
         keys, file = {key for key, value in listed.items() if value == name}, folder / name
         if Path(name).name != name or not file.is_file():
             raise InputError(f"{index}: {min(keys)}: expected in {name}, which is not in this folder")
-        held = read_header(file)
-        for key in sorted(keys - held.keys()):
-            raise InputError(f"{file}: {key}: missing; {INDEX} expects it here")
-        for key in sorted(held.keys() - keys):
-            raise InputError(f"{file}: {key}: extra; {INDEX} does not list it here")
-        headers |= held
+        of_file = read_header(file)
+        for key in sorted(keys - of_file.keys()):
+            raise InputError(f"{file}: {key}: missing; expected in this file by {INDEX_FILE}")
+        for key in sorted(of_file.keys() - keys):
+            raise InputError(f"{file}: {key}: extra; not listed for this file by {INDEX_FILE}")
+        headers |= of_file
     return index, headers
 
 
+def refuse_other_weights(folder: Path) -> NoReturn:
+    """Raises InputError for a folder without a model in safetensors, naming the weights that it holds instead."""
+    patterns = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+    names = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+    got = f"only {', '.join(names[:3])}" if names else "neither"
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        got += "; reading a pickle can run code: write safetensors with transformers' save_pretrained"
+    raise InputError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, got {got}")
+
+
 def check_keys(shape: Shape, listing: Path, headers: Mapping[str, Header]) -> None:
-    """Refuses missing, extra, mis-shaped and mis-typed tensors, before any is read."""
+    """Refuses missing, extra, mis-shaped and mis-typed tensors before any is read."""
     expected = {tensor.key: tensor for tensor in model_tensors(shape)}
-    extra = [
-        key
-        for key in headers
-        if key not in expected and not IGNORED.fullmatch(key) and not (shape.tied and key == "lm_head.weight")
-    ]
-    for kind, keys in (("missing", [key for key in expected if key not in headers]), ("extra", extra)):
-        if keys:
-            more = f" ({len(keys) - 1} more are {kind})" if len(keys) > 1 else ""
-            wanted = (
-                f"shape {list(expected[keys[0]].sizes)}"
-                if kind == "missing"
-                else f"no such key in this {shape.l}-layer {shape.model_type} model"
-            )
-            untied = ", since config.json does not set tie_word_embeddings" if keys[0] == "lm_head.weight" else ""
-            got = f", got shape {list(headers[keys[0]].sizes)}" if kind == "extra" else ""
-            raise InputError(f"{listing}: {keys[0]}: {kind}; expected {wanted}{untied}{got}{more}")
+    repeated = {OUTPUT_KEY} if shape.tied else set()
+    missing = [key for key in expected if key not in headers]
+    extra = [key for key in headers if key not in expected.keys() | repeated and not ROTARY_BUFFERS.fullmatch(key)]
+    if missing:
+        key, count = missing[0], len(missing) - 1
+        why = ", since config.json does not set tie_word_embeddings" if key == OUTPUT_KEY else ""
+        more = f" ({count} more missing)" if count else ""
+        raise InputError(f"{listing}: {key}: missing; expected shape {list(expected[key].sizes)}{why}{more}")
+    if extra:
+        key, model, count = extra[0], f"{shape.l}-layer {shape.model_type} model", len(extra) - 1
+        got = f"shape {list(headers[key].sizes)}" + (f" ({count} more extra)" if count else "")
+        raise InputError(f"{listing}: {key}: extra; expected no such key in this {model}, got {got}")
     for key, tensor in expected.items():
-        header = headers[key]
-        if header.sizes != tensor.sizes:
-            raise InputError(f"{header.file}: {key}: expected shape {list(tensor.sizes)}, got {list(header.sizes)}")
-        if header.dtype not in DTYPES:
-            raise InputError(
-                f"{header.file}: {key}: expected {', '.join(DTYPES)} (weights that are not quantized), got {header.dtype}"
-            )
+        file, sizes, dtype = headers[key]
+        if sizes != tensor.sizes:
+            raise InputError(f"{file}: {key}: expected shape {list(tensor.sizes)}, got {list(sizes)}")
+        if dtype not in DTYPES:
+            raise InputError(f"{file}: {key}: expected unquantized {', '.join(DTYPES)}, got {dtype}")
 
 
 def check_tied(headers: Mapping[str, Header]) -> None:
     """Refuses an lm_head.weight that differs from the embedding it is tied to; compared in blocks of rows."""
-    key, other = "lm_head.weight", "model.embed_tokens.weight"
-    if key not in headers:
+    if OUTPUT_KEY not in headers:
         return
-    head, embedding = headers[key], headers[other]
-    equal = head[1:] == embedding[1:]
+    output, embedding = headers[OUTPUT_KEY], headers[EMBEDDING_KEY]
+    equal = output[1:] == embedding[1:]
     if equal:
-        with safe_open(head.file, framework="numpy") as one, safe_open(embedding.file, framework="numpy") as two:
-            ours, theirs = one.get_slice(key), two.get_slice(other)
-            rows = head.sizes[0]
-            blocks = (slice(row, min(row + 4096, rows)) for row in range(0, rows, 4096))
-            equal = all(np.array_equal(ours[block], theirs[block]) for block in blocks)
+        with safe_open(output.file, framework="numpy") as first, safe_open(embedding.file, framework="numpy") as second:
+            output_rows, embedding_rows = first.get_slice(OUTPUT_KEY), second.get_slice(EMBEDDING_KEY)
+            count = output.sizes[0]
+            blocks = (slice(row, min(row + 4096, count)) for row in range(0, count, 4096))
+            equal = all(np.array_equal(output_rows[block], embedding_rows[block]) for block in blocks)
     if not equal:
         raise InputError(
-            f"{head.file}: {key}: expected no such key, or the same values as {other}, since config.json sets tie_word_embeddings"
+            f"{output.file}: {OUTPUT_KEY}: expected no such key, or the same values as {EMBEDDING_KEY}, "
+            "since config.json sets tie_word_embeddings"
         )
 
 
 def load_model(path: str, mesh: Mesh, axes: Axes, dtype: Any = jnp.float32) -> Transformer:
     """The model of a folder or hub id as `axes` place it on the mesh, converted to `dtype` on the devices.
 
-    The host holds one stored tensor at a time, and its pieces on their way to the devices. On a mesh of several processes
-    every process calls this and puts only what its own devices hold. The mesh must split the shape (`check_layout`).
+    The host holds one stored tensor at a time, and the parts of it that are in transfer. On a mesh of several processes
+    each of them calls this and transfers only its own devices' parts. The mesh must pass `check_layout`.
 
-    Raises InputError, naming file and key, for whatever is missing, extra, mis-shaped, quantized, cut short or a pickle.
-    A tied model's lm_head.weight is accepted where it equals the embedding; old rotary buffers (IGNORED) are skipped.
+    Raises InputError, naming file and key, for tensors that are missing, extra, mis-shaped or quantized, and for files
+    that are truncated or pickles. A tied model may repeat its embedding as lm_head.weight; ROTARY_BUFFERS are skipped.
     """
     folder = model_folder(path)
     shape = read_shape(folder)
@@ -233,12 +223,10 @@ def load_model(path: str, mesh: Mesh, axes: Axes, dtype: Any = jnp.float32) -> T
     check_keys(shape, listing, headers)
     if shape.tied:
         check_tied(headers)
-    ignored = [key for key in headers if IGNORED.fullmatch(key)]
+    ignored = [key for key in headers if ROTARY_BUFFERS.fullmatch(key)]
     if ignored and jax.process_index() == 0:
-        print(
-            f"{listing}: {ignored[0]}: ignored ({len(ignored)} such keys), rope_theta={shape.rope_theta:g} gives these angles",
-            file=sys.stderr,
-        )
+        reason = f"({len(ignored)} such keys), rope_theta={shape.rope_theta:g} is used instead"
+        print(f"{listing}: {ignored[0]}: ignored {reason}", file=sys.stderr)
 
     tensors = {tensor.key: tensor for tensor in model_tensors(shape)}
     weights: dict[str, jax.Array | None] = {}
@@ -249,9 +237,7 @@ def load_model(path: str, mesh: Mesh, axes: Axes, dtype: Any = jnp.float32) -> T
                 if key in tensors:
                     name, layer = tensors[key].weight.name, tensors[key].layer
                     weights[name] = insert[name](weights.get(name), source.get_tensor(key), layer)
-                    jax.block_until_ready(
-                        weights[name]
-                    )  # else later tensors are read while earlier ones wait in host memory
+                    jax.block_until_ready(weights[name])  # or tensors would pile up in host memory
     return Transformer(shape, lambda weight: weights[weight.name])
 
 
@@ -259,7 +245,10 @@ def load_model(path: str, mesh: Mesh, axes: Axes, dtype: Any = jnp.float32) -> T
 def insertion(
     weight: Weight, shape: Shape, mesh: Mesh, axes: Axes, dtype: Any
 ) -> Callable[[jax.Array | None, np.ndarray, int | None], jax.Array]:
-    """`(weight so far, stored tensor, layer) -> weight` with that tensor in it; the stack is allocated once, then donated."""
+    """A function (stack, stored tensor, layer) -> stack with that tensor as its layer; the first call allocates it.
+
+    The stack is donated. A weight that is not stacked has neither stack nor layer.
+    """
     letters, dims = weight.stored.replace(" ", ""), weight.dims
     arriving = NamedSharding(mesh, weight_spec(axes, letters, mesh, shape.k))
     final = NamedSharding(mesh, weight_spec(axes, weight.stacked_dims, mesh, shape.k))
@@ -289,109 +278,107 @@ def insertion(
 def config_of(
     shape: Shape, dtype: str, token_ids: Mapping[str, Any], max_position_embeddings: int = 32768
 ) -> dict[str, Any]:
-    """The config.json of a shape, in the keys that Qwen2.5 was published with; `shape_of` reads it back.
+    """The config.json of a shape, with the keys of the published Qwen2.5; `shape_of` reads it back.
 
-    No pad_token_id, as there: transformers would make it the embedding's padding_idx, a row that gets no gradient.
+    Like those it has no pad_token_id: transformers would use it as the embedding's padding_idx, a row without gradient.
     """
-    return {
+    settings = {
         "architectures": [ARCHITECTURES[shape.model_type].class_name],
         "attention_dropout": 0.0,
         **{key: token_ids[key] for key in ("bos_token_id", "eos_token_id") if key in token_ids},
         **({} if shape.h * shape.n == shape.d else {"head_dim": shape.h}),
+        **{key: getattr(shape, dim) for dim, key in SIZE_KEYS.items()},
         "hidden_act": "silu",
-        "hidden_size": shape.d,
         "initializer_range": 0.02,
-        "intermediate_size": shape.f,
         "max_position_embeddings": max_position_embeddings,
         "model_type": shape.model_type,
-        "num_attention_heads": shape.n,
-        "num_hidden_layers": shape.l,
-        "num_key_value_heads": shape.k,
         "rms_norm_eps": shape.norm_eps,
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": shape.tied,
         "torch_dtype": dtype,
         "use_cache": True,
         "use_sliding_window": False,
-        "vocab_size": shape.v,
     }
+    return dict(sorted(settings.items()))
 
 
 def special_token_ids(folder: Path) -> dict[str, int]:
-    """bos_token_id, eos_token_id and pad_token_id of a tokenizer, as far as it names them."""
-    settings, tokenizer = read_json(folder / "tokenizer_config.json"), read_json(folder / "tokenizer.json")
+    """Those of bos_token_id, eos_token_id and pad_token_id that a tokenizer defines."""
+    settings, tokenizer = read_mapping(folder / "tokenizer_config.json"), read_mapping(folder / "tokenizer.json")
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     named = {role: settings.get(f"{role}_token") for role in ("bos", "eos", "pad")}
     contents = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
     return {f"{role}_token_id": ids[content] for role, content in contents.items() if content in ids}
 
 
-def shards_of(wanted: Sequence[Tensor], width: int, max_shard_bytes: int) -> dict[str, list[Tensor]]:
-    """The tensors by file, none over `max_shard_bytes` unless a single tensor is; `width` is an element's bytes."""
+def split_into_files(tensors: Sequence[Tensor], width: int, max_shard_bytes: int) -> dict[str, list[Tensor]]:
+    """The tensors by file name, at most `max_shard_bytes` a file unless a single tensor is larger.
+
+    `width` is the bytes of an element.
+    """
     shards: list[list[Tensor]] = []
     room = 0
-    for tensor in wanted:
-        size = int(np.prod(tensor.sizes)) * width
+    for tensor in tensors:
+        size = tensor.elements * width
         if not shards or size > room:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(tensor)
         room -= size
     count = len(shards)
-    return {
-        SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors": shard
-        for i, shard in enumerate(shards, 1)
-    }
+    if count == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def safetensors_header(shard: Sequence[Tensor], dtype: str, width: int) -> bytes:
-    """What stands before the bytes of the tensors, which follow in this order.
+    """The bytes of a safetensors file before those of its tensors, which follow in this order.
 
-    The library's own writer wants every tensor of a file in memory; the format (huggingface.co/docs/safetensors) is eight
-    bytes of length, then JSON with each tensor's place, padded with spaces to a multiple of eight.
+    The library's own writer needs every tensor of a file in memory. The format (huggingface.co/docs/safetensors) is
+    eight bytes of length, then JSON with the place of each tensor, padded with spaces to a multiple of eight.
     """
     code = {value: key for key, value in DTYPES.items()}[dtype]
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    start = 0
     for tensor in shard:
-        end = at + int(np.prod(tensor.sizes)) * width
-        content[tensor.key] = {"dtype": code, "shape": list(tensor.sizes), "data_offsets": [at, end]}
-        at = end
+        end = start + tensor.elements * width
+        content[tensor.key] = {"dtype": code, "shape": list(tensor.sizes), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def stored_tensors(model: Transformer, dtype: str) -> Callable[[Tensor], jax.Array]:
-    """`tensor -> its values` as they are stored, whole on every device; each of a mesh's processes must call it."""
+def gather_tensors(model: Transformer, dtype: str) -> Callable[[Tensor], jax.Array]:
+    """A function from a tensor to its values as they are stored, whole on every device; all processes must call it."""
 
     @functools.cache
-    def gather(weight: Weight) -> Any:
+    def program(weight: Weight) -> Any:
         letters, dims = weight.stored.replace(" ", ""), weight.dims
-        placed = model[weight.name].sharding
-        placed = placed if isinstance(placed, NamedSharding) else None
+        sharding = model[weight.name].sharding
+        named = sharding if isinstance(sharding, NamedSharding) else None
 
-        def stored(values: jax.Array, layer: jax.Array | None) -> jax.Array:
+        def gather(values: jax.Array, layer: jax.Array | None) -> jax.Array:
             if layer is not None:
                 values = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
-                if placed:  # or the compiler may gather the whole stack to take one layer of it
-                    parts = tuple(placed.spec) + (None,) * (values.ndim + 1 - len(placed.spec))
-                    values = jax.lax.with_sharding_constraint(values, NamedSharding(placed.mesh, P(*parts[1:])))
+                if named:  # or the compiler may gather the whole stack to take one layer of it
+                    axes = tuple(named.spec) + (None,) * (values.ndim + 1 - len(named.spec))
+                    values = jax.lax.with_sharding_constraint(values, NamedSharding(named.mesh, P(*axes[1:])))
             values = values.astype(dtype).transpose([dims.index(letter) for letter in letters])
             return values.reshape(stored_sizes(weight, model.shape))
 
-        return jax.jit(stored, out_shardings=NamedSharding(placed.mesh, P()) if placed else None)
+        return jax.jit(gather, out_shardings=NamedSharding(named.mesh, P()) if named else None)
 
     def values(tensor: Tensor) -> jax.Array:
         layer = None if tensor.layer is None else np.int32(tensor.layer)
-        return gather(tensor.weight)(model[tensor.weight.name], layer)
+        return program(tensor.weight)(model[tensor.weight.name], layer)
 
     return values
 
 
 @contextlib.contextmanager
 def written_at_once(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder` that becomes it at the end, or disappears with the error that stopped the writing."""
+    """A hidden folder beside `folder` that is renamed to it at the end, or removed if writing fails."""
     temporary = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
@@ -405,24 +392,21 @@ def written_at_once(folder: Path) -> Iterator[Path]:
 
 
 def free_folder(folder: str | Path) -> Path:
-    """The absolute path of a folder to write; refused by every process where the first one finds something there."""
+    """The absolute path of a folder to write; every process raises InputError if the first one finds files in it."""
     folder = Path(os.path.abspath(Path(folder).expanduser()))
-    occupied = (
-        jax.process_index() == 0 and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
-    )
-    if multihost_utils.broadcast_one_to_all(
-        np.int32(occupied)
-    ):  # all stop, or the others would wait for the writer for ever
+    writer = jax.process_index() == 0
+    occupied = writer and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
+    if multihost_utils.broadcast_one_to_all(np.int32(occupied)):  # all stop, or the others would wait for the writer
         raise InputError(f"{folder}: expected a new or empty folder, got one that exists; nothing was written")
     return folder
 
 
 def inherited_settings(folder: Path) -> dict[str, Any]:
-    """What a model folder says beside its shape and its weights, as `save_model` takes it."""
-    longest = read_json(folder / "config.json").get("max_position_embeddings")
+    """What a model folder states besides its shape and weights, as arguments of `save_model`."""
+    longest = read_mapping(folder / "config.json").get("max_position_embeddings")
     generation = folder / "generation_config.json"
-    found = {"max_position_embeddings": longest} if isinstance(longest, int) else {}
-    return {**found, "generation": read_json(generation)} if generation.is_file() else found
+    inherited = {"max_position_embeddings": longest} if isinstance(longest, int) else {}
+    return {**inherited, "generation": read_mapping(generation)} if generation.is_file() else inherited
 
 
 def save_model(
@@ -435,11 +419,11 @@ def save_model(
     generation: Mapping[str, Any] | None = None,
     max_position_embeddings: int = 32768,
 ) -> None:
-    """Writes a model as a folder that transformers, vLLM and `load_model` read; refuses one that holds files.
+    """Writes a model as a folder that transformers, vLLM and `load_model` read; refuses a folder that holds files.
 
-    `generation` is the content of generation_config.json, whose bos and eos ids config.json repeats; None: the tokenizer's ids.
-    The folder appears whole or not at all. The host holds one tensor at a time. On a mesh of several processes every
-    process calls this; the first one writes.
+    `generation` is the content of generation_config.json, and config.json repeats its bos and eos ids; None takes the
+    tokenizer's ids. The folder appears whole or not at all. The host holds one tensor at a time. On a mesh of several
+    processes each of them calls this and the first one writes.
     """
     writer = jax.process_index() == 0
     tokenizer = None if tokenizer_folder is None else Path(tokenizer_folder)
@@ -447,30 +431,27 @@ def save_model(
         generation = special_token_ids(tokenizer) if tokenizer else {}
     if tokenizer and not (tokenizer / "tokenizer.json").is_file():
         raise InputError(f"{tokenizer}: expected a folder with a tokenizer.json")
-    folder = free_folder(folder)
-    width = jnp.dtype(dtype).itemsize
-    shape = model.shape
-    shards = shards_of(model_tensors(shape), width, max_shard_bytes)
-    values_of = stored_tensors(model, dtype)
+    folder, shape, width = free_folder(folder), model.shape, jnp.dtype(dtype).itemsize
+    files = split_into_files(model_tensors(shape), width, max_shard_bytes)
+    values_of = gather_tensors(model, dtype)
     with written_at_once(folder) if writer else contextlib.nullcontext() as temporary:
-        for name, shard in shards.items():
+        for name, tensors in files.items():
             with open(temporary / name, "wb") if temporary else contextlib.nullcontext() as file:
                 if file:
-                    file.write(safetensors_header(shard, dtype, width))
-                for tensor in shard:
+                    file.write(safetensors_header(tensors, dtype, width))
+                for tensor in tensors:
                     values = jax.block_until_ready(values_of(tensor))
                     if file:
                         file.write(np.ascontiguousarray(values.addressable_data(0)).reshape(-1).view(np.uint8).data)
         if temporary:
-            sizes = sum(int(np.prod(tensor.sizes)) for shard in shards.values() for tensor in shard)
-            written = {
-                "config.json": config_of(shape, dtype, generation, max_position_embeddings),
-                **({"generation_config.json": dict(generation)} if generation else {}),
-            }
-            if len(shards) > 1:
-                listed = {tensor.key: name for name, shard in shards.items() for tensor in shard}
-                written[INDEX] = {"metadata": {"total_size": sizes * width}, "weight_map": listed}
-            for name, content in written.items():
+            settings = {"config.json": config_of(shape, dtype, generation, max_position_embeddings)}
+            if generation:
+                settings["generation_config.json"] = dict(generation)
+            if len(files) > 1:
+                total = sum(tensor.elements for tensors in files.values() for tensor in tensors) * width
+                listed = {tensor.key: name for name, tensors in files.items() for tensor in tensors}
+                settings[INDEX_FILE] = {"metadata": {"total_size": total}, "weight_map": listed}
+            for name, content in settings.items():
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             for name in TOKENIZER_FILES:
                 if tokenizer and (tokenizer / name).is_file():

@@ -1,14 +1,15 @@
-"""LoRA adapters in PEFT's format, in and out: adapter_config.json beside adapter_model.safetensors.
+"""Reads and writes LoRA adapters in PEFT's format: adapter_config.json beside adapter_model.safetensors.
 
-An adapted layer's key in the model, `model.layers.0.self_attn.q_proj.weight`, gives its two matrices here,
+The weight `model.layers.0.self_attn.q_proj.weight` has the adapters
 `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` [r, inputs] and `...lora_B.weight` [outputs, r].
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,16 @@ from safetensors.numpy import save_file
 
 from crpo_jax.errors import InputError
 from crpo_jax.model.architecture import Weight
-from crpo_jax.model.huggingface import DTYPES, free_folder, read_header, read_json, written_at_once
+from crpo_jax.model.huggingface import DTYPES, free_folder, read_header, written_at_once
 from crpo_jax.model.lora import Adapters, linear_layers, matrix_sizes
-from crpo_jax.model.shape import Shape
+from crpo_jax.model.shape import Shape, read_mapping
 from crpo_jax.parallel.layout import Axes, weight_spec
 from crpo_jax.parallel.mesh import fetch, put
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-PLAIN: Mapping[str, Any] = {"peft_type": "LORA", "bias": "none"}
-OFF = (
+REQUIRED: Mapping[str, Any] = {"peft_type": "LORA", "bias": "none"}
+UNSUPPORTED = (
     "use_dora",
     "use_qalora",
     "lora_bias",
@@ -38,83 +39,80 @@ OFF = (
     "rank_pattern",
     "alpha_pattern",
     "layers_to_transform",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
 )
-OFF += ("layer_replication", "alora_invocation_tokens", "trainable_token_indices", "target_parameters")
-"""What a config must say, and what it must leave empty: each changes what the matrices mean, or adds others."""
+"""Settings that must be unset: each changes what the matrices mean, or adds others."""
 
 
-def adapter_tensors(
-    weights: Sequence[Weight], shape: Shape, rank: int
-) -> dict[str, tuple[Weight, str, int, tuple[int, int]]]:
-    """Every key of the safetensors with its weight, "A" or "B", layer and sizes."""
-    return {
-        f"base_model.model.{weight.key.format(l=layer).removesuffix('weight')}lora_{half}.weight": (
-            weight,
-            half,
-            layer,
-            sizes,
-        )
-        for layer in range(shape.l)
-        for weight in weights
-        for half, sizes in (
-            ("A", (rank, math.prod(shape.dims(weight.inputs)))),
-            ("B", (math.prod(shape.dims(weight.outputs)), rank)),
-        )
-    }
+class AdapterTensor(NamedTuple):
+    """One layer's A or B of an adapted weight, as PEFT stores it."""
+
+    weight: Weight
+    half: str
+    layer: int
+    sizes: tuple[int, int]
+
+
+def adapter_tensors(weights: Sequence[Weight], shape: Shape, rank: int) -> dict[str, AdapterTensor]:
+    """Every tensor of the safetensors by its key."""
+    tensors = {}
+    for layer, weight in itertools.product(range(shape.l), weights):
+        inputs, outputs = (math.prod(shape.dims(dims)) for dims in (weight.inputs, weight.outputs))
+        stem = "base_model.model." + weight.key.format(l=layer).removesuffix("weight")
+        for half, sizes in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            tensors[f"{stem}lora_{half}.weight"] = AdapterTensor(weight, half, layer, sizes)
+    return tensors
 
 
 def load_adapters(path: str | Path, shape: Shape, mesh: Mesh, axes: Axes) -> Adapters:
-    """The float32 adapters of a folder, placed as `axes` place the weights they adapt; their scale is the folder's own.
+    """The float32 adapters of a folder, placed as `axes` place the weights they adapt, with the folder's own scale.
 
-    Raises InputError, naming file and key, for a setting that this model does not implement and for a tensor that is
-    missing, extra or mis-shaped. Weights are read from safetensors only.
+    Raises InputError, naming file and key, for a setting that is not supported and for a tensor that is missing, extra
+    or mis-shaped. Weights are read from safetensors only.
     """
-    folder = Path(path).expanduser()
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise InputError(
-            f"model.adapter: {folder}: expected {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them"
-        )
-    settings, headers = read_json(folder / CONFIG), read_header(folder / WEIGHTS)
-    rank, scale = check_config(folder / CONFIG, settings)
-    layers = linear_layers(shape)
+    config, file = (Path(path).expanduser() / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    if not config.is_file() or not file.is_file():
+        expected = f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, as PEFT's save_pretrained writes them"
+        raise InputError(f"model.adapter: {config.parent}: expected {expected}")
+    rank, scale = check_adapter_config(config)
+    headers, layers = read_header(file), linear_layers(shape)
     weights = [weight for name, weight in layers.items() if any(f".{name}." in key for key in headers)]
     tensors = adapter_tensors(weights, shape, rank)
-    for key in [*sorted(tensors.keys() - headers.keys()), *sorted(headers.keys() - tensors.keys())]:
-        if key in tensors:
-            raise InputError(f"{folder / WEIGHTS}: {key}: missing; expected shape {list(tensors[key][3])}")
-        raise InputError(
-            f"{folder / WEIGHTS}: {key}: extra; expected no such key on a {shape.l}-layer {shape.model_type} model"
-        )
-    for key, header in headers.items():
-        if header.sizes != tensors[key][3] or header.dtype not in DTYPES:
-            expected = f"shape {list(tensors[key][3])} of {', '.join(DTYPES)}"
-            raise InputError(f"{folder / WEIGHTS}: {key}: expected {expected}, got {list(header.sizes)} {header.dtype}")
+    for key in sorted(tensors.keys() - headers.keys()):
+        raise InputError(f"{file}: {key}: missing; expected shape {list(tensors[key].sizes)}")
+    for key in sorted(headers.keys() - tensors.keys()):
+        model = f"{shape.l}-layer {shape.model_type} model"
+        raise InputError(f"{file}: {key}: extra; expected no such key for a {model}")
+    for key, (_, sizes, dtype) in headers.items():
+        if sizes != tensors[key].sizes or dtype not in DTYPES:
+            expected = f"shape {list(tensors[key].sizes)} of {', '.join(DTYPES)}"
+            raise InputError(f"{file}: {key}: expected {expected}, got {list(sizes)} {dtype}")
     if not weights:
-        raise InputError(f"{folder / WEIGHTS}: expected adapters of some of {', '.join(layers)}, got none")
+        raise InputError(f"{file}: expected adapters of some of {', '.join(layers)}, got none")
 
-    with safe_open(folder / WEIGHTS, framework="numpy") as source:
+    with safe_open(file, framework="numpy") as source:
 
         def make(dims: str, weight: Weight) -> jax.Array:
             half = "A" if dims[-1] == "r" else "B"
-            keys = [key for key, tensor in tensors.items() if tensor[:2] == (weight, half)]
+            keys = [key for key, tensor in tensors.items() if (tensor.weight, tensor.half) == (weight, half)]
             stacked = np.stack([source.get_tensor(key).astype(np.float32).T for key in keys])
             return put(stacked.reshape(matrix_sizes(shape, rank, dims)), mesh, weight_spec(axes, dims, mesh, shape.k))
 
         return Adapters(weights, scale, make)
 
 
-def check_config(file: Path, settings: Any) -> tuple[int, float]:
-    """The rank and the scale that adapter_config.json gives, alpha / r or with use_rslora alpha / sqrt(r)."""
-    if not isinstance(settings, dict):
-        raise InputError(f"{file}: expected a mapping of settings, got {settings!r:.60}")
-    for key, expected in PLAIN.items():
+def check_adapter_config(file: Path) -> tuple[int, float]:
+    """The rank and the scale in adapter_config.json: alpha / r, or with use_rslora alpha / sqrt(r)."""
+    settings = read_mapping(file)
+    for key, expected in REQUIRED.items():
         if settings.get(key, expected) != expected:
             raise InputError(f"{file}: {key}: expected {expected!r}, got {settings[key]!r}")
-    for key in OFF:
+    for key in UNSUPPORTED:
         if settings.get(key):
-            raise InputError(
-                f"{file}: {key}: expected none of it, which this model does not implement, got {settings[key]!r:.60}"
-            )
+            raise InputError(f"{file}: {key}: expected unset, since it is not supported, got {settings[key]!r:.60}")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"{file}: r: expected a positive whole number, got {rank!r}")
@@ -124,12 +122,12 @@ def check_config(file: Path, settings: Any) -> tuple[int, float]:
 
 
 def save_adapters(adapters: Adapters, shape: Shape, folder: str | Path, *, base: str, dtype: Any = "float32") -> None:
-    """Writes adapters for PEFT, `base` being the model they belong to; refuses a folder that holds files.
+    """Writes adapters in PEFT's format, with `base` as the model they belong to; refuses a folder that holds files.
 
-    The folder appears whole or not at all. On a mesh of several processes every process calls this; the first one writes.
+    The folder appears whole or not at all. On a mesh of several processes each of them calls this and the first one
+    writes.
     """
-    folder, rank = free_folder(folder), adapters.rank
-    on_host: Adapters = fetch(adapters)
+    folder, rank, on_host = free_folder(folder), adapters.rank, fetch(adapters)
     if jax.process_index() == 0:
         tensors = {}
         for key, (weight, half, layer, sizes) in adapter_tensors(adapters.weights, shape, rank).items():
@@ -152,6 +150,6 @@ def save_adapters(adapters: Adapters, shape: Shape, folder: str | Path, *, base:
             "use_rslora": False,
         }
         with written_at_once(folder) as temporary:
-            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-            (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            (temporary / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     multihost_utils.sync_global_devices("the adapter is written")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from crpo_jax.model.architecture import Weight
-from crpo_jax.model.attention import Implementation, causal_attention
+from crpo_jax.model.attention import AttentionKind, causal_attention
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.model.lora import Adapters, Policy, merged_weight
 from crpo_jax.model.shape import Shape
@@ -57,7 +57,7 @@ def automatic_layout(shape: Shape, mesh: Mesh, dtype: str, memory: int | None) -
     return "zero1" if fits else "fsdp"
 
 
-def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xla") -> Placement:
+def training_placement(shape: Shape, mesh: Mesh, attention: AttentionKind = "xla") -> Placement:
     """The constraints of the training forward: a block's weights are gathered to TENSOR before use, rows stay split
     over the data axis, and KV heads are repeated until every model shard has its own.
 
@@ -98,7 +98,7 @@ def training_placement(shape: Shape, mesh: Mesh, attention: Implementation = "xl
     def attend(q: Any, k: Any, v: Any) -> Any:
         if attention == "xla":
             return causal_attention(q, k, v, attention)
-        local = functools.partial(causal_attention, implementation=attention)
+        local = functools.partial(causal_attention, kind=attention)
         specs = (Q_BTNH, KV_BTKH, KV_BTKH)
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=Q_BTNH, check_vma=False)(q, k, v)
 

@@ -2,13 +2,24 @@
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from crpo_jax.errors import InputError
 from crpo_jax.model.architecture import ARCHITECTURES, Weight
+
+SIZE_KEYS = {
+    "d": "hidden_size",
+    "n": "num_attention_heads",
+    "k": "num_key_value_heads",
+    "f": "intermediate_size",
+    "v": "vocab_size",
+    "l": "num_hidden_layers",
+}
+"""The keys of config.json by the dim they give."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Shape:
 
     @functools.cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """Every weight of such a model; where the embedding serves both ends (tied) there is no output projection."""
+        """Every weight of this model. A tied model has no output projection: its embedding serves as both."""
         declared = ARCHITECTURES[self.model_type].weights
         return tuple(weight for weight in declared if not (self.tied and weight.name == "unembed_dv"))
 
@@ -42,80 +53,70 @@ class Shape:
 
 
 def forward_flops(shape: Shape, length: int) -> float:
-    """Floating-point operations of a forward pass over one row of `length` tokens, logits included; a backward pass has twice as many.
+    """Floating-point operations of a forward pass over a row of `length` tokens, logits included.
 
-    Two per weight and token of every product, and of causal attention the half that is not masked.
+    Two per token and weight of every matrix product; of causal attention, the half that is not masked. A backward pass
+    has twice as many.
     """
-    s = shape
-    weights = s.l * (2 * s.d * s.n * s.h + 2 * s.d * s.k * s.h + 3 * s.d * s.f) + s.d * s.v
-    return 2.0 * weights * length + 2.0 * s.l * s.n * s.h * length * length
+    layer = sum(math.prod(shape.dims(weight.dims)) for weight in shape.weights if weight.inputs)
+    products = shape.l * layer + shape.d * shape.v
+    return 2.0 * products * length + 2.0 * shape.l * shape.n * shape.h * length * length
 
 
 def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
-    """The shape that a Qwen2 config.json describes; what this model does not implement is refused by name."""
+    """The shape that a config.json describes. Raises InputError, naming the key, for what is not implemented."""
 
-    def wanted(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-        if value not in allowed:
-            raise InputError(f"{where}: {key}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+    def refuse(key: str, expected: str, value: Any) -> NoReturn:
+        raise InputError(f"{where}: {key}: expected {expected}, got {value!r}")
 
-    wanted("model_type", config.get("model_type", "qwen2"), ("qwen2",))
-    wanted("hidden_act", config.get("hidden_act", "silu"), ("silu",))
-    wanted("use_sliding_window", config.get("use_sliding_window", False), (False,))
+    def option(key: str, value: Any, *allowed: Any) -> Any:
+        return value if value in allowed else refuse(key, " or ".join(map(repr, allowed)), value)
 
-    def number(value: Any, key: str) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise InputError(f"{where}: {key}: expected a positive number, got {value!r}")
-        return float(value)
+    def whole(key: str, value: Any) -> int:
+        return value if type(value) is int and value > 0 else refuse(key, "a positive whole number", value)
+
+    def number(key: str, value: Any) -> float:
+        return float(value) if type(value) in (int, float) and value > 0 else refuse(key, "a positive number", value)
 
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise InputError(f"{where}: rope_parameters: expected a mapping, got {rope!r}")
-    wanted("tie_word_embeddings", config.get("tie_word_embeddings", False), (True, False))
-    wanted("rope_parameters.rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",))
-    sizes = {}
-    for key in (
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-        "vocab_size",
-        "num_hidden_layers",
-    ):
-        value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{where}: {key}: expected a positive whole number, got {value!r}")
-        sizes[key] = value
-    n, k, d = sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["hidden_size"]
+        refuse("rope_parameters", "a mapping", rope)
+    model_type = option("model_type", config.get("model_type", "qwen2"), *ARCHITECTURES)
+    option("hidden_act", config.get("hidden_act", "silu"), "silu")
+    option("use_sliding_window", config.get("use_sliding_window", False), False)
+    option("rope_parameters.rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
+    sizes = {dim: whole(key, config.get(key)) for dim, key in SIZE_KEYS.items()}
+    d, n, k, h = sizes["d"], sizes["n"], sizes["k"], config.get("head_dim")
     if n % k:
-        raise InputError(f"{where}: num_attention_heads: expected a multiple of num_key_value_heads={k}, got {n}")
-    head = config.get("head_dim") or d // n
-    if not isinstance(head, int) or isinstance(head, bool) or head < 1:
-        raise InputError(f"{where}: head_dim: expected a positive whole number, got {head!r}")
-    if head % 2 or (not config.get("head_dim") and d % n):
-        raise InputError(f"{where}: hidden_size: expected an even multiple of num_attention_heads={n}, got {d}")
+        refuse("num_attention_heads", f"a multiple of num_key_value_heads={k}", n)
+    if not h and d % (2 * n):
+        refuse("hidden_size", f"an even multiple of num_attention_heads={n}", d)
+    if h and whole("head_dim", h) % 2:
+        refuse("head_dim", "an even number", h)
     return Shape(
-        d=d,
-        n=n,
-        k=k,
-        h=head,
-        f=sizes["intermediate_size"],
-        v=sizes["vocab_size"],
-        l=sizes["num_hidden_layers"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        rope_theta=number(rope.get("rope_theta") or config.get("rope_theta") or 10000.0, "rope_theta"),
-        norm_eps=number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
+        **sizes,
+        h=h or d // n,
+        tied=option("tie_word_embeddings", config.get("tie_word_embeddings", False), True, False),
+        rope_theta=number("rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        model_type=model_type,
     )
 
 
 def read_shape(folder: str | Path) -> Shape:
     """The shape of a Hugging Face model folder."""
     path = Path(folder) / "config.json"
+    return shape_of(read_mapping(path, "model.path: "), str(path))
+
+
+def read_mapping(path: Path, prefix: str = "") -> dict[str, Any]:
+    """The JSON object in a file; `prefix` opens the message where the file cannot be read."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"model.path: {path}: {error.strerror}") from None
+        raise InputError(f"{prefix}{path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path}: expected JSON, got: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a mapping of settings, got {config!r:.60}")
-    return shape_of(config, str(path))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping, got {content!r:.60}")
+    return content

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from crpo_jax.model.attention import piece
+from crpo_jax.model.attention import query_block
 from crpo_jax.model.lora import trained_shapes, trained_shardings
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import CACHE_BKSH, TENSOR, Axes, find_layout, kv_copies, weight_spec
@@ -182,8 +182,8 @@ def estimate_temporaries(run: PlannedRun) -> Memory:
         return tokens * dtype.itemsize * (wide * shape.f / run.model + narrow * shape.d)
 
     def count_scores(rows: int, t: int) -> float:
-        """Float32 attention scores of one piece of queries, which attention kernels never store."""
-        return rows * shape.n / run.model * min(t, piece(t)) * t * 4 if run.attention == "xla" else 0.0
+        """Float32 attention scores of one block of queries, which attention kernels never store."""
+        return rows * shape.n / run.model * min(t, query_block(t)) * t * 4 if run.attention == "xla" else 0.0
 
     if run.settings.lora.rank:  # the base has no gradients and is stored as it computes
         gathers, embedding = is_split("compute"), 0.0

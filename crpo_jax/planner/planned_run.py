@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from crpo_jax.config import Config, replaced
 from crpo_jax.errors import InputError
-from crpo_jax.model.attention import Implementation, implementation
+from crpo_jax.model.attention import AttentionKind, choose_attention
 from crpo_jax.model.placement import automatic_layout
 from crpo_jax.model.shape import Shape, read_shape, shape_of
 from crpo_jax.parallel.layout import check_layout, find_layout
@@ -80,10 +80,10 @@ class PlannedRun:
         return AbstractMesh((self.data, self.model), (DATA, MODEL))
 
     @property
-    def attention(self) -> Implementation:
+    def attention(self) -> AttentionKind:
         """The attention that the run uses on the target."""
         settings, platform = self.settings, self.target.chip.kind
-        return implementation(settings.parallel.attention, platform, settings.model.dtype, self.shape.h)
+        return choose_attention(settings.parallel.attention, platform, settings.model.dtype, self.shape.h)
 
     def with_settings(self, changes: Mapping[str, Any]) -> "PlannedRun":
         """The same run with new values by dotted key."""

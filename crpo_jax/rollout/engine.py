@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
-from crpo_jax.model.attention import Implementation
+from crpo_jax.model.attention import AttentionKind
 from crpo_jax.model.decode import Cache, SamplerWeights
 from crpo_jax.model.lora import Policy
 from crpo_jax.model.placement import to_sampler
@@ -141,7 +141,7 @@ class Engine:
     max_new_tokens: int
     slots: int = 128
     chunk: int = 16
-    attention: Implementation = "xla"
+    attention: AttentionKind = "xla"
 
     def generate(
         self,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from crpo_jax.model.attention import Implementation
+from crpo_jax.model.attention import AttentionKind
 from crpo_jax.model.decode import Cache, SamplerWeights, Shard, decode, prefill
 from crpo_jax.model.placement import sampler_specs
 from crpo_jax.model.shape import Shape
@@ -89,7 +89,7 @@ def prefill_and_draw(
     shard: Shard,
     sampling: Sampling,
     slots: tuple[int, int],
-    attention: Implementation,
+    attention: AttentionKind,
 ) -> tuple[tuple[Cache, ...], DecodedChunk]:
     """Prefills right-padded prompts and draws the first token of every row; b = p * g, prompt-major.
 
@@ -206,7 +206,7 @@ class SamplingPrograms(NamedTuple):
 
 @functools.cache
 def sampling_programs(
-    shape: Shape, mesh: Mesh, sampling: Sampling, chunk: int, attention: Implementation
+    shape: Shape, mesh: Mesh, sampling: Sampling, chunk: int, attention: AttentionKind
 ) -> SamplingPrograms:
     shard = Shard(MODEL if model_size(mesh) > 1 else None)
     weights, layer = sampler_specs(shape, mesh), Cache._make([CACHE_BKSH] * len(Cache._fields))

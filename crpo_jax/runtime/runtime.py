@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from crpo_jax.config import Config, Lora, Optimizer, config_folder, replaced
 from crpo_jax.data.prompts import load_tokenizer
 from crpo_jax.errors import InputError
-from crpo_jax.model.attention import implementation
+from crpo_jax.model.attention import choose_attention
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.model.huggingface import (
     MAX_SHARD_BYTES,
@@ -87,7 +87,7 @@ class Runtime:
         rollout, parallel = self.settings.rollout, self.settings.parallel
         how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, self.vocabulary.stop_ids)
         platform = self.mesh.devices.flat[0].platform
-        attention = implementation(parallel.attention, platform, self.settings.model.dtype, self.shape.h)
+        attention = choose_attention(parallel.attention, platform, self.settings.model.dtype, self.shape.h)
         return Engine(self.shape, self.mesh, how, rollout.max_new_tokens, rollout.slots, rollout.chunk, attention)
 
     def sampler_weights(self, policy: Policy) -> SamplerWeights:

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 def response_mask(batch: Batch) -> Bool[Array, "b t"]:
     """Where position j predicts a token of a response that carries gradient: prompt - 1 <= j < length - 1. From
     lengths, never from token ids."""
-    position = jnp.arange(batch.tokens.shape[1])
+    position = jnp.arange(batch.tokens.shape[1])[None]
     inside = (position >= batch.prompt_lengths[:, None] - 1) & (position < batch.lengths[:, None] - 1)
     return inside & (batch.weights > 0)[:, None]
 

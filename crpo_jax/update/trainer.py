@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 from crpo_jax.config import Config, Lora, Optimizer
-from crpo_jax.model.attention import Implementation, implementation
+from crpo_jax.model.attention import AttentionKind, choose_attention
 from crpo_jax.model.lora import Adapters, Policy, policy_of, trained_shapes, trained_shardings
 from crpo_jax.model.placement import training_placement, weight_shardings
 from crpo_jax.model.shape import Shape
@@ -128,12 +128,12 @@ class Trainer:
         *,
         loss: Loss,
         lora: Lora = EVERY_WEIGHT,
-        attention: Implementation | None = None,
+        attention: AttentionKind | None = None,
     ) -> None:
         self.mesh, self.crpo, self.parallel = mesh, settings.crpo, settings.parallel
         self.loss: Loss = loss
         self.dtype, layout = jnp.dtype(settings.model.dtype), find_layout(settings.parallel.layout)
-        kernel = attention or implementation(
+        kernel = attention or choose_attention(
             settings.parallel.attention, mesh.devices.flat[0].platform, self.dtype, shape.h
         )
         self.placement = training_placement(shape, mesh, kernel)
@@ -182,7 +182,7 @@ class Trainer:
         return [jax.tree.map(place, batch) for batch in batches]
 
     def with_logprobs(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-        """A rollout's mini-batches on the devices, with the log-probs of the reference and, where several optimizer
+        """A rollout's mini-batches, on the devices, with the log-probs of the reference and, where several optimizer
         steps follow, of the policy that sampled."""
         assert state.frozen is not None
         reference, weights = Policy(state.frozen), self.weights(state) if len(mini_batches) > 1 else None
