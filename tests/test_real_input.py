@@ -1,4 +1,4 @@
-"""The same commands on real input: MedQA, the Qwen2.5 tokenizer, a folder of Qwen2.5 weights (random, since none are here)."""
+"""The same commands on real input: MedQA, the Qwen2.5 tokenizer, and a Qwen2.5 folder with random weights."""
 
 import json
 import shutil
@@ -58,17 +58,8 @@ def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, cap
             "run.eval_every": 0,
         }
         config = Path(__file__).parents[1] / "configs" / "clinical_r1_3b.yaml"
-        train.main(
-            [
-                "--config",
-                str(config),
-                "--mesh",
-                "4x2",
-                "--workdir",
-                str(tmp_path / "run"),
-                *(f"{k}={v}" for k, v in settings.items()),
-            ]
-        )
+        arguments = ["--config", str(config), "--mesh", "4x2", "--workdir", str(tmp_path / "run")]
+        train.main([*arguments, *(f"{key}={value}" for key, value in settings.items())])
         return read_metrics(tmp_path / "run")
 
     run(2)
@@ -82,26 +73,22 @@ def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, cap
 
     export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "policy"), "--dtype", "float32"])
     policy = Qwen2ForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32).eval()
-    tokens = torch.tensor(
-        [AutoTokenizer.from_pretrained(tmp_path / "policy")("A 45-year-old man has chest pain.")["input_ids"]]
-    )
+    ids = AutoTokenizer.from_pretrained(tmp_path / "policy")("A 45-year-old man has chest pain.")["input_ids"]
+    tokens = torch.tensor([ids])
     with torch.no_grad():
         theirs = policy(tokens).logits[0].numpy()
-    assert abs(theirs - ours(tmp_path / "policy", tokens.numpy())).max() < 1e-4
-    with torch.no_grad():
-        assert abs(theirs - model.eval()(tokens).logits[0].numpy()).max() > 1e-4, "three steps changed nothing"
+        before = model.eval()(tokens).logits[0].numpy()
+    assert abs(theirs - our_logits(tmp_path / "policy", tokens.numpy())).max() < 1e-4
+    assert abs(theirs - before).max() > 1e-4, "three steps changed nothing"
 
 
-def ours(folder: Path, tokens):
+def our_logits(folder: Path, tokens):
     import jax
     import numpy as np
 
-    from crpo_jax.model import huggingface
-    from crpo_jax.model.transformer import hidden_states, logits
+    from crpo_jax.model.huggingface import load_model
     from crpo_jax.parallel.layout import TENSOR
     from crpo_jax.parallel.mesh import make_mesh
 
-    shape, model = huggingface.load(str(folder), make_mesh("8x1"), TENSOR)
-    return np.asarray(
-        jax.jit(lambda model, tokens: logits(model, hidden_states(model, tokens, shape)))(model, tokens)[0]
-    )
+    model = load_model(str(folder), make_mesh("8x1"), TENSOR)
+    return np.asarray(jax.jit(lambda model, tokens: model.logits(model(tokens)))(model, tokens)[0])

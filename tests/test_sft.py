@@ -1,4 +1,4 @@
-"""Fine-tuning by its own command: whole or with adapters, stopped and resumed, the best epoch kept, its files readable."""
+"""Fine-tuning by its own command: all weights or adapters, stopped and resumed, the best epoch kept, files readable."""
 
 import json
 import os
@@ -58,21 +58,14 @@ def whole(tmp_path_factory, compiled_once) -> Path:
     return workdir
 
 
-def test_the_loss_falls_and_everything_is_left_behind(whole: Path):
+def test_the_loss_falls_and_the_run_leaves_its_files(whole: Path):
     metrics = read_metrics(whole)
     evaluated = [row["step"] for row in metrics if "eval/loss" in row]
     assert evaluated == [0, 4, 8, 12, 16, 20, 23]  # 30 traces in batches of 8: the last epoch ends inside a batch
     assert metrics[-1]["eval/loss"] < metrics[0]["eval/loss"] - 1
     assert metrics[-2]["loss/total"] < metrics[0]["loss/total"] - 1
-    for name in (
-        "config.yaml",
-        "samples.jsonl",
-        "checkpoints",
-        "tb",
-        "report/curve.png",
-        "coldstart/model.safetensors",
-        "coldstart/tokenizer.json",
-    ):
+    files = ("config.yaml", "samples.jsonl", "report/curve.png", "coldstart/model.safetensors")
+    for name in (*files, "coldstart/tokenizer.json", "checkpoints", "tb"):
         assert (whole / name).exists(), name
     previews = [json.loads(line) for line in (whole / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in previews] == evaluated
@@ -81,37 +74,31 @@ def test_the_loss_falls_and_everything_is_left_behind(whole: Path):
 
 
 def test_updates_that_are_not_finite_end_the_run(tmp_path: Path):
-    """Else it would go on to its end, and write the weights it began with as the model."""
-    with pytest.raises(SystemExit, match="loss or gradient not finite, the last of 3 updates in a row"):
-        tune(
-            tmp_path / "astray",
-            "sft.optimizer.learning_rate=1e30",
-            "sft.optimizer.warmup_steps=0",
-            "sft.optimizer.schedule=constant",
-        )
-    assert not (tmp_path / "astray" / "coldstart").exists()
+    """Otherwise the run would reach its end and write the weights it began with as the model."""
+    optimizer = {"learning_rate": 1e30, "warmup_steps": 0, "schedule": "constant"}
+    diverging = [f"sft.optimizer.{name}={value}" for name, value in optimizer.items()]
+    expected = (
+        r"step \d+, mini-batch 0: loss or gradient not finite, .*It was the last of 3 in a row \(run.limits.skipped\)"
+    )
+    with pytest.raises(SystemExit, match=expected) as caught:
+        tune(tmp_path / "run", *diverging)
+    assert "sft.optimizer.learning_rate" in str(caught.value)
+    assert not (tmp_path / "run" / "coldstart").exists()
 
 
 def test_the_loss_is_of_the_response_alone(tmp_path: Path):
-    """Another question before the same answer changes what is conditioned on, not which tokens count: their number is the same."""
-    questions = [
-        {"id": str(i), "question": "chest pain " * (i + 1), "options": {"A": "gout", "B": "flu"}, "answer": "A"}
-        for i in range(4)
-    ]
-    (tmp_path / "traces.jsonl").write_text(
-        "".join(json.dumps(row | {"response": "\\boxed{A}"}) + "\n" for row in questions)
-    )
-    metrics = tune(
-        tmp_path / "run", f"sft.path={tmp_path / 'traces.jsonl'}", "sft.epochs=30", "sft.held_out=0", "sft.previews=0"
-    )
-    assert (
-        metrics[-2]["loss/total"] < 0.1
-    )  # the answer is always the same; the questions, which differ, could not be learnt to this
+    """Prompts of different lengths before the same answer: a loss that counted them could not fall this far."""
+    answer = {"options": {"A": "gout", "B": "flu"}, "answer": "A", "response": "\\boxed{A}"}
+    rows = [{"id": str(i), "question": "chest pain " * (i + 1)} | answer for i in range(4)]
+    path = tmp_path / "traces.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = tune(tmp_path / "run", f"sft.path={path}", "sft.epochs=30", "sft.held_out=0", "sft.previews=0")
+    assert metrics[-2]["loss/total"] < 0.1
     assert not any("eval/loss" in row for row in metrics)
 
 
 def stop_after(workdir: Path, steps: int) -> threading.Thread:
-    """Sends this process SIGTERM once the run in `workdir` has written so many steps."""
+    """Sends this process SIGTERM once the run in `workdir` has logged `steps` steps."""
 
     def watch() -> None:
         deadline = time.monotonic() + 120
@@ -124,7 +111,7 @@ def stop_after(workdir: Path, steps: int) -> threading.Thread:
     return thread
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
+def test_a_resumed_run_equals_one_that_was_never_stopped(
     whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     """Contract 6 between epochs: metrics, previews and weights, bit for bit."""
@@ -142,36 +129,26 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
 def test_a_finished_run_says_so_and_changes_nothing(whole: Path, capfd: pytest.CaptureFixture[str]):
     before = (whole / "metrics.jsonl").read_bytes()
     tune(whole)
-    said = capfd.readouterr().err
-    assert "finished before" in said
-    assert "held-out loss per token" in said
+    errors = capfd.readouterr().err
+    assert "this run is finished, nothing to do" in errors
+    assert "held-out loss per token" in errors
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_the_best_epoch_is_kept_and_the_last_ones_are_not_waited_for(tmp_path: Path):
-    """A learning rate that wrecks what it learnt: the folder holds the best epoch, not the last."""
+def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path: Path):
+    """With a learning rate that is too large at the end, the folder holds the best epoch, not the last."""
     metrics = tune(tmp_path / "run", "sft.epochs=12", "sft.optimizer.learning_rate=0.3", "sft.patience=2", "run.keep=1")
     losses = fine_tuning_report.held_out_losses(tmp_path / "run")
-    best = fine_tuning_report.best_of(losses, [step for step in losses if step])
+    best = fine_tuning_report.best_step(losses, [step for step in losses if step])
     assert best is not None
     assert metrics[-1]["step"] == sorted(losses)[sorted(losses).index(best) + 2] or best == 4
     assert metrics[-1]["step"] < 44
-    export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "best"), "--dtype", "float32"])
-    export.main(
-        [
-            "--workdir",
-            str(tmp_path / "run"),
-            "--out",
-            str(tmp_path / "last"),
-            "--dtype",
-            "float32",
-            "--step",
-            str(metrics[-1]["step"]),
-        ]
-    )
-    kept = weights(tmp_path / "run" / "coldstart")
-    assert all(np.array_equal(kept[name], value) for name, value in weights(tmp_path / "best").items())
-    assert not all(np.array_equal(kept[name], value) for name, value in weights(tmp_path / "last").items())
+    arguments = ["--workdir", str(tmp_path / "run"), "--dtype", "float32"]
+    export.main([*arguments, "--out", str(tmp_path / "best")])
+    export.main([*arguments, "--out", str(tmp_path / "last"), "--step", str(metrics[-1]["step"])])
+    written = weights(tmp_path / "run" / "coldstart")
+    assert all(np.array_equal(written[name], value) for name, value in weights(tmp_path / "best").items())
+    assert not all(np.array_equal(written[name], value) for name, value in weights(tmp_path / "last").items())
 
 
 @pytest.mark.parametrize(
@@ -191,17 +168,12 @@ def test_adapters_are_merged_and_written_for_peft(whole: Path, tmp_path: Path):
         tmp_path / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
 
-    # The adapter on the model it was trained on is the merged model; as a start, from which a learning rate of 0 does not move.
-    tune(
-        again,
-        f"model.path={start}",
-        f"model.adapter={run / 'adapter'}",
-        "sft.optimizer.learning_rate=0",
-        "sft.epochs=1",
-    )
-    one, two, before = (weights(folder) for folder in (run / "coldstart", again / "coldstart", start))
-    for name, value in one.items():
-        np.testing.assert_allclose(two[name], value, atol=1e-6)
+    # model.adapter on the adapter's base is the merged model; a learning rate of 0 leaves it as it is.
+    frozen = ["sft.optimizer.learning_rate=0", "sft.epochs=1"]
+    tune(again, f"model.path={start}", f"model.adapter={run / 'adapter'}", *frozen)
+    merged, reloaded, before = (weights(folder) for folder in (run / "coldstart", again / "coldstart", start))
+    for name, value in merged.items():
+        np.testing.assert_allclose(reloaded[name], value, atol=1e-6)
         assert np.array_equal(value, before[name]) == (not ("q_proj.weight" in name or "down_proj" in name)), name
     with pytest.raises(InputError, match=r"--adapter: expected a run with LoRA"):
         export.main(["--workdir", str(again), "--out", str(tmp_path / "none"), "--adapter"])
