@@ -20,7 +20,7 @@ from crpo_jax.errors import InputError
 from crpo_jax.planner.targets import find_missing_compiler, parse_target, prepare_environment
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.build_parser("plan", __doc__ or "")
     targets = "devices to plan for: 8xa6000, h200, h100x8, v4-16, v5e-16, v5p-8, v6e-8, ..."
     search = "rank all meshes and layouts of the target's devices, then plan the best"
@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+    args = parse_flags(arguments)
     settings = cli.load_settings(args, config.default_config_path("an accelerator"))
     target = parse_target(args.target)
     prepare_environment(target)

@@ -37,7 +37,10 @@ def answer(response: str, sample: int = 0, question: Question = QUESTION, **rest
 )
 def test_an_answer_is_the_only_box_where_its_format_wants_it(response, tagged, anywhere):
     assert extract_letter(answer(response), SETTINGS) == tagged
-    assert extract_letter(answer(response), config.load_config(None, ["evaluate.answer=anywhere"], model=False)) == anywhere
+    assert (
+        extract_letter(answer(response), config.load_config(None, ["evaluate.answer=anywhere"], model=False))
+        == anywhere
+    )
 
 
 def test_the_vote_goes_to_the_most_frequent_and_of_equals_to_the_first():

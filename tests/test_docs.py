@@ -57,7 +57,9 @@ def settings_named() -> list[str]:
 @pytest.mark.parametrize("name", settings_named())
 def test_every_setting_named_exists(name: str) -> None:
     prefix = name.removesuffix("*")
-    assert name in config.setting_fields() or any(key.startswith(f"{prefix.rstrip('.')}.") for key in config.setting_fields())
+    assert name in config.setting_fields() or any(
+        key.startswith(f"{prefix.rstrip('.')}.") for key in config.setting_fields()
+    )
 
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z-]+)[ `]", ALL)) - {"--help"}))
@@ -146,7 +148,9 @@ def test_the_settings_page_is_what_its_script_writes() -> None:
 
 
 def test_the_settings_page_has_every_setting() -> None:
-    assert sorted(re.findall(r"^\| `([a-z_0-9.]+)` \|", TEXTS[GENERATED], re.MULTILINE)) == sorted(config.setting_fields())
+    assert sorted(re.findall(r"^\| `([a-z_0-9.]+)` \|", TEXTS[GENERATED], re.MULTILINE)) == sorted(
+        config.setting_fields()
+    )
 
 
 # ---- the README, the site, the citation ----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
 from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.report import step_line
-from crpo_jax.runtime.run import Run
+from crpo_jax.runtime.run import TrainingRun
 from crpo_jax.store.files import replace_rows, writing
 
 EVALUATION = 2**31 - 1
@@ -33,7 +33,7 @@ class Evaluated(NamedTuple):
 
 
 def evaluate_held_out(
-    run: Run, weights: SamplerWeights, questions: Fitting, scorer: Scorer, step: int
+    run: TrainingRun, weights: SamplerWeights, questions: Fitting, scorer: Scorer, step: int
 ) -> dict[str, float]:
     """One response per held-out question, written to the run's report; the means of their measures, as eval/....
 

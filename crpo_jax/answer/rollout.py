@@ -15,7 +15,7 @@ from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
 from crpo_jax.rollout.engine import Response, RolloutProgress
 from crpo_jax.runtime.inputs import TrainingQuestions
-from crpo_jax.runtime.run import Run
+from crpo_jax.runtime.run import TrainingRun
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.runtime.signals import StopRequested
 from crpo_jax.update.batches import Row
@@ -72,7 +72,7 @@ def respond(
     return Responses(repeated, [response for responses in groups for response in responses], scores)
 
 
-class Rollout(NamedTuple):
+class ScoredRollout(NamedTuple):
     """What a step learns from: b responses, prompt-major, a group of g to each of p prompts."""
 
     questions: list[Question]  # of each response
@@ -104,9 +104,9 @@ def sample_rollout(
     weights: SamplerWeights,
     questions: TrainingQuestions,
     scorer: Scorer,
-    run: Run,
+    run: TrainingRun,
     step: int,
-) -> Rollout | None:
+) -> ScoredRollout | None:
     """The responses of a step with their rewards; None where the run was asked to stop before they were complete.
 
     While fewer than crpo.prompts_per_step groups differ in reward, further questions follow, crpo.dynamic_sampling
@@ -148,10 +148,10 @@ def sample_rollout(
             break
         turn += 1
     trained = (groups[:, None] * crpo.group_size + np.arange(crpo.group_size)).reshape(-1)
-    return Rollout(repeated, responses, texts, scores, rewards, valid, trained, seconds)
+    return ScoredRollout(repeated, responses, texts, scores, rewards, valid, trained, seconds)
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+def rollout_metrics(rollout: ScoredRollout) -> dict[str, float]:
     """What the rewards of a step's groups say besides their means: spread, and how much conclusions cite and repeat."""
     scores = [score for score in rollout.scores if isinstance(score, Score)]
     reasons = [score.why.get("cross_reference") for score in scores]
@@ -164,7 +164,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     }
 
 
-def sample_rows(step: int, rollout: Rollout, advantages: np.ndarray) -> list[dict[str, Any]]:
+def sample_rows(step: int, rollout: ScoredRollout, advantages: np.ndarray) -> list[dict[str, Any]]:
     """What samples.jsonl records of a step: every response with its reward, or with the error that left it out.
 
     `trained` says whether it was in a mini-batch: all are, unless dynamic sampling replaced their group.

@@ -74,9 +74,9 @@ def rearrange_trace(question: Question, reasoning: str, answer: str) -> tuple[st
     that is a bare letter, the end of the reasoning moves there.
     """
     body, conclusion = paragraphs(plain_text(reasoning)), answer_prose(plain_text(answer), question)
-    if count_words(conclusion) < MIN_PROSE:
+    if word_count(conclusion) < MIN_PROSE:
         last, body = take_sentences(body, SECTION_WORDS, from_end=True)
-        conclusion = "\n\n".join([*last, *([conclusion] if count_words(conclusion) > 1 else [])])
+        conclusion = "\n\n".join([*last, *([conclusion] if word_count(conclusion) > 1 else [])])
     impression, analysis = take_sentences(body, SECTION_WORDS)
     if not impression or not analysis:
         return None, "the reasoning is too short to be split into System 1 and System 2"
@@ -101,7 +101,7 @@ def paragraphs(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def count_words(text: str) -> int:
+def word_count(text: str) -> int:
     return len(WORD.findall(text))
 
 
@@ -109,9 +109,9 @@ def take_sentences(parts: list[str], enough: int, from_end: bool = False) -> tup
     """The first (or last) sentences of some paragraphs, at least `enough` words, and the rest, both in paragraphs."""
     order = -1 if from_end else 1
     taken, rest = [], parts[::order]
-    while rest and count_words(" ".join(taken)) < enough:
+    while rest and word_count(" ".join(taken)) < enough:
         sentences, part = SENTENCE_BREAK.split(rest.pop(0))[::order], []
-        while sentences and count_words(" ".join([*taken, *part])) < enough:
+        while sentences and word_count(" ".join([*taken, *part])) < enough:
             part.append(sentences.pop(0))
         taken.append(" ".join(part[::order]))
         if sentences:

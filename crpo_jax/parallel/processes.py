@@ -39,7 +39,7 @@ PROCESS_FLAGS = {
     "process": "JAX_PROCESS_ID",
 }
 """The flags for clusters other than TPU slices and Slurm, each with the environment variable that may replace it."""
-RESUME_HINT = "the same command in every process resumes from the last checkpoint"
+HOW_TO_RESUME = "the same command in every process resumes from the last checkpoint"
 END_KEY = "crpo_jax/ended"
 LOST_PEER = re.compile(r"gloo|nccl|connection|socket|unavailable|heartbeat|peer", re.IGNORECASE)
 """Matches the error of a collective whose other end is gone."""
@@ -108,7 +108,7 @@ def join_processes(command: str, args: argparse.Namespace) -> Iterator[None]:
             exit_message.set(
                 f"{name}: process {jax.process_index()} of {jax.process_count()} was killed, or aborted by "
                 "jax.distributed because it lost another process (then its messages are above). "
-                f"The log of the process that died first says why; {RESUME_HINT}"
+                f"The log of the process that died first says why; {HOW_TO_RESUME}"
             )
             threading.Thread(target=await_end, args=(name, exit_message), daemon=True).start()
         self_test(exit_message=exit_message)
@@ -170,7 +170,7 @@ def exit_code_and_line(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, JaxRuntimeError) and LOST_PEER.search(first):
-        return 1, f"another process died or is unreachable; its log says why; {RESUME_HINT} ({first[:200]})"
+        return 1, f"another process died or is unreachable; its log says why; {HOW_TO_RESUME} ({first[:200]})"
     traceback.print_exception(error)
     return 1, f"{type(error).__name__}: {first}"
 

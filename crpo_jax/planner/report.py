@@ -93,7 +93,7 @@ def format_times(plan: Plan) -> str:
     return f"least seconds per step at the device's peaks, for {lengths}\n{align_columns(rows)}"
 
 
-def format_verdict(plan: Plan) -> str:
+def format_fit(plan: Plan) -> str:
     """Whether the plan fits, by how much, and what to change if it does not."""
     peak, target = plan.peak, plan.run.target
     need = f"{peak.name} needs the most memory, {format_gib(peak.total)} of {format_gib(target.usable)} GiB per device"
@@ -107,7 +107,7 @@ def format_verdict(plan: Plan) -> str:
 
 
 def format_plan(plan: Plan) -> str:
-    parts = (format_run, format_memory, format_collectives, format_times, format_verdict)
+    parts = (format_run, format_memory, format_collectives, format_times, format_fit)
     return "\n\n".join(part(plan) for part in parts)
 
 

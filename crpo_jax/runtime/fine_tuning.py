@@ -17,7 +17,7 @@ from crpo_jax.parallel.mesh import data_size
 from crpo_jax.runtime import fine_tuning_report
 from crpo_jax.runtime.fine_tuning_report import best_step, held_out_losses
 from crpo_jax.runtime.inputs import Traces, model_digests, open_traces, trace_digest
-from crpo_jax.runtime.run import Run, open_run, shared_workdir
+from crpo_jax.runtime.run import TrainingRun, open_run, shared_workdir
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.checkpoint import Checkpoints
 from crpo_jax.store.workdir import check_inputs
@@ -90,7 +90,7 @@ def fine_tune(runtime: Runtime, workdir: Path, folder: Path, traces: Traces, *, 
     return run.finished
 
 
-def evaluate_traces(run: Run, traces: Traces, step: int) -> dict[str, float]:
+def evaluate_traces(run: TrainingRun, traces: Traces, step: int) -> dict[str, float]:
     """The mean negative log-prob per token of the held-out responses; nothing where none are held out."""
     if not traces.held_out:
         return {}
@@ -107,7 +107,7 @@ def mean_loss(trainer: Trainer, state: TrainState, rows: list[Row], shards: int)
     return total / tokens
 
 
-def preview(run: Run, traces: Traces, step: int) -> None:
+def preview(run: TrainingRun, traces: Traces, step: int) -> None:
     """Answers the first sft.previews held-out prompts into samples.jsonl, and shows the first."""
     runtime = run.runtime
     rows = (traces.held_out or traces.train)[: runtime.settings.sft.previews]
@@ -119,7 +119,7 @@ def preview(run: Run, traces: Traces, step: int) -> None:
     run.progress.write(fine_tuning_report.preview_lines(rows[0], responses[0], runtime.vocabulary))
 
 
-def write_best(run: Run, losses: Mapping[int, float], start: Path | None, folder: Path) -> None:
+def write_best(run: TrainingRun, losses: Mapping[int, float], start: Path | None, folder: Path) -> None:
     """The weights with the lowest held-out loss as a Hugging Face folder, and adapters alone as WORKDIR/adapter for
     PEFT."""
     run.save()

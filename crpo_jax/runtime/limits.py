@@ -18,7 +18,7 @@ from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Trainer, TrainState, Update
 
 
-class Limits:
+class LimitWatch:
     """Watches a run's measures against `run.limits`: warns where one is beyond its limit, or ends the run, by
     settings."""
 

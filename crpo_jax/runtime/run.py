@@ -1,4 +1,4 @@
-"""A training run in its workdir: CRPO and the cold start are both a loop over `Run.steps`."""
+"""A training run in its workdir: CRPO and the cold start are both a loop over `TrainingRun.steps`."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from crpo_jax.parallel.processes import barrier
 from crpo_jax.rollout.engine import RolloutProgress
 from crpo_jax.runtime import report
 from crpo_jax.runtime.compilations import CompilationCounter
-from crpo_jax.runtime.limits import Limits
+from crpo_jax.runtime.limits import LimitWatch
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.runtime.signals import StopSignal
@@ -21,7 +21,7 @@ from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Trainer, TrainState, Update
 
 
-class Run:
+class TrainingRun:
     """The state of training and everything that happens around a step: resume, log, checkpoint, limits, stop.
 
     It continues after the newest whole checkpoint. Batches, random keys and schedules are functions of the step, so a
@@ -46,7 +46,7 @@ class Run:
         self.finished, self._saved = False, self.done
         self.log = Log(workdir, self.done, log_sizes, writer=runtime.writes)
         self.progress = Progress(total, self.done, enabled=runtime.writes)
-        self.limits = Limits(runtime.settings, workdir, self.progress.write, name)
+        self.limits = LimitWatch(runtime.settings, workdir, self.progress.write, name)
         self.stop, self._compilations = StopSignal(), CompilationCounter()
 
     def steps(self) -> Iterator[int]:
@@ -113,9 +113,9 @@ class Run:
 @contextlib.contextmanager
 def open_run(
     runtime: Runtime, workdir: Path, trainer: Trainer, state: TrainState, total: int, checkpoints: Checkpoints
-) -> Iterator[Run]:
+) -> Iterator[TrainingRun]:
     """The run in a workdir, resumed where it has checkpoints; its last state is saved unless the body raises."""
-    run = Run(runtime, workdir, trainer, state, total, checkpoints)
+    run = TrainingRun(runtime, workdir, trainer, state, total, checkpoints)
     with run.stop, run.log, run.checkpoints:
         yield run
         if run.done:
