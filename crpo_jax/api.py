@@ -6,7 +6,7 @@ input, before anything is written, and `crpo_jax.errors.Fault` where a run canno
 `workdir` resumes.
 
     >>> import crpo_jax
-    >>> question = {"id": "q1", "question": "Fever and a new murmur?", "options": {"A": "IE", "B": "flu"}, "answer": "A"}
+    >>> question = {"id": "q1", "question": "Fever, new murmur?", "options": {"A": "IE", "B": "flu"}, "answer": "A"}
     >>> [score] = crpo_jax.score([question], ["The answer is \\\\boxed{A}"])
     >>> score["accuracy"], score["format"]
     (0.0, 0.0)
@@ -24,8 +24,8 @@ from crpo_jax.reward.functions import RewardFunction, design_name
 from crpo_jax.reward.scorer import Scorer
 
 Questions = Sequence[Mapping[str, Any] | Question]
-"""Dictionaries with id, question, options (text by letter) and answer (a letter); further keys are columns, which reward
-functions receive by name."""
+"""Dictionaries with id, question, options (text by letter) and answer (a letter); further keys are columns, which
+reward functions receive by name."""
 
 Rewards = str | RewardFunction | Sequence[str | RewardFunction]
 """A built-in design (crpo, grpo, released), a function of TRL's convention, `f(prompts, completions, **columns)` with a
@@ -166,7 +166,8 @@ def evaluate(
 
 
 def export(workdir: str | Path, folder: str | Path, *, step: int | None = None, dtype: str = "bfloat16") -> Path:
-    """Writes the model after `step` (default: the newest checkpoint, of a cold start the best) as a Hugging Face folder."""
+    """Writes the model after `step` (default: the newest checkpoint, of a cold start the best) as a Hugging Face
+    folder."""
     from crpo_jax.export import export as run_export
 
     run_export(load_config(Path(workdir) / "config.yaml"), Path(workdir), folder, step=step, dtype=dtype)

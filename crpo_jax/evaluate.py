@@ -48,8 +48,8 @@ def evaluate(
     *,
     allow_changes: bool = False,
 ) -> dict[str, Any]:
-    """The content of summary.json: of responses that settings.model gives to the data sets, of the files, or of those that
-    `workdir` holds. Raises StopRequested where a signal ended the sampling."""
+    """The content of summary.json: of responses that settings.model gives to the data sets, of the files, or of those
+    that `workdir` holds. Raises StopRequested where a signal ended the sampling."""
     foreign = {Path(path).stem: read_answers(path) for path in response_files}
     if len(foreign) < len(response_files):
         raise InputError("--responses: expected files of different names")
@@ -140,7 +140,8 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
 def generate_responses(
     settings: Config, sets: Mapping[str, Sequence[Question]], folder: Path, stop: StopSignal
 ) -> None:
-    """Generates the responses of settings.model into `folder`; raises StopRequested at the end of a wave if asked to stop."""
+    """Generates the responses of settings.model into `folder`; raises StopRequested at the end of a wave if asked to
+    stop."""
     from crpo_jax.answer.datasets import answer_data_sets
     from crpo_jax.parallel.processes import self_test
     from crpo_jax.runtime.faults import faults_end_in_one_line

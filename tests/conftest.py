@@ -1,4 +1,5 @@
-"""8 virtual CPU devices for every test, array shapes checked at run time, small models with a different size for every dim.
+"""8 virtual CPU devices for every test, array shapes checked at run time, small models with a different size for every
+dim.
 
 Most of the time goes into compiling: XLA's older emitters take a third of it, and modules that say
 `usefixtures("quick_compiles")` go without most optimizations. CRPO_JAX_FULL_OPTIMIZATION=1 compiles everything as a run
@@ -29,7 +30,8 @@ from typeguard import check_type
 def annotations_hold(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with every argument and its result checked against their annotations.
 
-    Typeguard 4's own decorator reads jaxtyping's "b t" as Python code and stops at a syntax error; its `check_type` does not.
+    Typeguard 4's own decorator reads jaxtyping's "b t" as Python code and stops at a syntax error; its `check_type`
+    does not.
     """
     signature = inspect.signature(function)
     of = {
@@ -72,7 +74,8 @@ settings.register_profile("same examples every time", derandomize=True, database
 settings.load_profile("same examples every time")
 
 SHAPE = Shape(d=16, n=8, k=2, h=6, f=24, v=40, l=3, tied=False, rope_theta=1e4, norm_eps=1e-6)
-"""Every dim has a size of its own, and every mesh of 8 devices can hold it: past 2 model shards by copies of the KV heads."""
+"""Every dim has a size of its own, and every mesh of 8 devices can hold it: past 2 model shards by copies of the KV
+heads."""
 
 MESHES = ((1, 1), (8, 1), (4, 2), (2, 4), (1, 8))
 
@@ -157,7 +160,8 @@ def one_device() -> Mesh:
 
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs that several runs of a module need, subprocesses included, are compiled by the first: each run makes them anew."""
+    """Programs that several runs of a module need, subprocesses included, are compiled by the first: each run makes
+    them anew."""
     before = {
         "jax_compilation_cache_dir": None,
         "jax_persistent_cache_min_compile_time_secs": jax.config.jax_persistent_cache_min_compile_time_secs,

@@ -103,7 +103,8 @@ HOST_MODULES = [
 
 
 def test_host_modules_load_no_jax():
-    """Scoring processes start by the dozen and `score` runs where no accelerator is: neither may pay for jax, or need it."""
+    """Scoring processes start by the dozen and `score` runs where no accelerator is: neither may pay for jax, or need
+    it."""
     check = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]:\n"

@@ -1,7 +1,8 @@
 """The jitted sampling programs: prefill, the decode loop, and cache edits between loops, all manual inside `shard_map`.
 
 Each data shard loops over its own rows and stops on its own, so no token costs a collective unless the model axis is
-longer than 1. All rows of a cache are written in place at one shared cursor; rows that join later begin at a later slot.
+longer than 1. All rows of a cache are written in place at one shared cursor; rows that join later begin at a later
+slot.
 """
 
 import functools

@@ -58,7 +58,8 @@ class LimitWatch:
                 optimizer = "optimizer" if self._section == "crpo" else "sft.optimizer"
                 raise Fault(
                     f"{problem}. It was the last of {limit} in a row (run.limits.skipped). Try a smaller "
-                    f"{optimizer}.learning_rate or {optimizer}.clip_norm, or model.dtype=float32, with --allow-changes{replay}"
+                    f"{optimizer}.learning_rate or {optimizer}.clip_norm, or model.dtype=float32, with "
+                    f"--allow-changes{replay}"
                 )
 
     def check_measures(self, step: int, measures: Mapping[str, float]) -> None:
@@ -85,28 +86,29 @@ class LimitWatch:
         return {
             "kl/mean": (
                 lambda kl: 0 < limits.kl < kl,
-                f"nats a token from the start model, over run.limits.kl={limits.kl:g}. The policy is drifting away from "
-                "its start, and reward gained there is often gamed. Look at samples.jsonl; try a smaller "
+                f"nats a token from the start model, over run.limits.kl={limits.kl:g}. The policy is drifting away "
+                "from its start, and reward gained there is often gamed. Look at samples.jsonl; try a smaller "
                 f"optimizer.learning_rate or a larger crpo.kl_coef than {s.crpo.kl_coef:g}",
             ),
             "policy/entropy": (
                 lambda entropy: entropy < limits.entropy,
                 f"nats a token, under run.limits.entropy={limits.entropy:g}. The policy says nearly the same in every "
-                "draw, so the responses of a group no longer differ and nothing is learned from them. Try "
-                f"crpo.entropy_coef above {s.crpo.entropy_coef:g}, crpo.clip_high above {s.crpo.clip_high:g}, or an earlier checkpoint",
+                "draw, so a group's responses no longer differ and nothing is learned from them. Try "
+                f"crpo.entropy_coef above {s.crpo.entropy_coef:g}, crpo.clip_high above {s.crpo.clip_high:g}, "
+                "or an earlier checkpoint",
             ),
             "reward/zero_variance_groups": (
                 lambda share: 0 < limits.zero_variance <= share,
-                "of the groups have responses that all earn the same reward: no advantage, no policy gradient, only KL. "
-                "The questions are too easy or too hard for the model, or the reward does not tell responses apart. "
-                "Look at why in "
-                f"samples.jsonl; try other questions, crpo.group_size above {s.crpo.group_size}, or a cold start",
+                "of the groups have responses that all earn the same reward: no advantage, no policy gradient, only "
+                "KL. The questions are too easy or too hard for the model, or the reward does not tell responses "
+                "apart. Look at why in samples.jsonl; try other questions, "
+                f"crpo.group_size above {s.crpo.group_size}, or a cold start",
             ),
             "response/truncated": (
                 lambda share: 0 < limits.truncated <= share,
-                f"of the responses were cut at rollout.max_new_tokens={s.rollout.max_new_tokens}, and a response without "
-                f"an end has no answer. Try more tokens; check that rollout.stop={list(s.rollout.stop)} is what the "
-                "model ends with; teach it to end by a cold start",
+                f"of the responses were cut at rollout.max_new_tokens={s.rollout.max_new_tokens}, and a response "
+                "without an end has no answer. Try more tokens; check that "
+                f"rollout.stop={list(s.rollout.stop)} is what the model ends with; teach it to end by a cold start",
             ),
         }
 
