@@ -1,48 +1,60 @@
-"""Meshes and layouts: what the tables say fits the weights they place, and what cannot be split is refused with the reason."""
+"""Meshes and layouts: every weight is placed, training is the same on all, and what cannot be split is refused."""
 
-import dataclasses
+import importlib
 import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from conftest import SHAPE, mesh_of, random_weights
-from jax.sharding import AxisType, Mesh
+from conftest import SHAPE, leaves_by_name, mesh_of, placed, random_weights
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crpo_jax import config
 from crpo_jax.errors import InputError
+from crpo_jax.model.lora import Policy
 from crpo_jax.model.placement import (
     automatic_layout,
     resident_bytes,
-    sampling_shardings,
-    to_sampling,
+    sampler_specs,
+    to_sampler,
     training_placement,
     weight_shardings,
 )
-from crpo_jax.model.transformer import Block, Qwen2, abstract, dims_of
+from crpo_jax.model.transformer import Block, Transformer, model_shapes
 from crpo_jax.parallel import layout
-from crpo_jax.parallel.layout import LAYOUTS, SHARDED, TENSOR, WeightTable, check_layout, kv_copies, spec, wasteful
+from crpo_jax.parallel.layout import (
+    LAYOUTS,
+    SHARDED,
+    TENSOR,
+    Axes,
+    Layout,
+    check_layout,
+    find_layout,
+    kv_copies,
+    layout_warnings,
+    weight_spec,
+)
 from crpo_jax.parallel.mesh import DATA, MODEL, data_size, make_mesh, model_size, parse_mesh
+from crpo_jax.update.batches import Row, make_batch, pad_rows
+from crpo_jax.update.losses import Batch
+from crpo_jax.update.trainer import Trainer
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
-NAMES = [field.name for field in dataclasses.fields(WeightTable)]
-TABLES = {
-    f"{name}.{use}": getattr(each, use) for name, each in LAYOUTS.items() for use in ("master", "compute", "reference")
-}
-SIZES = {letter: getattr(SHAPE, letter) for letter in "dnkfv"}
+NAMES = [weight.name for weight in SHAPE.weights]
+TABLES = {f"{name}.{use}": axes for name, each in LAYOUTS.items() for use, axes in each._asdict().items()}
+SIZES = {dim: getattr(SHAPE, dim) for dim in "dnkhfv"}
 
 
-def by_name(tree: Qwen2) -> dict[str, object]:
-    """Leaves by the names of the weights they stand for."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
-        found[next(name for name in names if "_" in name)] = leaf
-    return found
+def spec_of(axes: Axes, name: str) -> P:
+    """Of one layer of a weight, on a mesh that splits every KV head."""
+    return weight_spec(axes, SHAPE.weight(name).dims, mesh_of(1, 1), SHAPE.k)
 
 
 # --- meshes -----------------------------------------------------------------------------------------------------------
@@ -63,11 +75,11 @@ def test_not_a_mesh(text: str):
 
 @pytest.mark.parametrize("text", ["8x1", "4x2", "2x4", "1x8"])
 def test_make_mesh(text: str):
-    made = make_mesh(text)
-    assert (data_size(made), model_size(made)) == parse_mesh(text)
-    assert made.axis_names == (DATA, MODEL)
-    assert made.axis_types == (AxisType.Auto, AxisType.Auto)
-    assert set(made.devices.flat) == set(jax.devices())
+    mesh = make_mesh(text)
+    assert (data_size(mesh), model_size(mesh)) == parse_mesh(text)
+    assert mesh.axis_names == (DATA, MODEL)
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert set(mesh.devices.flat) == set(jax.devices())
 
 
 def test_no_mesh_is_all_devices_on_the_data_axis():
@@ -76,7 +88,7 @@ def test_no_mesh_is_all_devices_on_the_data_axis():
 
 @pytest.mark.parametrize("text", ["1x1", "4x1", "16x1", "3x3"])
 def test_a_mesh_that_is_not_the_devices(text: str):
-    """Fewer devices than there are would leave some idle without a word."""
+    """A mesh of fewer devices would leave some idle silently."""
     data, model = parse_mesh(text)
     line = (
         f"--mesh {text}: expected data x model = the 8 cpu devices here, got {data} x {model} = {data * model}"
@@ -86,20 +98,25 @@ def test_a_mesh_that_is_not_the_devices(text: str):
         make_mesh(text)
 
 
-# --- tables against weights -------------------------------------------------------------------------------------------
+# --- axes against weights -------------------------------------------------------------------------------------------
 
 
-def test_every_field_is_a_weight_and_every_weight_a_field():
-    assert sorted(NAMES) == sorted(by_name(abstract(SHAPE)))
+@pytest.mark.parametrize("table", TABLES)
+def test_every_layout_places_every_weight(table: str):
+    """No weight without a sharding, and no dim that the axes do not know, which would be replicated silently."""
+    shardings = leaves_by_name(weight_shardings(SHAPE, TABLES[table], mesh_of(4, 2)))
+    assert sorted(NAMES) == sorted(leaves_by_name(model_shapes(SHAPE))) == sorted(shardings)
+    assert all(isinstance(sharding, NamedSharding) for sharding in shardings.values())
+    assert {dim for weight in SHAPE.weights for dim in weight.dims} == set(Axes._fields)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("table", TABLES)
 def test_a_spec_has_an_entry_per_dim(table: str, name: str):
-    """A PartitionSpec shorter than its array is silently padded, so an entry on the wrong dim would go unseen."""
-    placed = getattr(TABLES[table], name)
-    assert len(placed) == len(dims_of(name))
-    used = [axis for axis in placed if axis is not None]
+    """A PartitionSpec shorter than its array is silently padded, so an entry on the wrong dim would go unnoticed."""
+    spec = spec_of(TABLES[table], name)
+    assert len(spec) == len(SHAPE.weight(name).dims)
+    used = [axis for axis in spec if axis is not None]
     assert set(used) <= {DATA, MODEL}
     assert len(used) == len(set(used))
 
@@ -111,16 +128,16 @@ SPLIT_OVER_MODEL = {"n", "k", "f", "v"}
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("table", TABLES)
 def test_names_say_what_is_split(table: str, name: str):
-    """The model axis divides heads, ffn and vocabulary, and nothing else; the data axis divides the width of matrices only.
+    """The model axis divides heads, ffn and vocabulary only; the data axis divides the width of matrices only.
 
-    A table entry once stood on the kernel of another dim order in a public project, unseen since both dims had one size.
+    A public project once had a spec in another order of dims, unnoticed because both dims had one size.
     """
-    dims, placed = dims_of(name), getattr(TABLES[table], name)
-    for letter, axis in zip(dims, placed, strict=True):
-        assert (axis == MODEL) == (letter in SPLIT_OVER_MODEL)
+    dims, spec = SHAPE.weight(name).dims, spec_of(TABLES[table], name)
+    for dim, axis in zip(dims, spec, strict=True):
+        assert (axis == MODEL) == (dim in SPLIT_OVER_MODEL)
         if axis == DATA:
-            assert (letter, TABLES[table]) == ("d", SHARDED)
-    assert (DATA in placed) == (TABLES[table] is SHARDED and "d" in dims and len(dims) > 1)
+            assert (dim, TABLES[table]) == ("d", SHARDED)
+    assert (DATA in spec) == (TABLES[table] == SHARDED and "d" in dims and len(dims) > 1)
 
 
 @pytest.mark.parametrize(
@@ -129,37 +146,175 @@ def test_names_say_what_is_split(table: str, name: str):
     ids=lambda x: x,
 )
 def test_activation_specs_have_an_entry_per_dim(name: str, dims: str):
-    placed = getattr(layout, name)
-    assert len(placed) == len(dims)
-    for letter, axis in zip(dims, placed, strict=True):
-        assert axis == {"b": DATA, "n": MODEL, "k": MODEL, "v": MODEL}.get(letter)
+    spec = getattr(layout, name)
+    assert len(spec) == len(dims)
+    for dim, axis in zip(dims, spec, strict=True):
+        assert axis == {"b": DATA, "n": MODEL, "k": MODEL, "v": MODEL}.get(dim)
 
 
 def test_there_are_activation_specs():
     assert {"TOKENS_BT", "HIDDEN_BTD", "KV_BTKH", "LOGITS_BTV", "ROWS_B", "CACHE_BKSH"} <= set(vars(layout))
 
 
-def test_a_layout_says_what_it_promises():
-    assert LAYOUTS["zero1"] == layout.Layout(master=SHARDED, compute=TENSOR, reference=SHARDED)
-    assert LAYOUTS["fsdp"] == layout.Layout(master=SHARDED, compute=SHARDED, reference=SHARDED)
-    assert LAYOUTS["replicated"] == layout.Layout(master=TENSOR, compute=TENSOR, reference=TENSOR)
+def test_the_built_in_layouts():
+    assert LAYOUTS["zero1"] == Layout(master=SHARDED, compute=TENSOR, reference=SHARDED)
+    assert LAYOUTS["fsdp"] == Layout(master=SHARDED, compute=SHARDED, reference=SHARDED)
+    assert LAYOUTS["replicated"] == Layout(master=TENSOR, compute=TENSOR, reference=TENSOR)
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_shardings_fit_stacked_weights(mesh: Mesh, table: str):
-    """The leading l of stacked weights is whole; every other dim is divided as the table says, KV heads by the rule below."""
-    shardings, weights = by_name(weight_shardings(SHAPE, TABLES[table], mesh)), by_name(abstract(SHAPE))
-    assert shardings.keys() == weights.keys()
-    for name, weight in weights.items():
-        dims = ("l" if len(weight.shape) > len(dims_of(name)) else "") + dims_of(name)
-        axes = {"l": None, **dict(zip(dims_of(name), getattr(TABLES[table], name), strict=True))}
+    """The leading l of stacked weights is whole; the axes divide every other dim, KV heads by the rule below."""
+    shardings = leaves_by_name(weight_shardings(SHAPE, TABLES[table], mesh))
+    for weight in SHAPE.weights:
+        axes = dict(zip(weight.dims, spec_of(TABLES[table], weight.name), strict=True))
         if mesh.shape[MODEL] > SHAPE.k:
-            axes |= {"k": None} if "k" in axes else {}
-        expected = tuple(
-            size // (mesh.shape[axes[letter]] if axes[letter] else 1)
-            for letter, size in zip(dims, weight.shape, strict=True)
-        )
-        assert shardings[name].shard_shape(weight.shape) == expected, name
+            axes["k"] = None
+        parts = [mesh.shape[axes[dim]] if axes.get(dim) else 1 for dim in weight.stacked_dims]
+        sizes = SHAPE.dims(weight.stacked_dims)
+        expected = tuple(size // part for size, part in zip(sizes, parts, strict=True))
+        assert shardings[weight.name].shard_shape(sizes) == expected, weight.name
+
+
+# --- training with every layout, a user's own included ----------------------------------------------------------------
+
+OWN_LAYOUTS = """
+from crpo_jax.parallel.layout import TENSOR, Axes, Layout
+from crpo_jax.parallel.mesh import DATA, MODEL
+
+FFN_OVER_DATA = Layout(
+    master=Axes(n=MODEL, k=MODEL, f=DATA, v=DATA), compute=Axes(d=MODEL, f=DATA, v=DATA), reference=Axes()
+)
+UNKNOWN_AXIS = Layout(master=TENSOR._replace(d="rows"), compute=TENSOR, reference=TENSOR)
+ONE_AXIS_TWICE = Layout(master=TENSOR, compute=TENSOR._replace(d=MODEL), reference=TENSOR)
+HEADS_AND_WIDTH = Layout(master=TENSOR, compute=TENSOR, reference=TENSOR._replace(h=MODEL))
+AXES = TENSOR
+PLAIN_TUPLES = Layout(TENSOR, TENSOR, (None, "model"))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_layouts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A working directory with modules of the user's own."""
+    folder = tmp_path_factory.mktemp("own_layouts")
+    (folder / "my_layouts.py").write_text(OWN_LAYOUTS)
+    (folder / "my_error.py").write_text('raise ValueError("no layout today\\nnor tomorrow")\n')
+    (folder / "my_typo.py").write_text("def layout(:\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        importlib.invalidate_caches()
+        yield
+    sys.modules.pop("my_layouts", None)
+
+
+EVERY_LAYOUT = (*LAYOUTS, "my_layouts:FFN_OVER_DATA")
+ROWS = [Row([3, 1, 4], [1, 5, 9, 2]), Row([6], [5, 3, 5]), Row([8, 9], [7]), Row([9, 3, 2], [3, 8, 4, 6, 2])]
+
+
+def train_one_step(mesh: Mesh, name: str, model: Transformer) -> tuple[Trainer, Any, Any, Any, Batch]:
+    """The trainer, its state before and after a step, the gradients, and the batch with the reference's log-probs."""
+    overrides = ["model.dtype=float32", "parallel.remat=false", "optimizer.learning_rate=0.01", "optimizer.eps=1e-3"]
+    settings = config.load_config(None, [*overrides, f"parallel.layout={name}"], model=False)
+    trainer = Trainer(SHAPE, mesh, settings, settings.optimizer, 100, loss="crpo")
+    state = trainer.begin(placed(model, weight_shardings(SHAPE, find_layout(name).master, mesh)))
+    micro, rng = pad_rows(ROWS, range(len(ROWS)), 8, 8), np.random.default_rng(0)
+    advantages, sampler = np.float32(rng.normal(size=(4,))), np.float32(rng.normal(size=(8, 8)))
+    batch = make_batch(micro, np.full(4, 1 / 13, np.float32), advantages, sampler)
+    ((batch,),) = trainer.with_logprobs(state, [trainer.put_batches([batch])])
+    gradients, _ = trainer.gradients(state, [batch])
+    updated, _ = trainer.update(jax.tree.map(lambda x: x.copy(), state), [batch])
+    return trainer, state, updated, gradients, batch
+
+
+@pytest.fixture(scope="module")
+def expected_step(model: Transformer) -> tuple[Any, Any, Batch]:
+    """On one device: the updated state, the gradients and the batch."""
+    return train_one_step(mesh_of(1, 1), "replicated", model)[2:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
+def test_training_is_the_same_with_every_layout(
+    mesh: Mesh, name: str, model: Transformer, expected_step: tuple[Any, Any, Batch]
+):
+    """Masters, moments, gradients, compute weights and the reference are where the layout places them, and their values
+    are those of one device."""
+    axes = find_layout(name)
+    check_layout(axes, mesh, SIZES)
+    trainer, before, state, gradients, batch = train_one_step(mesh, name, model)
+    expected_state, expected_gradients, expected_batch = expected_step
+
+    def assert_same(tree: Any, expected: Any, axes: Axes) -> None:
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+        shardings = jax.tree.leaves(weight_shardings(SHAPE, axes, mesh))
+        for leaf, exact, sharding in zip(*map(jax.tree.leaves, (tree, expected)), shardings, strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            np.testing.assert_allclose(leaf, exact, rtol=1e-4, atol=1e-5 * largest)
+
+    assert_same(trainer.weights(before).model, model, axes.compute)
+    assert_same(before.frozen, model, axes.reference)
+    np.testing.assert_allclose(batch.reference, expected_batch.reference, rtol=1e-4, atol=1e-4)
+    assert_same(gradients, expected_gradients, axes.master)
+    assert_same(state.master, expected_state.master, axes.master)
+    assert (
+        max(np.abs(new - old).max() for new, old in zip(*map(jax.tree.leaves, (state.master, model)), strict=True))
+        > 1e-3
+    )
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    masters = 2 * jax.tree.leaves(state.master)
+    assert all(moment.sharding == master.sharding for moment, master in zip(moments, masters, strict=True))
+
+
+EXPECTED = "parallel.layout: expected zero1, fsdp, replicated, auto or a layout of your own as module:NAME"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("zero2", f"{EXPECTED}, got 'zero2'"),
+        (
+            "no_such_module:FSDP",
+            f"{EXPECTED}; no_such_module:FSDP cannot be imported: "
+            "ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        (
+            "my_layouts:MISSING",
+            f"{EXPECTED}; my_layouts:MISSING cannot be imported: "
+            "AttributeError: module 'my_layouts' has no attribute 'MISSING'",
+        ),
+        ("my_error:FSDP", f"{EXPECTED}; my_error:FSDP cannot be imported: ValueError: no layout today nor tomorrow"),
+        (
+            "my_typo:FSDP",
+            f"{EXPECTED}; my_typo:FSDP cannot be imported: SyntaxError: invalid syntax (my_typo.py, line 1)",
+        ),
+        (":FSDP", f"{EXPECTED}; :FSDP cannot be imported: ValueError: Empty module name"),
+        (
+            "my_layouts:AXES",
+            "parallel.layout: expected my_layouts:AXES to be a crpo_jax.parallel.layout.Layout, "
+            "got Axes(d=None, n='model', k='model', h=None, f='model', v='model')",
+        ),
+        (
+            "my_layouts:PLAIN_TUPLES",
+            "parallel.layout: expected my_layouts:PLAIN_TUPLES to be a crpo_jax.parallel.layout.Layout, "
+            "got Layout(master=Axes(d=None, n='model', k='model', h=None, f='model', v='model'),",
+        ),
+        ("my_layouts:UNKNOWN_AXIS", "parallel.layout: d: expected the mesh axis data or model, got 'rows'"),
+        (
+            "my_layouts:ONE_AXIS_TWICE",
+            "parallel.layout: expected different mesh axes for d and n, which share a weight, got model for both",
+        ),
+        (
+            "my_layouts:HEADS_AND_WIDTH",
+            "parallel.layout: expected different mesh axes for n and h, which share a weight, got model for both",
+        ),
+    ],
+)
+def test_what_is_no_layout_is_refused_in_one_line(name: str, line: str):
+    with pytest.raises(InputError) as error:
+        check_layout(find_layout(name), mesh_of(2, 2), SIZES)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
 
 
 # --- KV heads past their number ---------------------------------------------------------------------------------------
@@ -174,53 +329,53 @@ def test_kv_copies(model_axis: int, kv_heads: int, copies: int):
 
 def test_kv_weights_are_whole_where_heads_are_copied():
     two, four = mesh_of(4, 2), mesh_of(2, 4)
-    assert spec(SHARDED, "k_dkh", two, 2, stacked=True) == P(None, DATA, MODEL, None)
-    assert spec(SHARDED, "k_dkh", four, 2, stacked=True) == P(None, DATA, None, None)
-    assert spec(SHARDED, "v_bias_kh", four, 2, stacked=False) == P(None, None)
-    assert spec(SHARDED, "q_dnh", four, 2, stacked=False) == P(DATA, MODEL, None)
+    assert weight_spec(SHARDED, "ldkh", two, 2) == P(None, DATA, MODEL, None)
+    assert weight_spec(SHARDED, "ldkh", four, 2) == P(None, DATA, None, None)
+    assert weight_spec(SHARDED, "kh", four, 2) == P(None, None)
+    assert weight_spec(SHARDED, "dnh", four, 2) == P(DATA, MODEL, None)
 
 
-def test_every_model_shard_holds_the_kv_head_of_its_queries(mesh: Mesh, model: Qwen2):
-    """Query head q reads KV head q // (n / k); after copying, the same must hold inside each shard, heads counted locally."""
-    weights = to_sampling(SHAPE, mesh, "float32")(model)
+def test_every_model_shard_holds_the_kv_head_of_its_queries(mesh: Mesh, model: Transformer):
+    """Query head q reads KV head q // (n / k); after copying, so it does inside each shard, heads counted locally."""
+    weights = to_sampler(SHAPE, mesh, "float32")(Policy(model))
     n, k, shards = SHAPE.n, SHAPE.k, mesh.shape[MODEL]
     assert len(weights.layers) == SHAPE.l
-    for layer, of in enumerate(weights.layers):
+    for layer, buffers in enumerate(weights.layers):
         for fused, names in (
             ("qkv", ("q_dnh", "k_dkh", "v_dkh")),
             ("qkv_bias", ("q_bias_nh", "k_bias_kh", "v_bias_kh")),
         ):
             q, *kv = (
-                np.asarray(getattr(model.blocks, name)[layer]).reshape(-1, heads, SHAPE.h)
+                np.asarray(model[name][layer]).reshape(-1, heads, SHAPE.h)
                 for name, heads in zip(names, (n, k, k), strict=True)
             )
-            for shard in getattr(of, fused).addressable_shards:
+            for shard in buffers[fused].addressable_shards:
                 index, queries = list(mesh.devices.flat).index(shard.device) % shards, n // shards
-                held = np.asarray(shard.data).reshape(q.shape[0], -1, SHAPE.h)
-                local = (held.shape[1] - queries) // 2
-                np.testing.assert_array_equal(held[:, :queries], q[:, index * queries : (index + 1) * queries])
+                heads = np.asarray(shard.data).reshape(q.shape[0], -1, SHAPE.h)
+                local = (heads.shape[1] - queries) // 2
+                np.testing.assert_array_equal(heads[:, :queries], q[:, index * queries : (index + 1) * queries])
                 for query in range(queries):
                     for part, whole in enumerate(kv):
-                        here = held[:, queries + part * local + query // (queries // local)]
-                        np.testing.assert_array_equal(here, whole[:, (index * queries + query) // (n // k)])
+                        head = heads[:, queries + part * local + query // (queries // local)]
+                        np.testing.assert_array_equal(head, whole[:, (index * queries + query) // (n // k)])
 
 
-def test_every_model_shard_holds_the_up_columns_of_its_gates(mesh: Mesh, model: Qwen2):
-    weights, columns = to_sampling(SHAPE, mesh, "float32")(model), SHAPE.f // mesh.shape[MODEL]
-    for shard in weights.layers[1].gate_up.addressable_shards:
+def test_every_model_shard_holds_the_up_columns_of_its_gates(mesh: Mesh, model: Transformer):
+    weights, columns = to_sampler(SHAPE, mesh, "float32")(Policy(model)), SHAPE.f // mesh.shape[MODEL]
+    for shard in weights.layers[1]["gate_up"].addressable_shards:
         first = list(mesh.devices.flat).index(shard.device) % mesh.shape[MODEL] * columns
-        for name, held in zip(("gate_df", "up_df"), np.split(np.asarray(shard.data), 2, axis=1), strict=True):
-            np.testing.assert_array_equal(held, getattr(model.blocks, name)[1][:, first : first + columns])
+        for name, part in zip(("gate_df", "up_df"), np.split(np.asarray(shard.data), 2, axis=1), strict=True):
+            np.testing.assert_array_equal(part, model[name][1][:, first : first + columns])
 
 
-def test_sampling_form_is_the_tensor_table_on_every_mesh(mesh: Mesh, model: Qwen2):
-    weights = to_sampling(SHAPE, mesh, "bfloat16")(model)
-    wanted = sampling_shardings(SHAPE, mesh)
-    for value, to in zip(jax.tree.leaves(weights), jax.tree.leaves(wanted), strict=True):
-        assert value.sharding.is_equivalent_to(to, value.ndim)
+def test_the_samplers_weights_are_split_by_tensor_on_every_mesh(mesh: Mesh, model: Transformer):
+    weights = to_sampler(SHAPE, mesh, "bfloat16")(Policy(model))
+    for value, spec in zip(*map(jax.tree.leaves, (weights, sampler_specs(SHAPE, mesh))), strict=True):
+        assert value.sharding.is_equivalent_to(NamedSharding(mesh, spec), value.ndim)
         assert value.dtype == "bfloat16"
-    np.testing.assert_array_equal(weights.embed_vd, model.embed_vd[...].astype("bfloat16"))
-    np.testing.assert_array_equal(weights.layers[1].down_fd, model.blocks.down_fd[1].astype("bfloat16"))
+    np.testing.assert_array_equal(weights.ends["embed_vd"], model["embed_vd"].astype("bfloat16"))
+    np.testing.assert_array_equal(weights.layers[1]["down_fd"], model["down_fd"][1].astype("bfloat16"))
+    assert weights.layers[1]["down_fd"].sharding.spec == weight_spec(TENSOR, "fd", mesh, SHAPE.k)
 
 
 def test_training_placement_copies_kv_heads_in_blocks(mesh: Mesh):
@@ -231,21 +386,19 @@ def test_training_placement_copies_kv_heads_in_blocks(mesh: Mesh):
     np.testing.assert_array_equal(copied, np.repeat(heads, copies, axis=2))
 
 
-def test_training_placement_changes_no_value(mesh: Mesh, model: Qwen2):
-    place = training_placement(SHAPE, mesh)
-    ended = jax.jit(place.ends)(model)
-    for before, after in zip(jax.tree.leaves(model), jax.tree.leaves(ended), strict=True):
-        np.testing.assert_array_equal(before, after)
-    first = Block(lambda name, _: getattr(model.blocks, name)[0], stacked=False)
-    for before, after in zip(jax.tree.leaves(first), jax.tree.leaves(jax.jit(place.block)(first)), strict=True):
-        np.testing.assert_array_equal(before, after)
+def test_training_placement_changes_no_value(mesh: Mesh, model: Transformer):
+    placement = training_placement(SHAPE, mesh)
+    first = Block(SHAPE, lambda weight: model[weight.name][0])
+    for function, tree in ((placement.ends, model), (placement.block, first)):
+        for before, after in zip(jax.tree.leaves(tree), jax.tree.leaves(jax.jit(function)(tree)), strict=True):
+            np.testing.assert_array_equal(before, after)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_fits_is_let_through(mesh: Mesh, name: str):
+def test_what_fits_is_accepted(mesh: Mesh, name: str):
     check_layout(LAYOUTS[name], mesh, SIZES)
 
 
@@ -303,24 +456,24 @@ def test_a_replicated_width_need_not_be_divided():
             2,
             2,
             [
-                "each of 2 data shards keeps masters and moments whole, 12 bytes a parameter; parallel.layout=zero1 splits them"
+                "each of 2 data shards keeps whole masters and moments, 12 bytes a parameter; "
+                "parallel.layout=zero1 splits them"
             ],
         ),
     ],
 )
-def test_what_would_be_wasted_is_said(sizes: tuple[int, int], name: str, prompts: int, rows: int, lines: list[str]):
-    assert wasteful(LAYOUTS[name], mesh_of(*sizes), SIZES, prompts, rows) == lines
+def test_warnings_of_waste(sizes: tuple[int, int], name: str, prompts: int, rows: int, lines: list[str]):
+    assert layout_warnings(LAYOUTS[name], mesh_of(*sizes), SHAPE.k, prompts, rows) == lines
 
 
-def test_what_training_keeps_is_counted_from_the_tables(mesh: Mesh):
-    """By hand for one tensor: of q_dnh, fsdp keeps an eighth everywhere; zero1's compute copy is split over the model axis alone."""
-    one = {name: resident_bytes(SHAPE, each, mesh_of(1, 1), "bfloat16") for name, each in LAYOUTS.items()}
-    assert one == dict.fromkeys(
-        LAYOUTS, sum(leaf.size for leaf in jax.tree.leaves(abstract(SHAPE))) * 20
-    )  # 16 + 2 + 2 bytes
-    here = {name: resident_bytes(SHAPE, each, mesh, "bfloat16") for name, each in LAYOUTS.items()}
-    assert here["fsdp"] <= here["zero1"] <= here["replicated"] <= one["zero1"]
-    assert (here["fsdp"] < here["zero1"]) == (mesh.shape[DATA] > 1)
+def test_memory_of_training_follows_from_the_layout(mesh: Mesh):
+    """fsdp splits everything; zero1 replicates its compute weights over the data axis; replicated replicates all."""
+    whole = {name: resident_bytes(SHAPE, each, mesh_of(1, 1), "bfloat16") for name, each in LAYOUTS.items()}
+    count = sum(leaf.size for leaf in jax.tree.leaves(model_shapes(SHAPE)))
+    assert whole == dict.fromkeys(LAYOUTS, count * 20)  # 16 + 2 + 2 bytes
+    split = {name: resident_bytes(SHAPE, each, mesh, "bfloat16") for name, each in LAYOUTS.items()}
+    assert split["fsdp"] <= split["zero1"] <= split["replicated"] <= whole["zero1"]
+    assert (split["fsdp"] < split["zero1"]) == (mesh.shape[DATA] > 1)
 
 
 def test_auto_takes_the_layout_that_leaves_room():
@@ -333,27 +486,27 @@ def test_auto_takes_the_layout_that_leaves_room():
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_check_layout_is_exact(name: str):
-    """What it lets through can be placed and copied; what it refuses cannot. Every model axis up to 8, many head counts."""
+    """What it accepts can be placed and copied; what it refuses cannot. Every model axis up to 8, many head counts."""
     for m in (1, 2, 4, 8):
-        here = mesh_of(1, m)
+        mesh = mesh_of(1, m)
         for n, k in [(8, 1), (8, 2), (8, 4), (8, 8), (12, 3), (12, 6), (12, 12), (6, 2)]:
             try:
-                check_layout(LAYOUTS[name], here, SIZES | {"n": n, "k": k})
+                check_layout(LAYOUTS[name], mesh, SIZES | {"n": n, "k": k})
             except InputError:
                 assert n % m or (k % m and m % k)
                 continue
-            copies = kv_copies(here, k)
+            copies = kv_copies(mesh, k)
             assert n % m == 0
             assert (k * copies) % m == 0
-            # with every head copied the same number of times, shard i's queries need only the KV heads of shard i
+            # every head is copied equally often, so the queries of shard i need only the KV heads of shard i
             assert (n // m) % (k * copies // m) == 0
 
 
 def test_sizes_of_the_test_shape_are_all_different():
-    """Else a spec on the wrong dim could fit by chance, here and in every test that uses it."""
+    """Otherwise a spec on the wrong dim could fit by chance, in every test that uses this shape."""
     assert len({getattr(SHAPE, letter) for letter in "dnkhfvl"}) == 7
     assert math.prod(SHAPE.dims("nh")) != SHAPE.d
-    assert random_weights(SHAPE).blocks.q_dnh[...].shape == SHAPE.dims("ldnh")
+    assert random_weights(SHAPE)["q_dnh"].shape == SHAPE.dims("ldnh")
 
 
 def test_importing_the_mesh_starts_no_backend():

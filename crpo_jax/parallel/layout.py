@@ -7,7 +7,6 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from itertools import combinations
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -74,7 +73,8 @@ def find_layout(name: str) -> Layout:
     try:
         layout: Any = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # noqa: BLE001 (importing a user's module runs any code)
-        raise InputError(f"{expected}; {name} cannot be imported: {type(error).__name__}: {error}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{expected}; {name} cannot be imported: {reason}") from None
     if not (isinstance(layout, Layout) and all(isinstance(axes, Axes) for axes in layout)):
         raise InputError(
             f"parallel.layout: expected {name} to be a crpo_jax.parallel.layout.Layout, got {layout!r:.80}"
@@ -119,12 +119,11 @@ def check_layout(layout: Layout, mesh: Mesh, sizes: Mapping[str, int]) -> None:
                     " or is a multiple of them" if dim == "k" else "" if axes == TENSOR else " for this parallel.layout"
                 )
                 raise InputError(f"{here}: expected a {axis} axis that divides {what}, got {parts}")
-        for dims in ("dn", "dk", "df", "dv", "dh", "nh", "kh"):
-            for first, second in combinations(dims, 2):
-                if getattr(axes, first) and getattr(axes, first) == getattr(axes, second):
-                    raise InputError(
-                        f"parallel.layout: expected different mesh axes for {first} and {second}, which share a weight"
-                    )
+        for first, second in ("dn", "dk", "df", "dv", "dh", "nh", "kh"):
+            axis = getattr(axes, first)
+            if axis and axis == getattr(axes, second):
+                expected = f"expected different mesh axes for {first} and {second}, which share a weight"
+                raise InputError(f"parallel.layout: {expected}, got {axis} for both")
 
 
 def layout_warnings(layout: Layout, mesh: Mesh, kv_heads: int, prompts: int, rows: int) -> list[str]:
