@@ -20,10 +20,9 @@ class Pair:
 
     def __init__(self, *command: str, **environment: str) -> None:
         flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
-        shared = (
-            os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"} | environment
-        )
-        shared |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+        shared = os.environ | devices | environment | {"PYTHONPATH": path}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, *command, *flags, str(i)],
@@ -41,10 +40,10 @@ class Pair:
             time.sleep(0.02)
 
     def ended(self) -> list[tuple[int, str]]:
-        """Exit code and standard error of both."""
+        """Waits for both; the exit code and standard error of each."""
         try:
-            said = [process.communicate(timeout=600)[1] for process in self.processes]
+            errors = [process.communicate(timeout=600)[1] for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
-        return [(process.returncode, text) for process, text in zip(self.processes, said, strict=True)]
+        return [(process.returncode, text) for process, text in zip(self.processes, errors, strict=True)]

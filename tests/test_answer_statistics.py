@@ -77,14 +77,14 @@ def test_intervals_against_hand_worked_values():
 
 
 def test_rows_are_read_back_as_they_were_and_scored_by_the_score_command(tmp_path):
-    from crpo_jax import score
+    from crpo_jax.score import main as score_main
 
     question = vignettes("test", 1)[0]
     whole = answer(teacher_response(question, 0), 2, question, token_ids=[5, 6], tokens=3, stopped=True)
     (tmp_path / "responses.jsonl").write_text(json.dumps(answer_to_row(whole)) + "\n", encoding="utf-8")
     assert read_answers(tmp_path / "responses.jsonl") == [whole]
     assert (
-        score.main(
+        score_main(
             ["--responses", str(tmp_path / "responses.jsonl"), "--out", str(tmp_path / "out.jsonl"), "reward.workers=0"]
         )
         == 0

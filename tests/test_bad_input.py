@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from crpo_jax import config, train
+from crpo_jax import config
 from crpo_jax.data.readers import READERS, read_questions
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
 from crpo_jax.model.shape import shape_of
+
+train = import_module("crpo_jax.train")
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"

@@ -8,56 +8,70 @@ from pathlib import Path
 import pytest
 from conftest import SHAPE
 
-from crpo_jax.model.huggingface import save
-from crpo_jax.model.transformer import Qwen2
+from crpo_jax.model.huggingface import save_model
+from crpo_jax.model.transformer import Transformer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
 
 
 @pytest.fixture(scope="module")
-def folder(model: Qwen2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    save(model, SHAPE, folder / "model", dtype="float32")
+    save_model(model, folder / "model", dtype="float32")
     (folder / "prompts.jsonl").write_text('{"tokens": [3, 1, 4]}\n{"tokens": [1, 5]}\n')
     return folder
 
 
-def bench(folder: Path, *arguments: str, prompts: str = "prompts.jsonl") -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "rollout",
-        "--model",
-        str(folder / "model"),
-        "--prompts",
-        str(folder / prompts),
-        *arguments,
-    ]
+def bench(part: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), part, "--model", str(folder / "model"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_one_line_with_the_peers_keys_and_what_the_device_did(folder: Path):
-    done = bench(folder, "--group", "2", "--max-new", "6", "--repeats", "1", "--mesh", "8x1", "--chunk", "2")
+def test_a_rollout_is_one_line_with_the_peers_keys_and_the_devices_work(folder: Path):
+    arguments = ["--group", "2", "--max-new", "6", "--repeats", "1", "--mesh", "8x1", "--chunk", "2"]
+    done = bench("rollout", folder, "--prompts", str(folder / "prompts.jsonl"), *arguments)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    found = json.loads(line)
-    assert list(found)[:6] == ["peer", "what", "first_seconds", "seconds", "useful_tokens", "tokens_per_second"]
-    assert found["useful_tokens"] == 2 * 2 * 6
-    assert found["steps"] == 5  # the first token is the prefill's
-    assert found["tokens_per_second"] == pytest.approx(24 / found["seconds"], rel=0.1)
+    result = json.loads(line)
+    assert list(result)[:6] == ["peer", "what", "first_seconds", "seconds", "useful_tokens", "tokens_per_second"]
+    assert result["useful_tokens"] == 2 * 2 * 6
+    assert result["steps"] == 5  # the first token is the prefill's
+    assert result["tokens_per_second"] == pytest.approx(24 / result["seconds"], rel=0.1)
     embedding_of_its_own = SHAPE.v * SHAPE.d
     parameters = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors")) // 4
     row = 2 * SHAPE.l * SHAPE.k * SHAPE.h * 4  # bytes of keys and values a token
-    assert found["bytes_per_step"] == pytest.approx(
-        4 * (parameters - embedding_of_its_own) + row * (32 + 2 * 6), rel=0.1
-    )
-    assert found["bandwidth"] > 1e8
-    assert 0 < found["share_of_bandwidth"] < 1.5
+    expected = 4 * (parameters - embedding_of_its_own) + row * (32 + 2 * 6)
+    assert result["bytes_per_step"] == pytest.approx(expected, rel=0.1)
+    assert result["bandwidth"] > 1e8
+    assert 0 < result["share_of_bandwidth"] < 1.5
+
+
+KEYS_OF_AN_UPDATE = {"peer", "what", "first_seconds", "seconds", "useful_tokens", "tokens_per_second"}
+KEYS_OF_AN_UPDATE |= {"padding", "shapes", "model_gflops_per_second", "devices"}
+
+
+def test_an_update_is_one_line_padded_or_not(folder: Path):
+    lengths = folder / "lengths.json"
+    lengths.write_text("[40, 9, 12, 7, 33, 5, 8, 6, 11]")
+    settings = ["parallel.micro_batch_tokens=40", "parallel.length_multiple=4"]
+    padding = {}
+    for flags in ([], ["--padded"]):
+        arguments = ["--lengths", str(lengths), "--mesh", "2x4", "--repeats", "1", *flags]
+        done = bench("update", folder, *arguments, *settings)
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()
+        result = json.loads(line)
+        assert result.keys() == KEYS_OF_AN_UPDATE
+        assert (result["useful_tokens"], result["devices"]) == (131, 8)
+        padding[result["peer"]] = result["padding"]
+        assert (result["shapes"] == 1) == bool(flags)
+    assert padding["crpo_jax padded"] == pytest.approx(1 - 131 / (10 * 40), abs=1e-4)
+    assert padding["crpo_jax"] < 0.5
 
 
 def test_bad_prompts_are_refused_in_one_line(folder: Path):
     (folder / "bad.jsonl").write_text('{"tokens": [3, 1, 4]}\n{"tokens": [99]}\n')
-    done = bench(folder, prompts="bad.jsonl")
+    done = bench("rollout", folder, "--prompts", str(folder / "bad.jsonl"))
     assert done.returncode == 2
     assert "bad.jsonl:2: expected" in done.stderr
     assert len(done.stderr.splitlines()) == 1

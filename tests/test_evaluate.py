@@ -5,16 +5,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from crpo_jax import config, evaluate
+from crpo_jax import config
 from crpo_jax.answer import datasets
 from crpo_jax.answer.records import Answer, answer_to_row
 from crpo_jax.data.vignettes import teacher_response, vignettes
 from crpo_jax.errors import InputError
 from crpo_jax.runtime.runtime import open_runtime
+
+evaluate = import_module("crpo_jax.evaluate")
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -123,7 +126,7 @@ def test_someone_elses_responses_need_no_jax(tmp_path):
         json.dumps(answer_to_row(Answer(question, 0, teacher_response(question, 0)))) + "\n", encoding="utf-8"
     )
     check = (
-        "import sys\nfrom crpo_jax import evaluate\nevaluate.main(sys.argv[1:])\n"
+        "import sys\nfrom crpo_jax.evaluate import main\nmain(sys.argv[1:])\n"
         "loaded = sorted({'jax', 'flax', 'torch', 'transformers'} & set(sys.modules))\nassert not loaded, loaded\n"
     )
     arguments = ["--responses", str(tmp_path / "theirs.jsonl"), "--workdir", str(tmp_path / "run"), "reward.workers=0"]

@@ -18,9 +18,9 @@ import pytest
 from crpo_jax import config
 from crpo_jax.config import Config
 from crpo_jax.errors import Fault, InputError
-from crpo_jax.runtime import limits
-from crpo_jax.runtime.compilations import keep_programs
-from crpo_jax.runtime.limits import Guard
+from crpo_jax.runtime import faults
+from crpo_jax.runtime.compilations import enable_compilation_cache
+from crpo_jax.runtime.limits import LimitWatch
 from crpo_jax.store.logs import read_metrics
 from crpo_jax.store.workdir import check_inputs, open_workdir
 
@@ -180,34 +180,34 @@ def settings(*overrides: str) -> Config:
 
 @pytest.mark.parametrize(("name", "value", "line", "advice"), BEYOND, ids=[row[0] for row in BEYOND])
 def test_a_measure_beyond_its_limit_is_explained(name: str, value: float, line: str, advice: str, tmp_path: Path):
-    told: list[str] = []
-    watched = Guard(settings(), tmp_path, told.append)
+    messages: list[str] = []
+    watched = LimitWatch(settings(), tmp_path, messages.append, "crpo")
     for step in range(100):
-        watched.measures(step, WELL | {name: value})
-    assert [re.match(r"warning: step (\d+)", one)[1] for one in told] == ["0", "9", "99"]  # pyright: ignore[reportOptionalSubscript]
-    assert told[0].startswith(f"warning: step 0: {line}")
-    assert all(advice in one and "\n" not in one for one in told)
-    assert ", for 10 steps in a row: " in told[1]
-    stopping = Guard(settings("run.limits.action=stop", "run.limits.patience=2"), tmp_path, told.append)
-    stopping.measures(0, WELL | {name: value})
-    stopping.measures(1, WELL)  # not in a row
-    stopping.measures(2, WELL | {name: value})
+        watched.check_measures(step, WELL | {name: value})
+    assert [re.match(r"warning: step (\d+)", one)[1] for one in messages] == ["0", "9", "99"]  # pyright: ignore[reportOptionalSubscript]
+    assert messages[0].startswith(f"warning: step 0: {line}")
+    assert all(advice in one and "\n" not in one for one in messages)
+    assert ", for 10 steps in a row: " in messages[1]
+    stopping = LimitWatch(settings("run.limits.action=stop", "run.limits.patience=2"), tmp_path, messages.append, "crpo")
+    stopping.check_measures(0, WELL | {name: value})
+    stopping.check_measures(1, WELL)  # not in a row
+    stopping.check_measures(2, WELL | {name: value})
     with pytest.raises(Fault, match=f"step 3: {name} is .*, for 2 steps in a row: .*run.limits.action=stop"):
-        stopping.measures(3, WELL | {name: value})
+        stopping.check_measures(3, WELL | {name: value})
 
 
 @pytest.mark.parametrize("measured", [WELL, WELL | {"kl/mean": float("nan"), "policy/entropy": float("nan")}])
 def test_nothing_is_said_within_the_limits_or_of_what_could_not_be_measured(measured: dict[str, float], tmp_path: Path):
-    told: list[str] = []
-    Guard(settings(), tmp_path, told.append).measures(0, measured)
-    assert told == []
+    messages: list[str] = []
+    LimitWatch(settings(), tmp_path, messages.append, "crpo").check_measures(0, measured)
+    assert messages == []
 
 
 def test_limits_of_zero_are_off(tmp_path: Path):
-    told: list[str] = []
+    messages: list[str] = []
     off = [f"run.limits.{name}=0" for name in ("kl", "entropy", "zero_variance", "truncated")]
-    Guard(settings(*off), tmp_path, told.append).measures(0, {name: value for name, value, _, _ in BEYOND})
-    assert told == []
+    LimitWatch(settings(*off), tmp_path, messages.append, "crpo").check_measures(0, {name: value for name, value, _, _ in BEYOND})
+    assert messages == []
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -218,11 +218,11 @@ def test_out_of_memory_names_the_phase_and_the_knob():
     said = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12884901888 bytes."
 
     def raised(module: str) -> Fault | None:
-        program = compile("raise error", str(Path(limits.__file__).parents[1] / module), "exec")
+        program = compile("raise error", str(Path(faults.__file__).parents[1] / module), "exec")
         try:
             exec(program, {"error": jax.errors.JaxRuntimeError(said)})  # noqa: S102 (a frame of that file)
         except jax.errors.JaxRuntimeError as error:
-            return limits.out_of_memory(error)
+            return faults.out_of_memory(error)
 
     assert str(raised("rollout/engine.py")).startswith(
         "out of device memory while sampling (asked for 12884901888 bytes): try rollout.slots smaller"
@@ -231,13 +231,13 @@ def test_out_of_memory_names_the_phase_and_the_knob():
         "out of device memory while the update (asked for 12884901888 bytes): try parallel.micro_batch_tokens"
     )
     assert str(raised("model/huggingface.py")).startswith("out of device memory while loading the model")
-    assert limits.out_of_memory(ValueError("something else")) is None
+    assert faults.out_of_memory(ValueError("something else")) is None
 
 
 # ---- the workdir -----------------------------------------------------------------------------------------------------
 
 
-def test_another_config_is_refused_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_another_config_is_refused_unless_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     scratch = "tokenizer.path=somewhere"
     open_workdir(tmp_path / "run", settings(scratch)).close()
     other = settings(scratch, "crpo.kl_coef=0.5", "crpo.steps=7", "parallel.mesh=1x1", "run.limits.kl=2")
@@ -325,9 +325,9 @@ def test_programs_are_kept_apart_by_machine_and_where_the_environment_says(
     asked: Counter[str] = Counter()
     monkeypatch.setattr(jax.config, "update", lambda name, value: asked.update([f"{name}={value}"]))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    keep_programs(str(tmp_path))
+    enable_compilation_cache(str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    keep_programs("")
+    enable_compilation_cache("")
     assert not asked
-    keep_programs(str(tmp_path))
+    enable_compilation_cache(str(tmp_path))
     assert any(re.fullmatch(rf"jax_compilation_cache_dir={tmp_path}/[0-9a-f]{{12}}", name) for name in asked)

@@ -1,16 +1,18 @@
 """Judges: a prompt per measure, replies on disk by prompt, unparsed replies counted and never read as 0, agreement."""
 
 import json
+from importlib import import_module
 
 import pytest
 from chat_server import ChatServer, complete, prompt_of
 
-from crpo_jax import evaluate
 from crpo_jax.answer.records import Answer, answer_to_row
 from crpo_jax.answer.truth import count_exactly
 from crpo_jax.chat import client
 from crpo_jax.data.vignettes import teacher_response, vignettes
 from crpo_jax.judge.measures import MEASURES, build_judge_turn, measure_agreement, parse_count, select_responses
+
+evaluate = import_module("crpo_jax.evaluate")
 
 QUESTIONS = vignettes("test", 6)
 ANSWERS = [

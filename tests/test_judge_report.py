@@ -3,10 +3,11 @@
 import json
 import re
 from html.parser import HTMLParser
+from importlib import import_module
 
 import pytest
 
-from crpo_jax import config, evaluate
+from crpo_jax import config
 from crpo_jax.answer.records import Answer, answer_to_row
 from crpo_jax.answer.statistics import summarize
 from crpo_jax.data.question import Question
@@ -15,6 +16,8 @@ from crpo_jax.errors import InputError
 from crpo_jax.judge import report
 from crpo_jax.judge.measures import MEASURES
 from crpo_jax.reward import terms
+
+evaluate = import_module("crpo_jax.evaluate")
 
 QUESTIONS = vignettes("test", 20)
 SETTINGS = config.load_config(None, ["reward.workers=0"], model=False)

@@ -315,7 +315,7 @@ def loss_and_metrics(
     """crpo_loss of the inputs. `kl_coef` is an argument of the loss; that of the settings must not matter."""
     prefix = "sequence_" if ratio == "sequence" else ""
     bounds: Any = {f"{prefix}clip_low": clip_low, f"{prefix}clip_high": clip_high}
-    crpo = Crpo(ratio=ratio, kl_coef=math.nan, entropy_coef=entropy_coef, **bounds)
+    crpo = Crpo(ratio=ratio, kl_coef=1e9, entropy_coef=entropy_coef, **bounds)
     return crpo_loss(x["logprobs"], x["entropy"], batch_of(x), crpo, kl_coef)
 
 

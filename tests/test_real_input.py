@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from crpo_jax import export, train
 from crpo_jax.store.logs import read_metrics
+
+export = import_module("crpo_jax.export")
+train = import_module("crpo_jax.train")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -1,4 +1,4 @@
-"""scripts/reproduce: its plans name real settings, its jobs run in order, once, side by side, and end in good order."""
+"""scripts/reproduce: its plans name real settings; its jobs run in order, side by side, once, and fail in one line."""
 
 import importlib.machinery
 import importlib.util
@@ -26,7 +26,7 @@ def test_a_plan_has_the_papers_rows_and_commands_with_known_settings(path, tmp_p
     plan, known = reproduce.read_plan(path), config.setting_fields()
     assert list(plan["rows"]) == ["Baseline", "GRPO", "CRPO", "Cold start + GRPO", "Cold start + CRPO"]
     base = (path.parent / plan["config"]).resolve()
-    jobs, rows = reproduce.jobs_of(plan, base, ["data.vignettes=40"], tmp_path)
+    jobs, rows = reproduce.plan_jobs(plan, base, ["data.vignettes=40"], tmp_path)
     assert {row.partition("=")[0] for row in rows} == set(plan["rows"])
     assert len(rows) == 1 + 4 * len(plan["seeds"])
     for job in jobs:
@@ -36,22 +36,18 @@ def test_a_plan_has_the_papers_rows_and_commands_with_known_settings(path, tmp_p
             config.load_config(base, [word for word in words if word.split("=")[0] in known], model=False)
 
 
-def test_the_baselines_teacher_is_another_one_on_the_same_half(tmp_path):
+def test_the_baselines_teacher_is_noisier_and_on_the_same_half(tmp_path):
     plan = reproduce.read_plan(ROOT / "configs" / "reproduce" / "world.yaml")
-    reproduce.jobs_of(plan, ROOT / "configs" / "tiny.yaml", ["data.vignettes=400"], tmp_path)
+    reproduce.plan_jobs(plan, ROOT / "configs" / "tiny.yaml", ["data.vignettes=400"], tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "baseline_traces.jsonl").read_text(encoding="utf-8").splitlines()]
-    whole = sum(
-        "</dx>" in row["response"] and "\\boxed" in row["response"] and "<conclusion>" in row["response"]
-        for row in rows
-    )
+    whole = sum(all(part in row["response"] for part in ("</dx>", "\\boxed", "<conclusion>")) for row in rows)
     assert 150 < len(rows) < 250
     assert 0.5 < whole / len(rows) < 0.9
 
 
 def job(name: str, *commands: list[str], needs: tuple[str, ...] = (), alone: bool = False):
-    return reproduce.Job(
-        name, list(needs), [(f"{name}-{number}", command) for number, command in enumerate(commands)], alone
-    )
+    stages = [(f"{name}-{number}", command) for number, command in enumerate(commands)]
+    return reproduce.Job(name, list(needs), stages, alone)
 
 
 def test_jobs_run_after_what_they_need_once_and_side_by_side(tmp_path, capsys):
@@ -61,16 +57,16 @@ def test_jobs_run_after_what_they_need_once_and_side_by_side(tmp_path, capsys):
     ]
     runner = reproduce.Runner(tmp_path, 2)
     assert runner.run([*jobs, job("beside", ["score", "--help"])])
-    said = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
-    assert said.index("last-0:") > max(index for index, name in enumerate(said) if name == "first-1:")
+    stages = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert stages.index("last-0:") > max(index for index, name in enumerate(stages) if name == "first-1:")
     assert "settings, given as section.key=value" in (tmp_path / "stages" / "first-1.log").read_text(encoding="utf-8")
     assert reproduce.Runner(tmp_path, 2).run(jobs)
-    assert capsys.readouterr().out == "", "what is done is not done again"
+    assert capsys.readouterr().out == "", "finished stages are skipped"
     with pytest.raises(InputError, match=r"expected this stage's command, got score --help"):
         reproduce.Runner(tmp_path, 1).run([job("last", ["distill", "--help"])])
 
 
-def test_a_stage_that_fails_is_named_and_is_not_done(tmp_path):
+def test_a_stage_that_fails_is_named_and_not_marked_as_done(tmp_path):
     with pytest.raises(SystemExit, match=r"bad-0: exit code 2: .*--responses /nowhere"):
         reproduce.Runner(tmp_path, 1).run([job("bad", ["score", "--responses", "/nowhere"], ["score", "--help"])])
     assert not list((tmp_path / "stages").glob("*.done"))

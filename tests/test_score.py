@@ -5,14 +5,16 @@ import re
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from response_table import GOOD, GOUT, ROWS
 
-from crpo_jax import score as command
 from crpo_jax.config import Reward
 from crpo_jax.reward.rules import score_response
+
+command = import_module("crpo_jax.score")
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny_tokenizer"

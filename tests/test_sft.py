@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from crpo_jax import export, sft
+from crpo_jax import sft
 from crpo_jax.errors import InputError
 from crpo_jax.runtime import fine_tuning_report
 from crpo_jax.runtime.fine_tuning import patience_is_over
 from crpo_jax.store.logs import read_metrics
+
+export = import_module("crpo_jax.export")
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -14,9 +15,11 @@ import pytest
 from pair import Pair
 from safetensors.numpy import load_file
 
-from crpo_jax import export, train
 from crpo_jax.errors import InputError
 from crpo_jax.store.logs import read_metrics
+
+export = import_module("crpo_jax.export")
+train = import_module("crpo_jax.train")
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
