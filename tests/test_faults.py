@@ -188,7 +188,9 @@ def test_a_measure_beyond_its_limit_is_explained(name: str, value: float, line: 
     assert messages[0].startswith(f"warning: step 0: {line}")
     assert all(advice in one and "\n" not in one for one in messages)
     assert ", for 10 steps in a row: " in messages[1]
-    stopping = LimitWatch(settings("run.limits.action=stop", "run.limits.patience=2"), tmp_path, messages.append, "crpo")
+    stopping = LimitWatch(
+        settings("run.limits.action=stop", "run.limits.patience=2"), tmp_path, messages.append, "crpo"
+    )
     stopping.check_measures(0, WELL | {name: value})
     stopping.check_measures(1, WELL)  # not in a row
     stopping.check_measures(2, WELL | {name: value})
@@ -206,7 +208,9 @@ def test_nothing_is_said_within_the_limits_or_of_what_could_not_be_measured(meas
 def test_limits_of_zero_are_off(tmp_path: Path):
     messages: list[str] = []
     off = [f"run.limits.{name}=0" for name in ("kl", "entropy", "zero_variance", "truncated")]
-    LimitWatch(settings(*off), tmp_path, messages.append, "crpo").check_measures(0, {name: value for name, value, _, _ in BEYOND})
+    LimitWatch(settings(*off), tmp_path, messages.append, "crpo").check_measures(
+        0, {name: value for name, value, _, _ in BEYOND}
+    )
     assert messages == []
 
 
