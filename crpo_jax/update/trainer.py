@@ -178,8 +178,8 @@ class Trainer:
         return [jax.tree.map(place, batch) for batch in batches]
 
     def with_logprobs(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-        """A rollout's mini-batches with the log-probs of the reference and, where several optimizer steps follow, of the policy
-        that sampled; batches must be on the devices."""
+        """A rollout's mini-batches, on the devices already, with the log-probs of the reference and, where several optimizer
+        steps follow, of the policy that sampled."""
         assert state.frozen is not None
         reference, weights = Policy(state.frozen), self.weights(state) if len(mini_batches) > 1 else None
 
