@@ -7,7 +7,7 @@ import pytest
 
 from crpo_jax.rollout.engine import RolloutProgress
 from crpo_jax.runtime import report
-from crpo_jax.runtime.progress import Progress, clock
+from crpo_jax.runtime.progress import Progress, format_duration
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from crpo_jax.runtime.progress import Progress, clock
     ],
 )
 def test_clock(seconds: float, shown: str):
-    assert clock(seconds) == shown
+    assert format_duration(seconds) == shown
 
 
 class Terminal(io.StringIO):

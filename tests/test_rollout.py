@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 import crpo_jax.rollout
 from crpo_jax.errors import InputError
 from crpo_jax.model.decode import SamplerWeights, Shard
-from crpo_jax.model.huggingface import save
+from crpo_jax.model.huggingface import save_model
 from crpo_jax.model.lora import Policy
 from crpo_jax.model.placement import to_sampler
 from crpo_jax.model.transformer import Transformer
@@ -456,7 +456,7 @@ def test_nothing_is_compiled_twice(weights: SamplerWeights, one_device: Mesh, co
 
 
 def test_the_example_in_the_docstring(model: Transformer, tmp_path: Path):
-    save(model, SHAPE, tmp_path / "model", dtype="float32")
+    save_model(model, tmp_path / "model", dtype="float32")
     (test,) = doctest.DocTestFinder(recurse=False).find(
         crpo_jax.rollout, "crpo_jax.rollout", globs={"folder": str(tmp_path / "model")}
     )
