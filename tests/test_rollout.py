@@ -373,11 +373,11 @@ def test_responses_are_handed_over_as_they_finish(weights: SamplerWeights, one_d
 
 def test_nothing_stays_on_the_devices(model: Transformer, one_device: Mesh):
     """Weights in their sampling form, caches and rows are freed: the update needs the memory."""
-    engine, gather = Engine(SHAPE, one_device, SAMPLING, WIDTH, chunk=2), to_sampling(SHAPE, one_device, "float32")
-    engine.generate(gather(model), PROMPTS, key=KEY, group=GROUP)
+    engine, gather = Engine(SHAPE, one_device, SAMPLING, WIDTH, chunk=2), to_sampler(SHAPE, one_device, "float32")
+    engine.generate(gather(Policy(model)), PROMPTS, key=KEY, group=GROUP)
     gc.collect()
     before = sum(array.nbytes for array in jax.live_arrays())
-    engine.generate(gather(model), PROMPTS, key=KEY, group=GROUP)
+    engine.generate(gather(Policy(model)), PROMPTS, key=KEY, group=GROUP)
     assert sum(array.nbytes for array in jax.live_arrays()) == before
 
 
