@@ -2,8 +2,8 @@
 
 Every function takes the settings of `--help`: `config` is a YAML file (by default the shipped one for this machine, as
 on the command line), `settings` overrides single ones by dotted key. All raise `crpo_jax.errors.InputError` for bad
-input, before anything is written, and `crpo_jax.errors.Fault` where a run cannot continue. A call with the same
-`workdir` resumes.
+input, before anything is written, and `crpo_jax.errors.Fault` where a run cannot continue, such as on a full disk. A
+call with the same `workdir` resumes.
 
     >>> import crpo_jax
     >>> question = {"id": "q1", "question": "Fever, new murmur?", "options": {"A": "IE", "B": "flu"}, "answer": "A"}
@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crpo_jax.answer.records import question_to_row
 from crpo_jax.config import Config, check_config, default_config_path, load_config, replaced
 from crpo_jax.data.question import Question, hold_out
 from crpo_jax.data.readers import questions_from
+from crpo_jax.errors import InputError
 from crpo_jax.reward.functions import RewardFunction, design_name
 from crpo_jax.reward.scorer import Scorer
 
@@ -49,7 +51,7 @@ def train(
     """Trains by CRPO; the rows of WORKDIR/metrics.jsonl, one per step.
 
     `model` is a Hugging Face folder or hub id; without it a cold start comes first. `questions` replace data.source;
-    `held_out` are for evaluation, by default a tenth of the questions.
+    `held_out` are for evaluation, by default a tenth of the questions; the first data.eval_questions of them are used.
     """
     import jax
 
@@ -82,8 +84,9 @@ def fine_tune(
     model: str | Path | None = None,
     traces: Questions | None = None,
     allow_changes: bool = False,
-) -> Path:
-    """Fine-tunes on teacher traces (the cold start); the folder of the model with the lowest held-out loss.
+) -> Path | None:
+    """Fine-tunes on teacher traces (the cold start); the folder of the model with the lowest held-out loss, or None
+    where a signal stopped the run.
 
     `traces` are questions with a key `response`, and replace sft.path.
     """
@@ -98,7 +101,7 @@ def fine_tune(
     if not folder.is_dir():
         opened = open_traces(runtime, None if traces is None else as_questions(traces))
         run_fine_tuning(runtime, Path(workdir), folder, opened, allow_changes=allow_changes)
-    return folder
+    return folder if folder.is_dir() else None
 
 
 def sample(
@@ -120,8 +123,9 @@ def sample(
     runtime = open_runtime(choose_settings(config, settings, {"model.path": model}, jax.default_backend()))
     data, dtype = runtime.settings.data, runtime.settings.model.dtype
     prompts = render_prompts(as_questions(questions), data.prompt, data.system_prompt, runtime.vocabulary.tokenizer)
-    weights = Policy(runtime.start_weights(model_folder(str(model)), runtime.layout.master, dtype))
-    groups = runtime.sampler.generate(runtime.sampler_weights(weights), prompts, key=runtime.key, group=n)
+    start = model_folder(str(model))
+    weights = runtime.sampler_weights(Policy(runtime.start_weights(start, runtime.layout.master, dtype)))
+    groups = runtime.sampler.generate(weights, prompts, key=runtime.key, group=n)
     return [[runtime.vocabulary.decode(response) for response in group] for group in groups]
 
 
@@ -134,6 +138,10 @@ def score(
     settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The reward of each response by parts, with the reasons in `why`, or an `error`; needs no model and no jax."""
+    if len(questions) != len(responses):
+        raise InputError(
+            f"score: expected a response per question, got {len(questions)} questions, {len(responses)} responses"
+        )
     design, functions = reward_design(reward)
     chosen = choose_settings(config, settings, {"reward.design": design}, "cpu", model=False)
     with Scorer(chosen.reward, functions=functions) as scorer:
@@ -157,7 +165,15 @@ def evaluate(
     from crpo_jax.evaluate import evaluate as run_evaluation
     from crpo_jax.evaluate import load_data_sets
 
-    chosen = choose_settings(config, settings, {"model.path": model}, "cpu", model=model is not None)
+    platform, previous = "cpu", Path(workdir) / "config.yaml"
+    if model is None and data:
+        raise InputError("evaluate: expected a model to answer the data sets, got none")
+    if model is not None:
+        import jax
+
+        platform = jax.default_backend()
+    config = previous if config is None and previous.is_file() else config
+    chosen = choose_settings(config, settings, {"model.path": model}, platform, model=model is not None)
     if isinstance(data, Mapping):
         sets = {name: as_questions(questions) for name, questions in data.items()}
     else:
@@ -190,7 +206,9 @@ def choose_settings(
 
 
 def as_questions(rows: Questions) -> list[Question]:
-    return [row if isinstance(row, Question) else questions_from([row])[0] for row in rows]
+    return questions_from(
+        [{**question_to_row(row), **row.columns} if isinstance(row, Question) else row for row in rows]
+    )
 
 
 def reward_design(reward: Rewards | None) -> tuple[str | None, dict[str, RewardFunction]]:

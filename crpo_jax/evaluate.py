@@ -13,6 +13,7 @@ agreement with the first.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -78,14 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = cli.load_settings(args, previous if previous.is_file() else None, model=False)
     if args.model:
         config.check_config(settings)
+    data_sets = load_data_sets(args.data, settings)
     try:
-        data_sets = load_data_sets(args.data, settings)
-        summary = evaluate(settings, workdir, data_sets, args.responses, allow_changes=args.allow_changes)
+        with device_faults() if data_sets else contextlib.nullcontext():
+            summary = evaluate(settings, workdir, data_sets, args.responses, allow_changes=args.allow_changes)
     except StopRequested:
         return print("stopped; the same command resumes from there", file=sys.stderr)
     except Fault as error:
         raise SystemExit(f"crpo_jax.evaluate: stopped, everything so far is on disk: {error}") from None
     print(format_summary(summary, settings))
+
+
+def device_faults() -> contextlib.AbstractContextManager[None]:
+    from crpo_jax.runtime.faults import faults_end_in_one_line  # imports jax, which only a model needs
+
+    return faults_end_in_one_line("crpo_jax.evaluate")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -144,11 +152,9 @@ def generate_responses(
     stop."""
     from crpo_jax.answer.datasets import answer_data_sets
     from crpo_jax.parallel.processes import self_test
-    from crpo_jax.runtime.faults import faults_end_in_one_line
 
     self_test()
-    with faults_end_in_one_line("crpo_jax.evaluate"):
-        answer_data_sets(settings, sets, folder, stop)
+    answer_data_sets(settings, sets, folder, stop)
 
 
 def copy_responses(paths: Sequence[str], folder: Path) -> None:

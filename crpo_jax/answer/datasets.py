@@ -120,7 +120,7 @@ def evaluated_weights(runtime: Runtime) -> SamplerWeights:
 
 
 class Status:
-    """What a person sees while a data set is answered: how far, how well, how fast, how long still."""
+    """What a person sees while a data set is answered: progress, accuracy, speed and time left."""
 
     def __init__(self, name: str, settings: Config, questions: int, done: int) -> None:
         self._name, self._settings, self._questions, self._samples = (

@@ -1,4 +1,4 @@
-"""Held-out questions answered by the policy and scored by the run's reward, and the means of what was measured."""
+"""Held-out questions answered by the policy and scored, and the means of what was measured."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Responses sampled and scored: the sampler decodes the longest ones while those that ended are scored."""
+"""Samples responses and scores those that have ended while longer ones are still being decoded."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -45,8 +45,9 @@ def respond(
 ) -> Responses:
     """`group` responses to each question; `ids` and `group` are `Engine.generate`'s.
 
-    Each process decodes and scores the responses to its share of the questions, and then all have all of them: what
-    follows from the scores is the same in every process, and the first one can write every response.
+    Each process decodes and scores the responses to its share of the questions, and the results are then shared with
+    every process: what follows from the scores is the same in every process, and the first one can write every
+    response.
     """
     repeated = [question for question in questions for _ in range(group)]
     local = process_share(len(questions))

@@ -96,7 +96,7 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
     return Shape(
         **sizes,
         h=h or d // n,
-        tied=option("tie_word_embeddings", config.get("tie_word_embeddings", False), True, False),
+        tied=bool(option("tie_word_embeddings", config.get("tie_word_embeddings", False), True, False)),
         rope_theta=number("rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         model_type=model_type,

@@ -1,4 +1,4 @@
-"""What ends a command through no fault of its input, as one line: a full disk, a device out of memory."""
+"""Reports in one line why a command had to end although its input was good: a full disk, a device out of memory."""
 
 import contextlib
 import re

@@ -127,16 +127,13 @@ def write_best(run: TrainingRun, losses: Mapping[int, float], start: Path | None
     best = best_step(losses, [step for step in run.checkpoints.steps() if step])
     # The first process decides: only that one has surely seen the newest checkpoint take its name.
     best = int(multihost_utils.broadcast_one_to_all(np.int32(run.done if best is None else best)))
-    state = run.restored(best, run.state) if best != run.done else run.state
+    if best != run.done:
+        run.state = run.restored(best, run.state)
     settings, adapter = run.runtime.settings, run.workdir / "adapter"
-    if (
-        state.policy.adapters is not None
-        and settings.model.path
-        and not settings.model.adapter
-        and not adapter.exists()
-    ):
-        save_adapters(state.master, run.runtime.shape, adapter, base=settings.model.path)
-    run.runtime.export(state.master, start, folder)  # last: this folder says that all is done
+    is_peft_base = settings.model.path and not settings.model.adapter and not adapter.exists()
+    if run.state.policy.adapters is not None and is_peft_base:
+        save_adapters(run.state.master, run.runtime.shape, adapter, base=settings.model.path)
+    run.runtime.export(run.state.master, start, folder)  # last: this folder says that all is done
 
 
 def negated_losses(workdir: Path) -> dict[int, float]:

@@ -1,5 +1,5 @@
-"""What a run reads besides its config and its start model: questions with their prompts, teacher traces, digests of all
-of it."""
+"""What a run reads besides its config and its start model: questions with their prompts, teacher traces, and digests of
+all of it."""
 
 import dataclasses
 import functools
@@ -50,6 +50,10 @@ def open_questions(
         questions = load_questions(data, data.split)
     if held_out is None:
         held_out = load_questions(data, data.eval_split)
+    if not questions or not held_out:
+        raise InputError(
+            f"questions: expected some to train on and some held out, got {len(questions)} and {len(held_out)}"
+        )
     training = fit_prompts(questions, data, tokenizer, render_shared)
     fits = fit_prompts(held_out, data, tokenizer, render_shared)
     count = data.eval_questions or len(fits.questions)
@@ -62,7 +66,8 @@ def open_questions(
 
 
 def render_shared(questions: Sequence[Question], *how: Any) -> list[list[int]]:
-    """Prompt tokens of all questions; each process renders its share of them, and then all hold all."""
+    """Prompt tokens of all questions; each process renders its share of them, and the results are shared with every
+    process."""
     return gather_from_processes(render_prompts([questions[i] for i in process_share(len(questions))], *how))
 
 
@@ -87,9 +92,8 @@ def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> T
         for question in questions:
             response = question.columns.get("response")
             if not isinstance(response, str):
-                raise InputError(
-                    f"{sft.path or 'traces'}: {question.id}: response: expected the teacher's text, got {response!r}"
-                )
+                name = sft.path if traces is None else "traces"
+                raise InputError(f"{name}: {question.id}: response: expected the teacher's text, got {response!r}")
         responses = [str(question.columns["response"]) for question in questions]
     elif data.source == "vignettes":
         from crpo_jax.data.vignettes import teacher_response, vignettes

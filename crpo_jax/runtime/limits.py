@@ -63,7 +63,7 @@ class LimitWatch:
                 )
 
     def check_measures(self, step: int, measures: Mapping[str, float]) -> None:
-        """Warns at the first step beyond a limit and then ever more rarely; Fault after run.limits.patience steps in a
+        """Warns at the 1st, 10th, 100th ... step in a row beyond a limit; Fault after run.limits.patience steps in a
         row where run.limits.action is stop."""
         settings = self._settings.run.limits
         for name, (is_beyond, advice) in self._advice().items():

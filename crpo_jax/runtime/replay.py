@@ -10,7 +10,9 @@ import optax
 from crpo_jax.config import Config
 from crpo_jax.errors import InputError
 from crpo_jax.model.huggingface import model_folder
+from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.mesh import fetch
+from crpo_jax.runtime.fine_tuning import is_cold_start
 from crpo_jax.runtime.limits import not_finite
 from crpo_jax.runtime.runtime import Vocabulary, open_runtime
 from crpo_jax.store.checkpoint import Checkpoints
@@ -26,10 +28,14 @@ def replay(settings: Config, workdir: Path, step: int) -> str:
         steps = skipped_steps(workdir) or "none there"
         raise InputError(f"--replay {step}: expected a step whose batch is in {workdir / 'skipped'}, got {steps}")
     mini_batches: list[list[Any]] = [[Batch(**cast(Any, arrays)) for arrays in load_batches(path)] for path in paths]
+    if is_cold_start(workdir) or any(batch.advantages is None for batches in mini_batches for batch in batches):
+        raise InputError(f"--replay {step}: expected a batch of a CRPO run in {workdir}, got one of fine-tuning")
     runtime = open_runtime(settings)
     trainer = runtime.trainer("crpo", 1)
     start = model_folder(settings.model.path) if settings.model.path else workdir / "coldstart"
     state = runtime.start_state(trainer, start)
+    if isinstance(state.master, Transformer):
+        state = state._replace(frozen=None)  # the batches hold the reference's log-probs
     with Checkpoints(workdir / "checkpoints", settings.run.keep) as checkpoints:
         before = [saved for saved in checkpoints.steps() if saved <= step]
         if before:

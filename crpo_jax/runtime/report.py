@@ -86,9 +86,7 @@ def model_and_devices(runtime: Runtime, start: Path | None, lora: Lora) -> list[
     settings, mesh, count = runtime.settings, runtime.mesh, parameter_count(runtime.shape)
     trained = sum(leaf.size for leaf in jax.tree.leaves(trained_shapes(runtime.shape, lora)))
     part = (
-        f"{trained:,} in adapters of rank {lora.rank} trained ({trained / count:.2%})"
-        if trained < count
-        else "all trained"
+        f"{trained:,} in adapters of rank {lora.rank} trained ({trained / count:.2%})" if lora.rank else "all trained"
     )
     merged = f" with {settings.model.adapter} merged in" if settings.model.adapter else ""
     devices = f"{mesh.devices.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.devices.size > 1 else ''}"
@@ -132,8 +130,8 @@ def time_metrics(
     mini_batches: Sequence[Sequence[Batch]],
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
-    """Seconds of a step's phases (rollout, score, update), rates, padding, MFU and memory: all that two equal runs may
-    differ in.
+    """Seconds of a step's phases (rollout, score, update), rates, padding, MFU and memory: the only
+    metrics that may differ between two identical runs.
 
     MFU (where the device's peak is published) counts model FLOPs: the forward of reference and policy, that of the old
     policy where there are several mini-batches, and a backward as two; recomputation as none. Memory is the most so

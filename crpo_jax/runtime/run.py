@@ -116,6 +116,7 @@ def open_run(
 ) -> Iterator[TrainingRun]:
     """The run in a workdir, resumed where it has checkpoints; its last state is saved unless the body raises."""
     run = TrainingRun(runtime, workdir, trainer, state, total, checkpoints)
+    del state  # a resumed run has its own: this one would stay on the devices as long as the run
     with run.stop, run.log, run.checkpoints:
         yield run
         if run.done:

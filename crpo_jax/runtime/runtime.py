@@ -1,5 +1,4 @@
-"""What every command that runs a model opens once: mesh, shape, layout, tokenizer, start weights and compiled
-programs."""
+"""Opens what every command that runs a model needs: mesh, shape, layout, tokenizer, start weights, programs."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property

@@ -58,7 +58,7 @@ def open_workdir(
     No other run can open the folder until the result is closed or the process ends, however it ends. `allow_changes`
     accepts another config: each difference is printed, and the old file becomes config.1.yaml, config.2.yaml and so on.
 
-    Of several processes only the `writer` does any of this (`start.wait_for_workdir`).
+    Of several processes only the `writer` does any of this (`runtime.run.shared_workdir`).
     """
     lock = contextlib.ExitStack()
     if not writer:

@@ -73,10 +73,10 @@ def group_advantages(
 def choose_groups(
     rewards: Float[np.ndarray, "p g"], counted: Bool[np.ndarray, "p g"], wanted: int
 ) -> tuple[Int[np.ndarray, " chosen"], int]:
-    """DAPO's dynamic sampling: the first `wanted` groups whose rewards differ, in order, and how many there were of
-    them.
+    """DAPO's dynamic sampling: the first `wanted` groups whose rewards differ, in order, and how many of them
+    differ.
 
-    Where they are fewer, the first of the others fill the mini-batches up: they carry the KL alone.
+    If there are too few, groups with equal rewards fill the mini-batches: they carry the KL alone.
     """
     varied = np.array(
         [len(group[counts]) > 1 and np.ptp(group[counts]) > 0 for group, counts in zip(rewards, counted, strict=True)]

@@ -1,7 +1,7 @@
 """The compiled programs of training: log-probs, gradient accumulation and the optimizer step, on one mesh and layout.
 
-Masters, moments and gradients are float32 in the layout's master table; the weights that compute are a copy cast once
-per optimizer step (a learning rate of 1e-6 applied to bf16 weights would change nothing).
+Masters, moments and gradients are float32 in the layout's master table; the weights that compute are a copy cast before
+every optimizer step (a learning rate of 1e-6 applied to bf16 weights would change nothing).
 
 With LoRA the masters are the adapters alone, and the frozen weights stay in the compute type and table for the whole
 run.
@@ -45,7 +45,7 @@ class TrainState(NamedTuple):
     )  # the start model in the compute type: the KL's reference, and what adapters are trained on
     optimizer: Any
     step: Array
-    kl_coef: Array  # beta: a constant, or what the adaptive controller made of it
+    kl_coef: Array  # beta: a constant, or the adaptive controller's current value
 
     @property
     def policy(self) -> Policy:
@@ -194,7 +194,7 @@ class Trainer:
         return [[complete(batch) for batch in batches] for batches in mini_batches]
 
     def gradients(self, state: TrainState, batches: Sequence[Batch]) -> tuple[Any, Metrics]:
-        """Gradients and metrics of a mini-batch, summed over its micro-batches; both donated to whatever takes them."""
+        """Gradients and metrics of a mini-batch, summed over its micro-batches."""
         (gradients, metrics), weights = self.zero(), self.weights(state)
         for batch in batches:
             gradients, metrics = self.accumulate(gradients, metrics, weights, batch, state.kl_coef)
