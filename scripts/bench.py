@@ -90,7 +90,7 @@ def rollout(args: argparse.Namespace) -> dict[str, Any]:
         tallies.clear()
         limits = [limit] * len(prompts)
         return engine.generate(
-            weights, prompts, key=jax.random.key(seed), group=args.group, limits=limits, progress=tallies.append
+            weights, prompts, key=jax.random.key(seed), group=args.group, limits=limits, on_progress=tallies.append
         )
 
     first, _ = timed(lambda: sample(0))

@@ -143,7 +143,7 @@ def state_of(workdir: Path) -> str:
         last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
         tree = ocp.StandardCheckpointer().restore(last.resolve())
         total = hashlib.sha256()
-        for name, leaf in sorted(tree.items(), key=lambda pair: int(pair[0])):
+        for name, leaf in sorted(tree.items()):
             values = np.asarray(leaf)
             total.update(f"{last.name} {name} {values.dtype} {values.shape}".encode() + values.tobytes())
         os.write(writing, total.hexdigest().encode())

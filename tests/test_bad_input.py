@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (good / "config.json").write_text(json.dumps(huggingface.config_of(shape, "float32", {})))
     draw = np.random.default_rng(0)
     save_file(
-        {tensor.key: draw.normal(size=tensor.sizes).astype(np.float32) for tensor in huggingface.tensors(shape)},
+        {tensor.key: draw.normal(size=tensor.sizes).astype(np.float32) for tensor in huggingface.model_tensors(shape)},
         good / "model.safetensors",
     )
 

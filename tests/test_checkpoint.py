@@ -21,11 +21,11 @@ from jax.sharding import Mesh
 from crpo_jax import config
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.model.placement import weight_shardings
-from crpo_jax.model.transformer import Qwen2
+from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.store.checkpoint import RUN_START, SEAL, Checkpoints, ResumePoint, named_arrays, write_seal
 from crpo_jax.store.logs import Log
-from crpo_jax.update.trainer import Trainer, TrainState, trainer
+from crpo_jax.update.trainer import Trainer, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -34,16 +34,22 @@ def programs(mesh: Mesh, layout: str) -> Trainer:
     settings = config.load_config(
         None, [f"parallel.layout={layout}", "model.dtype=float32", "optimizer.learning_rate=0.01"], model=False
     )
-    return trainer(SHAPE, mesh, settings, settings.optimizer, 10, loss="crpo")
+    return Trainer(SHAPE, mesh, settings, settings.optimizer, 10, loss="crpo")
 
 
-def begun(run: Trainer, model: Qwen2, mesh: Mesh, layout: str, scale: float = 1.0) -> TrainState:
+def begun(run: Trainer, model: Transformer, mesh: Mesh, layout: str, scale: float = 1.0) -> TrainState:
     scaled = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(scale), model)
-    return run.begin(placed(scaled, weight_shardings(SHAPE, LAYOUTS[layout].master, mesh)))
+    """The state before the first step, as a checkpoint holds it: without the frozen reference."""
+    return run.begin(placed(scaled, weight_shardings(SHAPE, LAYOUTS[layout].master, mesh)))._replace(frozen=None)
+
+
+def applied(run: Trainer, state: TrainState, gradients: Any) -> TrainState:
+    """The state after an optimizer step with these gradients."""
+    return run.apply(state, gradients, run.zero()[1])[0]
 
 
 @pytest.fixture(scope="module")
-def trained(model: Qwen2) -> TrainState:
+def trained(model: Transformer) -> TrainState:
     """A state on 4x2 after one step: moments of every size, and among the masters a NaN and the smallest float."""
     mesh = mesh_of(4, 2)
     run = programs(mesh, "zero1")
@@ -51,7 +57,7 @@ def trained(model: Qwen2) -> TrainState:
     gradients = placed(
         jax.tree.map(lambda leaf: leaf**3, model), weight_shardings(SHAPE, LAYOUTS["zero1"].master, mesh)
     )
-    state, _, _ = run.apply(state, gradients)
+    state = applied(run, state, gradients)
     norm = state.master.final_norm_d[...]
     odd = jax.device_put(norm.at[0].set(jnp.nan).at[1].set(1e-45).at[2].set(-0.0), norm.sharding)
     state.master.final_norm_d[...] = odd
@@ -67,7 +73,7 @@ def bits(tree: TrainState) -> list[bytes]:
     [((4, 2), "zero1"), ((4, 2), "replicated"), ((8, 1), "fsdp"), ((1, 8), "zero1"), ((1, 1), "zero1")],
 )
 def test_a_state_comes_back_bit_by_bit_on_any_mesh(
-    sizes: tuple[int, int], layout: str, trained: TrainState, model: Qwen2, tmp_path: Path
+    sizes: tuple[int, int], layout: str, trained: TrainState, model: Transformer, tmp_path: Path
 ):
     """Saved on 4x2, restored where the next run stands, in the place that its own layout gives every tensor."""
     assert sizes in MESHES
@@ -87,19 +93,21 @@ def test_a_state_comes_back_bit_by_bit_on_any_mesh(
         assert leaf.dtype == like.dtype
 
 
-def test_a_step_after_restoring_is_the_step_that_would_have_been(trained: TrainState, model: Qwen2, tmp_path: Path):
+def test_a_step_after_restoring_is_the_step_that_would_have_been(
+    trained: TrainState, model: Transformer, tmp_path: Path
+):
     """Contract 6 in small: moments and the count of steps come back too, or the second step would differ."""
     mesh = mesh_of(1, 1)
     run = programs(mesh, "zero1")
     gradients = [jax.tree.map(lambda leaf, power=power: leaf**power, model) for power in (3, 1)]
-    state, _, _ = run.apply(begun(run, model, mesh, "zero1"), gradients[0])
+    state = applied(run, begun(run, model, mesh, "zero1"), gradients[0])
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(1, state)
-    straight, _, _ = run.apply(state, gradients[1])
+    straight = applied(run, state, gradients[1])
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
-        resumed, _, _ = run.apply(checkpoints.restore(1, begun(run, model, mesh, "zero1", scale=0.0)), gradients[1])
+        resumed = applied(run, checkpoints.restore(1, begun(run, model, mesh, "zero1", scale=0.0)), gradients[1])
     assert bits(resumed) == bits(straight)
-    fresh, _, _ = run.apply(begun(run, model, mesh, "zero1"), gradients[1])
+    fresh = applied(run, begun(run, model, mesh, "zero1"), gradients[1])
     assert bits(fresh) != bits(straight)
 
 

@@ -97,8 +97,9 @@ def decode_program(mesh: Any, shape: Any, rows: int, slots: int, dtype: Any, com
     import jax.numpy as jnp
 
     from crpo_jax.model.decode import Cache
-    from crpo_jax.model.placement import sampling_form, sampling_shardings
-    from crpo_jax.model.transformer import abstract
+    from crpo_jax.model.lora import Policy
+    from crpo_jax.model.placement import sampler_form, sampler_specs
+    from crpo_jax.model.transformer import model_shapes
     from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, kv_copies
     from crpo_jax.parallel.mesh import data_size, model_size
     from crpo_jax.rollout.draw import Sampling
@@ -112,8 +113,8 @@ def decode_program(mesh: Any, shape: Any, rows: int, slots: int, dtype: Any, com
 
     b, heads = rows * data_size(mesh), shape.k * kv_copies(mesh, shape.k)
     weights = placed(
-        jax.eval_shape(lambda model: sampling_form(model, shape, mesh, dtype), abstract(shape)),
-        sampling_shardings(shape, mesh),
+        jax.eval_shape(lambda model: sampler_form(Policy(model), mesh, dtype), model_shapes(shape)),
+        jax.tree.map(over, sampler_specs(shape, mesh)),
     )
     layer = Cache(
         *(

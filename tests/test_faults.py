@@ -87,7 +87,7 @@ def test_a_second_run_in_a_workdir_is_refused(ended: dict[str, Any]):
 def test_sigterm_ends_a_run_in_good_order(ended: dict[str, Any]):
     assert ended["SIGTERM"]["code"] == 0
     assert (
-        "SIGTERM: finishing this part of the step, saving, then stopping; once more stops at once"
+        "SIGTERM: finishing this part of the step, saving, then stopping; a second signal exits at once"
         in ended["SIGTERM"]["said"]
     )
     assert re.search(r"stopped after step \d of 4; the same command goes on from there\n$", ended["SIGTERM"]["said"])
@@ -101,7 +101,7 @@ def test_sigterm_ends_a_run_in_good_order(ended: dict[str, Any]):
 def test_a_second_signal_ends_it_at_once(ended: dict[str, Any]):
     assert ended["SIGINT twice"]["code"] == 130
     assert ended["SIGINT twice"]["said"].endswith(
-        "SIGINT again: stopped at once; the same command goes on from what is saved\n"
+        "SIGINT again: exiting at once; the same command resumes from what is saved\n"
     )
 
 
@@ -144,7 +144,7 @@ def test_a_kept_batch_is_looked_at_again(ended: dict[str, Any]):
     )
     assert ended["no replay"]["code"] == 2
     assert re.search(
-        r"--replay 77: expected a step whose batch was kept in \S+, got \[0, 1\]\n$", ended["no replay"]["said"]
+        r"--replay 77: expected a step whose batch is in \S+, got \[0, 1\]\n$", ended["no replay"]["said"]
     )
 
 
@@ -188,7 +188,9 @@ def test_a_measure_beyond_its_limit_is_explained(name: str, value: float, line: 
     assert messages[0].startswith(f"warning: step 0: {line}")
     assert all(advice in one and "\n" not in one for one in messages)
     assert ", for 10 steps in a row: " in messages[1]
-    stopping = LimitWatch(settings("run.limits.action=stop", "run.limits.patience=2"), tmp_path, messages.append, "crpo")
+    stopping = LimitWatch(
+        settings("run.limits.action=stop", "run.limits.patience=2"), tmp_path, messages.append, "crpo"
+    )
     stopping.check_measures(0, WELL | {name: value})
     stopping.check_measures(1, WELL)  # not in a row
     stopping.check_measures(2, WELL | {name: value})
@@ -206,7 +208,9 @@ def test_nothing_is_said_within_the_limits_or_of_what_could_not_be_measured(meas
 def test_limits_of_zero_are_off(tmp_path: Path):
     messages: list[str] = []
     off = [f"run.limits.{name}=0" for name in ("kl", "entropy", "zero_variance", "truncated")]
-    LimitWatch(settings(*off), tmp_path, messages.append, "crpo").check_measures(0, {name: value for name, value, _, _ in BEYOND})
+    LimitWatch(settings(*off), tmp_path, messages.append, "crpo").check_measures(
+        0, {name: value for name, value, _, _ in BEYOND}
+    )
     assert messages == []
 
 
@@ -225,10 +229,10 @@ def test_out_of_memory_names_the_phase_and_the_knob():
             return faults.out_of_memory(error)
 
     assert str(raised("rollout/engine.py")).startswith(
-        "out of device memory while sampling (asked for 12884901888 bytes): try rollout.slots smaller"
+        "out of device memory while sampling (requested 12884901888 bytes): try rollout.slots smaller"
     )
     assert str(raised("train.py")).startswith(
-        "out of device memory while the update (asked for 12884901888 bytes): try parallel.micro_batch_tokens"
+        "out of device memory while the update (requested 12884901888 bytes): try parallel.micro_batch_tokens"
     )
     assert str(raised("model/huggingface.py")).startswith("out of device memory while loading the model")
     assert faults.out_of_memory(ValueError("something else")) is None

@@ -40,7 +40,7 @@ def advantages_of(rewards: list[list[float]], counted: list[list[bool]] | None =
 
 
 def test_one_hit_of_five():
-    """The figure by which implementations are told apart: with ddof = 0 the hit would get 2.0."""
+    """Implementations differ here: with ddof = 0 the hit would get 2.0."""
     np.testing.assert_allclose(advantages_of([[1, 0, 0, 0, 0]])[0], [1.78885, *[-0.44721] * 4], atol=1e-5)
 
 
@@ -551,7 +551,7 @@ def test_a_batch_with_no_token_at_all():
 
 
 def test_advantages_of_the_wrong_shape_are_refused():
-    """[b] where [b, t] is meant broadcasts wherever b = t; the annotations say which, and tests check them."""
+    """[b] in place of [b, t] would broadcast if b = t; the tests check the annotated shapes."""
     with pytest.raises(Exception, match=re.compile("advantages", re.DOTALL)):
         loss_and_metrics(inputs() | {"advantages": jnp.ones((B, T))}, **COEFFICIENTS)
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from crpo_jax.rollout.engine import Tally
+from crpo_jax.rollout.engine import RolloutProgress
 from crpo_jax.runtime import report
-from crpo_jax.runtime.progress import Progress, clock
+from crpo_jax.runtime.progress import Progress, format_duration
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from crpo_jax.runtime.progress import Progress, clock
     ],
 )
 def test_clock(seconds: float, shown: str):
-    assert clock(seconds) == shown
+    assert format_duration(seconds) == shown
 
 
 class Terminal(io.StringIO):
@@ -35,9 +35,9 @@ class Terminal(io.StringIO):
 def test_progress_rewrites_one_line_on_a_terminal():
     screen = Terminal()
     progress = Progress(10, 0, stream=screen)
-    progress.show(1, "reward 1.00")
-    progress.show(2, "reward 2.00")
-    progress.keep("done")
+    progress.update(1, "reward 1.00")
+    progress.update(2, "reward 2.00")
+    progress.write("done")
     text = screen.getvalue()
     assert text.count("\n") == 1
     assert text.endswith("\r\x1b[2Kdone\n")
@@ -48,18 +48,20 @@ def test_progress_keeps_a_file_clean():
     """No escape codes and no passing states where nobody can see them pass."""
     file = io.StringIO()
     progress = Progress(10, 0, stream=file)
-    progress.show(1, "reward 1.00")
-    progress.keep("step 1/10")
+    progress.update(1, "reward 1.00")
+    progress.write("step 1/10")
     assert file.getvalue() == "step 1/10\n"
 
 
 def test_a_rollout_says_how_far_it_is():
     """30 of 40 responses in 60 seconds, 2,400 tokens in all: 40 tokens a second, and 20 seconds for the 10 left."""
     screen = Terminal()
-    show = report.sampling(Progress(10, 0, stream=screen), 3)
-    show(Tally(prompts=5, responses=30, total=40, tokens=2400, done_tokens=1500, steps=90, cache_bytes=0, seconds=60.0))
+    state = RolloutProgress(
+        prompts=5, responses=30, total=40, tokens=2400, done_tokens=1500, steps=90, cache_bytes=0, seconds=60.0
+    )
+    Progress(10, 0, stream=screen).update(3, report.rollout_line(state))
     assert (
-        "3/10  sampling: 5 prompts, 30 of 40 responses done  40 tok/s  mean length 50  about 0:20 to go"
+        "3/10  sampling: 5 prompts, 30 of 40 responses done  40 tok/s  mean length 50  about 0:20 left"
         in screen.getvalue()
     )
 
@@ -69,7 +71,7 @@ def test_time_left_counts_from_where_a_resumed_run_began():
     screen = Terminal()
     progress = Progress(100, 90, stream=screen)
     progress._started -= 50.0  # 50 seconds ago
-    progress.show(95, "")
+    progress.update(95, "")
     assert screen.getvalue().endswith("0:50 left")
-    progress.show(90, "")
+    progress.update(90, "")
     assert screen.getvalue().endswith("90/100    ")

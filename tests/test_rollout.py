@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 
 import crpo_jax.rollout
 from crpo_jax.errors import InputError
-from crpo_jax.model.decode import Shard, Weights
-from crpo_jax.model.huggingface import save
-from crpo_jax.model.placement import to_sampling
-from crpo_jax.model.transformer import Qwen2, hidden_states, logits
+from crpo_jax.model.decode import SamplerWeights, Shard
+from crpo_jax.model.huggingface import save_model
+from crpo_jax.model.lora import Policy
+from crpo_jax.model.placement import to_sampler
+from crpo_jax.model.transformer import Transformer
 from crpo_jax.rollout.draw import Sampling, draw_tokens, row_keys
 from crpo_jax.rollout.engine import DecodeBatch, Engine, Response, RolloutProgress, Scheduler
 from crpo_jax.rollout.sample import DecodedChunk, SamplingPrograms, sampling_programs
@@ -42,16 +43,16 @@ KEY = jax.random.key(4)
 
 
 def simple_loop(
-    model: Qwen2, sampling: Sampling, prompts: Sequence[Sequence[int]] = PROMPTS, width: int = WIDTH
+    model: Transformer, sampling: Sampling, prompts: Sequence[Sequence[int]] = PROMPTS, width: int = WIDTH
 ) -> list[list[Response]]:
     """`GROUP` responses per prompt; each row is decoded to the full length and then cut."""
     rows = [(i, g, list(prompt)) for i, prompt in enumerate(prompts) for g in range(GROUP)]
     keys = row_keys(KEY, *(jnp.array(numbers) for numbers in zip(*((i, g) for i, g, _ in rows), strict=True)))
 
     @jax.jit
-    def step(model: Qwen2, tokens: jax.Array, lengths: jax.Array, position: jax.Array) -> Any:
-        last = hidden_states(model, tokens, SHAPE)[jnp.arange(len(rows)), lengths - 1]
-        return draw_tokens(logits(model, last), keys, jnp.full(len(rows), position), sampling, Shard(None), SHAPE.v)
+    def step(model: Transformer, tokens: jax.Array, lengths: jax.Array, position: jax.Array) -> Any:
+        last = model(tokens)[jnp.arange(len(rows)), lengths - 1]
+        return draw_tokens(model.logits(last), keys, jnp.full(len(rows), position), sampling, Shard(None), SHAPE.v)
 
     logprobs: list[list[float]] = [[] for _ in rows]
     for position in range(width):
@@ -77,13 +78,13 @@ def tokens_of(groups: Sequence[Sequence[Response]]) -> list[list[tuple[list[int]
 
 
 @pytest.fixture(scope="module")
-def expected(model: Qwen2) -> list[list[Response]]:
+def expected(model: Transformer) -> list[list[Response]]:
     return simple_loop(model, SAMPLING)
 
 
 @pytest.fixture(scope="module")
-def weights(model: Qwen2, one_device: Mesh) -> Weights:
-    return to_sampling(SHAPE, one_device, "float32")(model)
+def weights(model: Transformer, one_device: Mesh) -> SamplerWeights:
+    return to_sampler(SHAPE, one_device, "float32")(Policy(model))
 
 
 def test_the_expected_responses_cover_every_case(expected: list[list[Response]]):
@@ -102,10 +103,10 @@ def test_the_expected_responses_cover_every_case(expected: list[list[Response]])
 # --- the same tokens on every mesh ------------------------------------------------------------------------------------
 
 
-def test_same_tokens_as_the_simple_loop_on_every_mesh(mesh: Mesh, model: Qwen2, expected: list[list[Response]]):
+def test_same_tokens_as_the_simple_loop_on_every_mesh(mesh: Mesh, model: Transformer, expected: list[list[Response]]):
     """Contract 2. On 2x4 and 1x8 there are more model shards than KV heads. The cache grows once on the way."""
     groups = Engine(SHAPE, mesh, SAMPLING, WIDTH, slots=128, chunk=6).generate(
-        to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP
+        to_sampler(SHAPE, mesh, "float32")(Policy(model)), PROMPTS, key=KEY, group=GROUP
     )
     assert tokens_of(groups) == tokens_of(expected)
     for response, reference in zip(itertools.chain(*groups), itertools.chain(*expected), strict=True):
@@ -114,7 +115,7 @@ def test_same_tokens_as_the_simple_loop_on_every_mesh(mesh: Mesh, model: Qwen2, 
         np.testing.assert_allclose(response.logprobs, reference.logprobs, rtol=0, atol=1e-4)
 
 
-def test_sampler_log_probs_are_the_trainers(model: Qwen2, weights: Weights, one_device: Mesh):
+def test_sampler_log_probs_are_the_trainers(model: Transformer, weights: SamplerWeights, one_device: Mesh):
     """Contract 3, for every token of every response: at most 1e-4 in float32, the temperature in both."""
     groups = Engine(SHAPE, one_device, SAMPLING, WIDTH, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=GROUP)
     responses = [response for group in groups for response in group]
@@ -124,18 +125,16 @@ def test_sampler_log_probs_are_the_trainers(model: Qwen2, weights: Weights, one_
         row[: len(whole)] = whole
 
     @jax.jit
-    def trainer(model: Qwen2, tokens: jax.Array) -> Any:
+    def trainer(model: Transformer, tokens: jax.Array) -> Any:
         targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-        return token_logprobs(
-            model, hidden_states(model, tokens, SHAPE), targets, SAMPLING.temperature, 48, with_entropy=False
-        )[0]
+        return token_logprobs(model, model(tokens), targets, SAMPLING.temperature, 48, with_entropy=False)[0]
 
     for row, response in zip(np.asarray(trainer(model, tokens)), responses, strict=True):
         first = len(PROMPTS[response.prompt]) - 1
         np.testing.assert_allclose(row[first : first + len(response.tokens)], response.logprobs, rtol=0, atol=1e-4)
 
 
-def test_greedy_is_the_simple_loop(model: Qwen2, weights: Weights, one_device: Mesh):
+def test_greedy_is_the_simple_loop(model: Transformer, weights: SamplerWeights, one_device: Mesh):
     sampling = Sampling(temperature=0, stop_ids=STOPS)
     groups = Engine(SHAPE, one_device, sampling, WIDTH, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=GROUP)
     assert tokens_of(groups) == tokens_of(simple_loop(model, sampling))
@@ -158,7 +157,7 @@ def test_slots_and_chunks_do_not_change_a_token(
     slots: int,
     chunk: int,
     response_slots: int,
-    weights: Weights,
+    weights: SamplerWeights,
     one_device: Mesh,
     expected: list[list[Response]],
     monkeypatch: pytest.MonkeyPatch,
@@ -178,7 +177,7 @@ def test_slots_and_chunks_do_not_change_a_token(
     halvings=st.sampled_from([1, 3]),
 )
 def test_any_schedule_gives_the_tokens_of_the_simple_loop(
-    order: list[int], count: int, limits: list[int], halvings: int, model: Qwen2, expected: list[list[Response]]
+    order: list[int], count: int, limits: list[int], halvings: int, model: Transformer, expected: list[list[Response]]
 ):
     """Tokens and log-probs, for any order, number of prompts and limits: two data shards decode one prompt each at a
     time, and caches grow with every chunk."""
@@ -187,7 +186,7 @@ def test_any_schedule_gives_the_tokens_of_the_simple_loop(
         patch.setattr("crpo_jax.rollout.engine.RESPONSE_SLOTS", 4)
         patch.setattr("crpo_jax.rollout.engine.HALVINGS", halvings)
         groups = Engine(SHAPE, mesh, SAMPLING, WIDTH, slots=GROUP, chunk=2).generate(
-            to_sampling(SHAPE, mesh, "float32")(model),
+            to_sampler(SHAPE, mesh, "float32")(Policy(model)),
             [PROMPTS[i] for i in chosen],
             key=KEY,
             group=GROUP,
@@ -200,16 +199,16 @@ def test_any_schedule_gives_the_tokens_of_the_simple_loop(
             np.testing.assert_allclose(response.logprobs, reference.logprobs[: limits[i]], rtol=0, atol=1e-4)
 
 
-def test_more_prompts_than_slots_on_data_shards(model: Qwen2, expected: list[list[Response]]):
+def test_more_prompts_than_slots_on_data_shards(model: Transformer, expected: list[list[Response]]):
     """4 shards of one prompt each: the second wave has 3 prompts, and rows of padding that must never run."""
     mesh = mesh_of(4, 2)
     groups = Engine(SHAPE, mesh, SAMPLING, WIDTH, slots=GROUP, chunk=2).generate(
-        to_sampling(SHAPE, mesh, "float32")(model), PROMPTS, key=KEY, group=GROUP
+        to_sampler(SHAPE, mesh, "float32")(Policy(model)), PROMPTS, key=KEY, group=GROUP
     )
     assert tokens_of(groups) == tokens_of(expected)
 
 
-def test_a_long_response_delays_no_other(weights: Weights, one_device: Mesh, monkeypatch: pytest.MonkeyPatch):
+def test_a_long_response_delays_no_other(weights: SamplerWeights, one_device: Mesh, monkeypatch: pytest.MonkeyPatch):
     """8 prompts in waves of 2, one response eight times as long as the others, which ends in a batch of its own: 11
     chunks, where waiting for such a response in every wave would cost 4 * 8. Without stop tokens limits are lengths."""
     calls: list[tuple[int, int]] = []
@@ -228,7 +227,9 @@ def test_a_long_response_delays_no_other(weights: Weights, one_device: Mesh, mon
     assert sorted(calls) == sorted([(2, 2)] * 4 + [(1, 1)] * 7)
 
 
-def test_the_rest_of_several_waves_is_merged(weights: Weights, one_device: Mesh, monkeypatch: pytest.MonkeyPatch):
+def test_the_rest_of_several_waves_is_merged(
+    weights: SamplerWeights, one_device: Mesh, monkeypatch: pytest.MonkeyPatch
+):
     """Four waves of four rows leave one long row each: they continue together, in one batch of four."""
     calls: list[tuple[int, int]] = []
     decode = Scheduler.decode
@@ -248,7 +249,7 @@ def test_the_rest_of_several_waves_is_merged(weights: Weights, one_device: Mesh,
 
 
 def test_the_order_of_prompts_does_not_change_a_token(
-    weights: Weights, one_device: Mesh, expected: list[list[Response]]
+    weights: SamplerWeights, one_device: Mesh, expected: list[list[Response]]
 ):
     """With their `ids`, prompts may come in any order and selection; responses keep the order of the prompts."""
     engine = Engine(SHAPE, one_device, SAMPLING, WIDTH, slots=6, chunk=6)
@@ -260,12 +261,16 @@ def test_the_order_of_prompts_does_not_change_a_token(
         ]
 
 
-def test_a_larger_group_begins_with_the_smaller(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
+def test_a_larger_group_begins_with_the_smaller(
+    weights: SamplerWeights, one_device: Mesh, expected: list[list[Response]]
+):
     groups = Engine(SHAPE, one_device, SAMPLING, WIDTH, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=1)
     assert tokens_of(groups) == [group[:1] for group in tokens_of(expected)]
 
 
-def test_another_key_or_number_draws_other_tokens(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
+def test_another_key_or_number_draws_other_tokens(
+    weights: SamplerWeights, one_device: Mesh, expected: list[list[Response]]
+):
     engine = Engine(SHAPE, one_device, SAMPLING, WIDTH, chunk=WIDTH)
     assert tokens_of(engine.generate(weights, PROMPTS, key=jax.random.key(5), group=GROUP)) != tokens_of(expected)
     moved = engine.generate(weights, PROMPTS, key=KEY, group=GROUP, ids=range(1, len(PROMPTS) + 1))
@@ -276,7 +281,7 @@ def test_another_key_or_number_draws_other_tokens(weights: Weights, one_device: 
 
 
 @pytest.fixture(scope="module")
-def limited(weights: Weights, one_device: Mesh) -> tuple[list[int], list[list[Response]]]:
+def limited(weights: SamplerWeights, one_device: Mesh) -> tuple[list[int], list[list[Response]]]:
     limits = [1, 2, 10, 4, 3, 9, 5]
     return limits, Engine(SHAPE, one_device, SAMPLING, WIDTH, chunk=6).generate(
         weights, PROMPTS, key=KEY, group=GROUP, limits=limits
@@ -307,7 +312,7 @@ def test_the_stop_token_belongs_to_the_response_and_nothing_after_it(limited: tu
             assert np.all(response.logprobs < 0)
 
 
-def test_a_stop_token_drawn_last_is_a_stop(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
+def test_a_stop_token_drawn_last_is_a_stop(weights: SamplerWeights, one_device: Mesh, expected: list[list[Response]]):
     """A response that stops exactly at its limit is stopped, not truncated."""
     which = next(
         (i, g)
@@ -324,14 +329,14 @@ def test_a_stop_token_drawn_last_is_a_stop(weights: Weights, one_device: Mesh, e
     assert len(groups[which[0]][which[1]].tokens) == limit
 
 
-def test_no_stop_tokens_at_all(weights: Weights, one_device: Mesh):
+def test_no_stop_tokens_at_all(weights: SamplerWeights, one_device: Mesh):
     groups = Engine(SHAPE, one_device, Sampling(0.9), WIDTH, chunk=WIDTH).generate(
         weights, PROMPTS, key=KEY, group=GROUP
     )
     assert all(len(response.tokens) == WIDTH and not response.stopped for group in groups for response in group)
 
 
-def test_one_token_responses(weights: Weights, one_device: Mesh, expected: list[list[Response]]):
+def test_one_token_responses(weights: SamplerWeights, one_device: Mesh, expected: list[list[Response]]):
     """The first token comes from the prefill alone."""
     groups = Engine(SHAPE, one_device, SAMPLING, 1, chunk=WIDTH).generate(weights, PROMPTS, key=KEY, group=GROUP)
     assert [[token[:1] for token, _ in group] for group in tokens_of(expected)] == [
@@ -342,7 +347,7 @@ def test_one_token_responses(weights: Weights, one_device: Mesh, expected: list[
 # --- what a caller sees -----------------------------------------------------------------------------------------------
 
 
-def test_responses_are_handed_over_as_they_finish(weights: Weights, one_device: Mesh):
+def test_responses_are_handed_over_as_they_finish(weights: SamplerWeights, one_device: Mesh):
     """Each once, and long before the last, so that scoring overlaps with decoding; the progress counts them."""
     finished: list[list[Response]] = []
     states: list[RolloutProgress] = []
@@ -366,17 +371,17 @@ def test_responses_are_handed_over_as_they_finish(weights: Weights, one_device: 
     )
 
 
-def test_nothing_stays_on_the_devices(model: Qwen2, one_device: Mesh):
+def test_nothing_stays_on_the_devices(model: Transformer, one_device: Mesh):
     """Weights in their sampling form, caches and rows are freed: the update needs the memory."""
-    engine, gather = Engine(SHAPE, one_device, SAMPLING, WIDTH, chunk=2), to_sampling(SHAPE, one_device, "float32")
-    engine.generate(gather(model), PROMPTS, key=KEY, group=GROUP)
+    engine, gather = Engine(SHAPE, one_device, SAMPLING, WIDTH, chunk=2), to_sampler(SHAPE, one_device, "float32")
+    engine.generate(gather(Policy(model)), PROMPTS, key=KEY, group=GROUP)
     gc.collect()
     before = sum(array.nbytes for array in jax.live_arrays())
-    engine.generate(gather(model), PROMPTS, key=KEY, group=GROUP)
+    engine.generate(gather(Policy(model)), PROMPTS, key=KEY, group=GROUP)
     assert sum(array.nbytes for array in jax.live_arrays()) == before
 
 
-def test_no_prompts(weights: Weights, one_device: Mesh):
+def test_no_prompts(weights: SamplerWeights, one_device: Mesh):
     assert Engine(SHAPE, one_device, SAMPLING, WIDTH).generate(weights, [], key=KEY) == []
 
 
@@ -388,7 +393,9 @@ def test_no_prompts(weights: Weights, one_device: Mesh):
         ([[1]], [11], "prompt 0: expected at least 1 token and a limit between 1 and 10, got 1 tokens, limit 11"),
     ],
 )
-def test_refused(prompts: list[list[int]], limits: list[int] | None, line: str, weights: Weights, one_device: Mesh):
+def test_refused(
+    prompts: list[list[int]], limits: list[int] | None, line: str, weights: SamplerWeights, one_device: Mesh
+):
     with pytest.raises(InputError) as error:
         Engine(SHAPE, one_device, SAMPLING, WIDTH).generate(weights, prompts, key=KEY, limits=limits)
     assert str(error.value) == line
@@ -396,7 +403,7 @@ def test_refused(prompts: list[list[int]], limits: list[int] | None, line: str, 
 
 @pytest.mark.parametrize("scalars", ["on the devices", "on the host"])
 def test_compiled_calls_transfer_nothing(
-    scalars: str, model: Qwen2, expected: list[list[Response]], monkeypatch: pytest.MonkeyPatch
+    scalars: str, model: Transformer, expected: list[list[Response]], monkeypatch: pytest.MonkeyPatch
 ):
     """All arguments are on their devices before a call, key and scalars included; host scalars trip the guard."""
     calls: Counter[str] = Counter()
@@ -414,7 +421,10 @@ def test_compiled_calls_transfer_nothing(
         return SamplingPrograms(**{name: guard(name, program) for name, program in programs._asdict().items()})
 
     mesh = mesh_of(2, 2)
-    engine, weights = Engine(SHAPE, mesh, SAMPLING, WIDTH, slots=3, chunk=2), to_sampling(SHAPE, mesh, "float32")(model)
+    engine, weights = (
+        Engine(SHAPE, mesh, SAMPLING, WIDTH, slots=3, chunk=2),
+        to_sampler(SHAPE, mesh, "float32")(Policy(model)),
+    )
     monkeypatch.setattr("crpo_jax.rollout.engine.RESPONSE_SLOTS", 4)
     monkeypatch.setattr("crpo_jax.rollout.engine.sampling_programs", guarded_programs)
     if scalars == "on the host":
@@ -427,7 +437,7 @@ def test_compiled_calls_transfer_nothing(
         assert all(calls[name] for name in SamplingPrograms._fields), calls
 
 
-def test_nothing_is_compiled_twice(weights: Weights, one_device: Mesh, compiled: list[str]):
+def test_nothing_is_compiled_twice(weights: SamplerWeights, one_device: Mesh, compiled: list[str]):
     """Other prompts, limits and keys enter the same programs where rows end at about the same time (no stop tokens)."""
     engine = Engine(
         SHAPE, one_device, Sampling(0.97), WIDTH, slots=9, chunk=WIDTH
@@ -445,8 +455,8 @@ def test_nothing_is_compiled_twice(weights: Weights, one_device: Mesh, compiled:
 # --- on its own -------------------------------------------------------------------------------------------------------
 
 
-def test_the_example_in_the_docstring(model: Qwen2, tmp_path: Path):
-    save(model, SHAPE, tmp_path / "model", dtype="float32")
+def test_the_example_in_the_docstring(model: Transformer, tmp_path: Path):
+    save_model(model, tmp_path / "model", dtype="float32")
     (test,) = doctest.DocTestFinder(recurse=False).find(
         crpo_jax.rollout, "crpo_jax.rollout", globs={"folder": str(tmp_path / "model")}
     )

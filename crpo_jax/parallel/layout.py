@@ -104,7 +104,7 @@ def weight_spec(axes: Axes, dims: str, mesh: Mesh, kv_heads: int) -> P:
 
 def check_layout(layout: Layout, mesh: Mesh, sizes: Mapping[str, int]) -> None:
     """Refuses a mesh that cannot split these dims, with the reason; `sizes` gives every dim by its letter."""
-    here = f"--mesh {data_size(mesh)}x{model_size(mesh)}"
+    flag = f"--mesh {data_size(mesh)}x{model_size(mesh)}"
     names = {"d": "width", "n": "query heads", "k": "KV heads", "h": "head width", "f": "ffn width", "v": "vocabulary"}
     for axes in dict.fromkeys((TENSOR, *layout)):  # every layout computes in TENSOR
         for dim, axis in axes._asdict().items():
@@ -118,7 +118,7 @@ def check_layout(layout: Layout, mesh: Mesh, sizes: Mapping[str, int]) -> None:
                 what += (
                     " or is a multiple of them" if dim == "k" else "" if axes == TENSOR else " for this parallel.layout"
                 )
-                raise InputError(f"{here}: expected a {axis} axis that divides {what}, got {parts}")
+                raise InputError(f"{flag}: expected a {axis} axis that divides {what}, got {parts}")
         for first, second in ("dn", "dk", "df", "dv", "dh", "nh", "kh"):
             axis = getattr(axes, first)
             if axis and axis == getattr(axes, second):
