@@ -1,10 +1,9 @@
-"""Writes docs/reference/settings.md from the settings' declarations: python scripts/build_settings_page.py
+"""Writes docs/reference/settings.md from the declarations in crpo_jax/config.py: python scripts/build_settings_page.py
 
-A test fails when the committed page differs from what this writes.
+A test fails if the committed page differs from what this writes.
 """
 
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ HEAD = """\
 <!-- Written by scripts/build_settings_page.py; edit crpo_jax/config.py instead. -->
 
 Every command takes settings as `section.key=value` after its flags, or from a YAML file named by `--config`. A setting
-on the command line replaces the file's. Unknown keys, wrong types and values out of bounds are refused.
+on the command line replaces the file's. Unknown keys, wrong types and values out of bounds are refused in one line,
+before anything is written.
 
 The defaults are the paper's run with Qwen2.5-3B after a cold start. The source **paper** is
 [arXiv 2512.00601](https://arxiv.org/abs/2512.00601), **code** the authors' released scripts, and **ours** a decision of
@@ -28,14 +28,11 @@ this project.
 COLUMNS = "| setting | default | values | meaning | source |\n| --- | --- | --- | --- | --- |"
 
 
-def values_of(kind: Any, meta: dict[str, Any]) -> str:
-    """The values a setting takes: its choices, or its type with bounds and unit."""
-    if typing.get_origin(kind) is typing.Literal:
-        return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
-    low, high = meta["low"], meta["high"]
-    bounds = "" if low is None else f" ≥ {low:g}" if high is None or high > 2**31 else f" from {low:g} to {high:g}"
-    unit = f"; {meta['unit']}" if meta["unit"] else ""
-    return f"{config.type_name(kind)}{bounds}{unit}"
+def values_of(item: config.Setting) -> str:
+    """A setting's choices, or its type with bounds and unit."""
+    choices = item.legal.split(" | ")
+    values = ", ".join(f"`{choice}`" for choice in choices) if len(choices) > 1 else item.legal
+    return values + (f"; {item.unit}" if item.unit else "")
 
 
 def default_of(default: Any) -> str:
@@ -49,15 +46,15 @@ def default_of(default: Any) -> str:
 
 
 def cell(text: str) -> str:
-    """Text in a table's cell: `<` and `|` would end up as markup, except in code."""
+    """Text as a table's cell: outside code, `<` and `|` would become markup."""
     parts = text.replace("|", "\\|").split("`")
     return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
 
 
 def page() -> str:
     sections: dict[str, list[str]] = {}
-    for key, (kind, default, meta) in config.setting_fields().items():
-        cells = [f"`{key}`", default_of(default), values_of(kind, meta), meta["doc"], meta["source"]]
+    for key, item in config.setting_fields().items():
+        cells = [f"`{key}`", default_of(item.default), values_of(item), item.doc, item.source]
         sections.setdefault(key.rpartition(".")[0], []).append(f"| {' | '.join(map(cell, cells))} |")
     parts = [HEAD]
     for section, rows in sections.items():

@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 2.5, 1.15
 BOXES: dict[str, tuple[float, float, str, str, str]] = {  # name: centre, title, room, colour
     "batch": (1.5, 6.6, "questions of the step", "data/", HOST),
     "prompts": (4.5, 6.6, "prompt tokens", "data/", HOST),
-    "rollout": (7.5, 6.6, "rollout", "rollout/", DEVICE),
+    "rollout": (7.5, 6.6, "rollout", "answer/, rollout/", DEVICE),
     "rewards": (10.5, 6.6, "rewards", "reward/, worker processes", HOST),
     "advantages": (13.5, 6.6, "advantages per group", "update/", HOST),
     "micro": (13.5, 4.2, "micro-batches", "update/", HOST),
@@ -25,10 +25,10 @@ BOXES: dict[str, tuple[float, float, str, str, str]] = {  # name: centre, title,
     "gradients": (7.5, 4.2, "accumulated gradients", "update/", DEVICE),
     "optimizer": (4.5, 4.2, "optimizer step", "update/", DEVICE),
     "logs": (1.5, 4.2, "logs and checkpoint", "store/", HOST),
-    "masters": (4.5, 1.8, "masters and moments\nfloat32, layout's master table", "", WEIGHTS),
-    "compute": (9.3, 1.8, "compute copy\nlayout's compute table", "", WEIGHTS),
-    "reference": (13.2, 1.8, "reference, frozen\nlayout's reference table", "", WEIGHTS),
-    "sampling": (7.5, 8.6, "sampling copy, tensor-parallel", "", WEIGHTS),
+    "masters": (4.5, 1.8, "masters and moments\nfloat32, layout.master", "", WEIGHTS),
+    "compute": (9.3, 1.8, "compute copy\nmodel.dtype, layout.compute", "", WEIGHTS),
+    "reference": (13.2, 1.8, "frozen reference\nmodel.dtype, layout.reference", "", WEIGHTS),
+    "sampling": (7.5, 8.6, "sampling copy\nmodel.dtype, model axis only", "", WEIGHTS),
 }
 
 

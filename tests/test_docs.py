@@ -1,19 +1,24 @@
-"""What the documentation tells a reader to type, names and links to; and that its site builds."""
+"""The commands, settings, files, names, links and snippets of the documentation exist and work, and its site builds."""
 
 import ast
+import doctest
 import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-from test_imports import ROOMS, commands
+from test_imports import API, ROOMS, commands
 
+import crpo_jax
 from crpo_jax import config
+from crpo_jax.parallel.layout import Layout, find_layout
 
 ROOT = Path(__file__).parents[1]
 GENERATED = "docs/reference/settings.md"
@@ -47,10 +52,11 @@ def test_every_command_exists_and_its_settings_are_known(name: str, arguments: s
 
 
 def settings_named() -> list[str]:
-    """Every setting or section that any page names: before an equals sign, or alone in backticks."""
+    """Every setting or section that a page names: before an equals sign, alone in backticks, or as a key in Python."""
     sections = "|".join(SECTIONS)
     named = set(re.findall(rf"\b((?:{sections})\.[a-z_0-9.]+)=", ALL))
     named |= set(re.findall(rf"`((?:{sections})(?:\.[a-z_0-9]+)+(?:\.\*)?)`", ALL))
+    named |= set(re.findall(rf'"((?:{sections})\.[a-z_0-9.]+)":', ALL))
     return sorted(name for name in named if not name.endswith(FILE_ENDINGS))
 
 
@@ -68,9 +74,18 @@ def test_every_flag_named_exists(flag: str) -> None:
     assert f'"{flag}"' in SOURCE + scripts or f"{flag} as the first argument" in scripts
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b((?:configs|scripts|tests)/[\w./-]*\w)", ALL))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b((?:configs|crpo_jax|scripts|tests)/[\w./-]*\w)", ALL))))
 def test_every_file_named_exists(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(crpo_jax(?:\.\w+)+)`", ALL))))
+def test_every_python_name_exists(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        assert hasattr(importlib.import_module(module), attribute)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -100,16 +115,91 @@ def snippets() -> list[tuple[str, str]]:
     return [(page, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)]
 
 
+SNIPPET_PAGES = sorted({page for page, _ in snippets()})
+NEED_A_MODEL = set(crpo_jax.__all__) - {"score"}
+
+
+def called(tree: ast.AST) -> dict[str, list[ast.Call]]:
+    """The calls in a snippet, by the name called: `find_layout`, `crpo_jax.train`."""
+    calls: dict[str, list[ast.Call]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            calls.setdefault(ast.unparse(node.func), []).append(node)
+    return calls
+
+
+def run_snippets(page: str) -> dict[str, Any]:
+    """The names that a page's snippets define; what needs a model, and what follows from that, is not run."""
+    names: dict[str, Any] = {}
+    skipped: set[str] = set()
+    statements = [node for source, code in snippets() if source == page for node in ast.parse(code, page).body]
+    for statement in statements:
+        variables = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        needs_model = {f"crpo_jax.{name}" for name in NEED_A_MODEL} & called(statement).keys()
+        if needs_model or skipped & {node.id for node in variables if isinstance(node.ctx, ast.Load)}:
+            skipped |= {node.id for node in variables if isinstance(node.ctx, ast.Store)}
+        else:
+            exec(compile(ast.Module([statement], []), page, "exec"), names)  # noqa: S102 (this repository's pages)
+    return names
+
+
 def test_the_readme_and_the_python_page_have_snippets() -> None:
-    assert {"README.md", "docs/how-to/python.md"} <= {page for page, _ in snippets()}
+    assert {"README.md", "docs/how-to/python.md"} <= set(SNIPPET_PAGES)
 
 
-@pytest.mark.parametrize(("page", "code"), snippets())
-def test_every_snippet_is_python_and_its_imports_from_this_package_exist(page: str, code: str) -> None:
-    for node in ast.walk(ast.parse(code, page)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("crpo_jax"):
-            module = importlib.import_module(node.module or "")
-            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+@pytest.mark.parametrize("page", SNIPPET_PAGES)
+def test_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert run_snippets(page)
+
+
+@pytest.mark.parametrize("page", SNIPPET_PAGES)
+def test_every_call_of_this_package_in_a_snippet_fits_its_signature(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names = run_snippets(page)
+    for code in [code for source, code in snippets() if source == page]:
+        for name, calls in called(ast.parse(code)).items():
+            function: Any = names.get(name)
+            if name.startswith("crpo_jax."):
+                assert name.removeprefix("crpo_jax.") in crpo_jax.__all__
+                function = getattr(crpo_jax, name.removeprefix("crpo_jax."))
+            for call in calls if function else ():
+                inspect.signature(function).bind(*call.args, **{str(word.arg): word.value for word in call.keywords})
+
+
+def test_the_python_page_has_every_function_with_its_signature() -> None:
+    def signature(name: str) -> str:
+        full = inspect.signature(getattr(crpo_jax, name))
+        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in full.parameters.values()]
+        return f"{name}{full.replace(parameters=bare, return_annotation=inspect.Signature.empty)}"
+
+    written = re.findall(r"```text\n(\w+\(.*\))\n```", TEXTS["docs/how-to/python.md"])
+    assert sorted(written) == sorted(map(signature, crpo_jax.__all__))
+
+
+def test_the_python_page_shows_the_scores_that_its_example_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names, page = run_snippets("docs/how-to/python.md"), "docs/how-to/python.md"
+    (session,) = re.findall(r"```pycon\n(.*?)```", TEXTS[page], re.DOTALL)
+    example = doctest.DocTestParser().get_doctest(session, names, page, page, 0)
+    assert len(example.examples) > 5
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_the_example_in_the_apis_docstring() -> None:
+    outcome = doctest.testmod(importlib.import_module("crpo_jax.api"))
+    assert outcome.attempted > 3
+    assert outcome.failed == 0
+
+
+def test_the_layout_of_the_layouts_page_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [code for page, code in snippets() if page == "docs/how-to/layouts.md"]
+    (name,) = set(re.findall(r"parallel\.layout=(my_layouts:\w+)", TEXTS["docs/how-to/layouts.md"]))
+    (tmp_path / "my_layouts.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_layouts", raising=False)
+    assert isinstance(find_layout(name), Layout)
+    sys.modules.pop("my_layouts")
 
 
 def test_contributing_has_the_import_table() -> None:
@@ -117,13 +207,14 @@ def test_contributing_has_the_import_table() -> None:
     section = TEXTS["CONTRIBUTING.md"].partition("## Rooms and imports")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:3] == "| `"]
     named = [(re.findall(r"`(\w+)`", first), set(re.findall(r"`(\w+)`", last))) for first, _, last in rows]
-    *rooms, (last_row, _) = named
+    *rooms, (command_names, command_imports), (api, _) = named
     assert [(room, allowed) for (room,), allowed in rooms] == list(ROOMS.items())
-    assert set(last_row) == commands()
+    assert (set(command_names), command_imports) == (commands(), set())
+    assert api == [API]
 
 
 def test_every_metric_is_in_the_reference_and_exists() -> None:
-    """Keys are told apart by their group; some are put together in the code, and then the two halves must be there."""
+    """Some keys are put together in the code, from a group and a name: then both halves must occur in it."""
     groups = "reward|response|loss|kl|policy|eval|time|sft"
     page = TEXTS["docs/reference/metrics.md"]
     documented = set(re.findall(rf"`((?:{groups})/[a-z_0-9]+)`", page))
