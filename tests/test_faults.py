@@ -143,9 +143,7 @@ def test_a_kept_batch_is_looked_at_again(ended: dict[str, Any]):
         ended["replay"]["said"],
     )
     assert ended["no replay"]["code"] == 2
-    assert re.search(
-        r"--replay 77: expected a step whose batch is in \S+, got \[0, 1\]\n$", ended["no replay"]["said"]
-    )
+    assert re.search(r"--replay 77: expected a step whose batch is in \S+, got \[0, 1\]\n$", ended["no replay"]["said"])
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
