@@ -207,7 +207,7 @@ BAD: list[tuple[list[str], str]] = [
     (
         ["model.path=FOLDER/pickle"],
         "FOLDER/pickle: expected model.safetensors or model.safetensors.index.json, "
-        "got only pytorch_model.bin; a pickle",
+        "got only pytorch_model.bin; reading a pickle",
     ),
     (
         ["model.path=FOLDER/missing"],

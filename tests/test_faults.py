@@ -90,7 +90,7 @@ def test_sigterm_ends_a_run_in_good_order(ended: dict[str, Any]):
         "SIGTERM: finishing this part of the step, saving, then stopping; a second signal exits at once"
         in ended["SIGTERM"]["said"]
     )
-    assert re.search(r"stopped after step \d of 4; the same command goes on from there\n$", ended["SIGTERM"]["said"])
+    assert re.search(r"stopped after step \d of 4; the same command resumes from there\n$", ended["SIGTERM"]["said"])
     assert ended["its scoring processes killed"]["code"] == 0
     assert ended["same"]["stopped"], (
         "stopped, and its scoring processes killed after that: not the run it would have been"

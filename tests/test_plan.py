@@ -315,7 +315,10 @@ def test_search_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ),
         (["--target", "8xa6000", "--mesh", "1x3"], "got 1 x 3 = 3"),
         (["--target", "8xa6000", "--mesh", "eight"], "--mesh: expected DxM in devices"),
-        (["--target", "8xa6000", "--layout", "zero9"], "parallel.layout: expected zero1 | fsdp | replicated"),
+        (
+            ["--target", "8xa6000", "--layout", "zero9"],
+            "parallel.layout: expected zero1, fsdp, replicated, auto or a layout",
+        ),
         (["--target", "8xa6000", "--mesh", "8x1", "--search"], "--search: expected no --mesh, since"),
         (["--target", "8xa6000", "--plot", "x.pdf"], "--plot: expected a file that ends in .png"),
         (["--target", "8xa6000", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: no such folder"),
