@@ -12,13 +12,12 @@ from conftest import SHAPE, leaves_by_name, mesh_of, placed
 
 from crpo_jax import config
 from crpo_jax.errors import InputError
+from crpo_jax.model.adapters import Adapters, matrix_names
 from crpo_jax.model.decode import Shard, prefill
 from crpo_jax.model.lora import (
-    Adapters,
     Policy,
     initial_adapters,
     linear_layers,
-    matrix_names,
     merge_adapters,
     policy_of,
     trained_shapes,

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from crpo_jax import config
 from crpo_jax.errors import InputError
+from crpo_jax.model.adapters import Adapters
 from crpo_jax.model.huggingface import load_model
-from crpo_jax.model.lora import Adapters, trained_shapes, trained_shardings
+from crpo_jax.model.lora import trained_shapes, trained_shardings
 from crpo_jax.model.peft import load_adapters, save_adapters
 from crpo_jax.parallel.layout import SHARDED, TENSOR
 

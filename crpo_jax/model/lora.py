@@ -11,7 +11,6 @@ of trained arrays. Source: "LoRA: Low-Rank Adaptation of Large Language Models" 
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,38 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from crpo_jax.config import Lora
+from crpo_jax.model.adapters import Adapters, MakeMatrix
 from crpo_jax.model.architecture import Weight
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer, model_shapes
 from crpo_jax.parallel.layout import Axes, weight_spec
-
-MakeMatrix = Callable[[str, Weight], Any]
-"""What stands for A or B, from its stacked dims and the weight it adapts: ("lnhr", o_nhd)."""
-
-
-class Adapters(nnx.Module):
-    """A and B of every adapted weight, named after it with the dims they have: `o_a_nhr` and `o_b_rd` adapt `o_nhd`."""
-
-    def __init__(self, weights: Sequence[Weight], scale: float, make: MakeMatrix) -> None:
-        self.weights, self.scale = tuple(weights), scale
-        for weight in weights:
-            for name in matrix_names(weight):
-                setattr(self, name, nnx.Param(make("l" + name.rsplit("_", 1)[1], weight)))
-
-    @property
-    def adapted(self) -> frozenset[str]:
-        """Names of the adapted weights."""
-        return frozenset(weight.name for weight in self.weights)
-
-    @property
-    def rank(self) -> int:
-        return int(self.pair(self.weights[0].name)[0].shape[-1])
-
-    def pair(self, name: str) -> tuple[Array, Array]:
-        """A and B of an adapted weight."""
-        weight = next(weight for weight in self.weights if weight.name == name)
-        a, b = matrix_names(weight)
-        return getattr(self, a)[...], getattr(self, b)[...]
 
 
 class Policy(NamedTuple):
@@ -68,11 +40,6 @@ def policy_of(trained: Any, frozen: Transformer | None) -> Policy:
         return Policy(trained)
     assert frozen is not None
     return Policy(frozen, trained)
-
-
-def matrix_names(weight: Weight) -> tuple[str, str]:
-    stem = weight.name.rsplit("_", 1)[0]
-    return f"{stem}_a_{weight.inputs}r", f"{stem}_b_r{weight.outputs}"
 
 
 def linear_layers(shape: Shape) -> dict[str, Weight]:

@@ -10,10 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crpo_jax.model.adapters import Adapters
 from crpo_jax.model.architecture import Weight
 from crpo_jax.model.attention import AttentionKind, causal_attention
 from crpo_jax.model.decode import SamplerWeights
-from crpo_jax.model.lora import Adapters, Policy, merged_weight
+from crpo_jax.model.lora import Policy, merged_weight
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Block, Placement, Transformer
 from crpo_jax.parallel.layout import (

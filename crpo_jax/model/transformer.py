@@ -8,19 +8,17 @@ is in `decode.py`. Parity with transformers is a test.
 import math
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from crpo_jax.model.adapters import Adapters
 from crpo_jax.model.architecture import Weight
 from crpo_jax.model.attention import causal_attention
 from crpo_jax.model.shape import Shape
-
-if TYPE_CHECKING:
-    from crpo_jax.model.lora import Adapters
 
 MakeWeight = Callable[[Weight], Any]
 """What stands for a weight: an array, a ShapeDtypeStruct, a sharding."""
@@ -43,7 +41,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
-        adapters: "Adapters | None" = None,
+        adapters: Adapters | None = None,
         placement: "Placement | None" = None,
     ) -> Float[Array, "b t d"]:
         """`adapters` are one layer's."""
@@ -56,7 +54,7 @@ class Block(nnx.Module):
             return place.activations(x + self.mlp(x, adapters))
 
     def qkv(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], adapters: "Adapters | None"
+        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], adapters: Adapters | None
     ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
         """Rotated queries and keys, and values, of the block's input."""
         x = rms_norm(x, self["attn_norm_d"], self.shape.norm_eps)
@@ -65,12 +63,12 @@ class Block(nnx.Module):
         v = self.linear("v_dkh", x, adapters) + self["v_bias_kh"]
         return rope(q, positions, self.shape.rope_theta), rope(k, positions, self.shape.rope_theta), v
 
-    def mlp(self, x: Float[Array, "b t d"], adapters: "Adapters | None") -> Float[Array, "b t d"]:
+    def mlp(self, x: Float[Array, "b t d"], adapters: Adapters | None) -> Float[Array, "b t d"]:
         x = rms_norm(x, self["mlp_norm_d"], self.shape.norm_eps)
         gated = jax.nn.silu(self.linear("gate_df", x, adapters)) * self.linear("up_df", x, adapters)
         return self.linear("down_fd", gated, adapters)
 
-    def linear(self, name: str, x: Array, adapters: "Adapters | None") -> Array:
+    def linear(self, name: str, x: Array, adapters: Adapters | None) -> Array:
         """x W, and where that weight is adapted x W + scale * (x A) B, rounded once as one sum."""
         weight, contracted = self[name], len(self.shape.weight(name).inputs)
         if adapters is None or name not in adapters.adapted:
@@ -98,7 +96,7 @@ class Transformer(nnx.Module):
         self,
         tokens: Int[Array, "b t"],
         *,
-        adapters: "Adapters | None" = None,
+        adapters: Adapters | None = None,
         placement: "Placement | None" = None,
         remat: bool = False,
         unroll: bool = False,
@@ -107,7 +105,7 @@ class Transformer(nnx.Module):
         place = placement or Placement()
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
-        def layer(x: Array, weights: "tuple[Block, Adapters | None]") -> tuple[Array, None]:
+        def layer(x: Array, weights: tuple[Block, Adapters | None]) -> tuple[Array, None]:
             low_rank = None if weights[1] is None else place.adapters(weights[1])
             return place.block(weights[0])(x, positions, low_rank, place), None
 
@@ -127,7 +125,7 @@ class Placement(NamedTuple):
     activations [b, t, d] and KV heads [b, t, k, h], and attention [b, t, n, h] as the mesh computes it."""
 
     block: Callable[[Block], Block] = lambda block: block
-    adapters: Callable[["Adapters"], "Adapters"] = lambda adapters: adapters
+    adapters: Callable[[Adapters], Adapters] = lambda adapters: adapters
     ends: Callable[[Transformer], Transformer] = lambda model: model
     activations: Callable[[Array], Array] = lambda x: x
     kv_heads: Callable[[Array], Array] = lambda x: x

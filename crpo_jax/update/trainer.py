@@ -21,8 +21,9 @@ from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 from crpo_jax.config import Config, Lora, Optimizer
+from crpo_jax.model.adapters import Adapters
 from crpo_jax.model.attention import AttentionKind, choose_attention
-from crpo_jax.model.lora import Adapters, Policy, policy_of, trained_shapes, trained_shardings
+from crpo_jax.model.lora import Policy, policy_of, trained_shapes, trained_shardings
 from crpo_jax.model.placement import training_placement, weight_shardings
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer
