@@ -1,5 +1,6 @@
 """The pool: order, exceptions, time limits that kill, dead workers, dead parents, a user's functions and sums."""
 
+import ast
 import functools
 import importlib
 import os
@@ -435,12 +436,13 @@ def test_misuse_is_refused() -> None:
 
 def test_the_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "completions" in block]
-    if not blocks:
-        pytest.skip("README.md has no example of a reward function")
+    blocks = map(ast.parse, re.findall(r"```python\n(.*?)```", readme, re.DOTALL))
+    functions = [node for block in blocks for node in block.body if isinstance(node, ast.FunctionDef)]
+    rewards = [node for node in functions if node.args.args[0].arg == "prompts"]
+    assert rewards
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "readme_rewards.py").write_text("\n".join(blocks))
-    for name in re.findall(r"^def (\w+)\(prompts", "\n".join(blocks), re.MULTILINE):
+    (tmp_path / "readme_rewards.py").write_text("\n".join(map(ast.unparse, rewards)))
+    for name in (node.name for node in rewards):
         found = run(Reward(design=f"crpo*1.0+readme_rewards:{name}*0.5", workers=1), [GOOD, "no answer"])
         assert all(isinstance(one, Score) and one.components[f"readme_rewards:{name}"] is not None for one in found)
 
