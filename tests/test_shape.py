@@ -8,7 +8,7 @@ import pytest
 from conftest import leaves_by_name
 
 from crpo_jax.errors import InputError
-from crpo_jax.model.shape import Shape, forward_flops, read_shape, shape_of
+from crpo_jax.model.shape import Shape, backward_flops, forward_flops, read_shape, shape_of
 from crpo_jax.model.transformer import model_shapes, parameter_count
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5"
@@ -147,4 +147,15 @@ def test_flops_of_a_forward_pass():
     """By hand: 2 per weight and token, the embedding's look-up none; 4 per query, head width and visible key."""
     s = Shape(d=4, n=2, k=1, h=2, f=8, v=10, l=3, tied=True, rope_theta=1e4, norm_eps=1e-6)
     block = 4 * (2 * 2) + 2 * 4 * (1 * 2) + (2 * 2) * 4 + 3 * 4 * 8
-    assert forward_flops(s, 6) == 2 * (3 * block + 4 * 10) * 6 + 3 * 2 * 2 * 4 * 6 * 6 / 2
+    attention = 3 * 2 * 2 * 4 * 6 * 6 / 2
+    assert forward_flops(s, 6) == 2 * (3 * block + 4 * 10) * 6 + attention
+    assert forward_flops(s, 6, 7) == forward_flops(s, 6) + 2 * 7 * 6
+
+
+def test_flops_of_a_backward_pass():
+    """Twice the forward pass if every weight is trained. Under adapters a frozen weight has no gradient of its own."""
+    s = Shape(d=4, n=2, k=1, h=2, f=8, v=10, l=3, tied=True, rope_theta=1e4, norm_eps=1e-6)
+    assert backward_flops(s, 6) == 2 * forward_flops(s, 6)
+    weights, attention = 2 * (3 * 144 + 4 * 10) * 6, 3 * 2 * 2 * 4 * 6 * 6 / 2
+    assert forward_flops(s, 6) == weights + attention
+    assert backward_flops(s, 6, 7) == weights + 2 * (2 * 7 * 6) + 2 * attention

@@ -405,6 +405,29 @@ def test_one_optimizer_step_per_rollout_needs_no_old_logprobs(model: Transformer
     assert metrics["max/sampler_difference"] > 0  # the sampler's log-probs are compared with the policy's own
 
 
+def test_the_first_mini_batch_of_a_rollout_has_ratio_1_in_bf16(model: Transformer, minis: list[Mini], one_device: Mesh):
+    """The program that measures old log-probs rounds bf16 in another order than the one with gradients, on a sharp
+    model by 2e-2, more than GSPO's clip. The first optimizer step follows the rollout directly and needs none.
+    """
+    trainer = trainer_of(one_device, settings_with(model__dtype="bfloat16", optimizer__learning_rate=0.0))
+    sharp = jax.tree.map(lambda x: 4 * x, model)
+    state = initial_state(trainer, sharp, one_device)
+    host = [whole(mini, one_device)._replace(old=None, on_policy=jnp.full(8, i == 0)) for i, mini in enumerate(minis)]
+    scored, ratios = trainer.with_logprobs(state, [[batch] for batch in host]), []
+    for mini_batch in scored:
+        metrics = as_floats(trainer.gradients(state, mini_batch)[1])
+        ratios.append(max(metrics["max/log_ratio"], -metrics["min/log_ratio"]))
+    assert ratios[0] == 0
+    assert 0 < max(ratios[1:]) < 0.1  # what the later ones have: the first would have it too
+
+
+def test_crpo_mini_batches_mark_the_first_as_on_policy(minis: list[Mini]):
+    settings = settings_with(crpo__mini_batch_prompts=1, crpo__group_size=4, parallel__micro_batch_tokens=32)
+    mini = minis[0]
+    batches = crpo_mini_batches(mini.rows, mini.sampler, mini.advantages, np.ones(7, bool), settings, 1)
+    assert [{bool(x) for batch in mini_batch for x in batch.on_policy} for mini_batch in batches] == [{True}, {False}]
+
+
 def test_measure_is_accumulate_without_the_gradient(model: Transformer, minis: list[Mini], one_device: Mesh):
     trainer, policy, batch = trainer_of(one_device), policy_on(model, one_device), whole(minis[0], one_device)
     metrics = as_floats(trainer.measure(policy, batch))

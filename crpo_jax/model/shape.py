@@ -52,15 +52,29 @@ class Shape:
         return next(weight for weight in self.weights if weight.name == name)
 
 
-def forward_flops(shape: Shape, length: int) -> float:
+def forward_flops(shape: Shape, length: int, adapter_weights: int = 0) -> float:
     """Floating-point operations of a forward pass over a row of `length` tokens, logits included.
 
-    Two per token and weight of every matrix product; of causal attention, the half that is not masked. A backward pass
-    has twice as many.
+    Two per token and weight of every matrix product; of causal attention, the half that is not masked.
     """
+    return 2.0 * (matrix_weights(shape) + adapter_weights) * length + attention_flops(shape, length)
+
+
+def backward_flops(shape: Shape, length: int, adapter_weights: int = 0) -> float:
+    """Of the backward pass: two per token and weight for the gradient of a product's input, two for that of a weight
+    which is trained. With adapters these are theirs alone."""
+    inputs = matrix_weights(shape) + adapter_weights
+    return 2.0 * (inputs + (adapter_weights or inputs)) * length + 2 * attention_flops(shape, length)
+
+
+def matrix_weights(shape: Shape) -> int:
+    """Weights that multiply every token: those of the blocks' matrices and of the output projection."""
     layer = sum(math.prod(shape.dims(weight.dims)) for weight in shape.weights if weight.inputs)
-    products = shape.l * layer + shape.d * shape.v
-    return 2.0 * products * length + 2.0 * shape.l * shape.n * shape.h * length * length
+    return shape.l * layer + shape.d * shape.v
+
+
+def attention_flops(shape: Shape, length: int) -> float:
+    return 2.0 * shape.l * shape.n * shape.h * length * length
 
 
 def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:

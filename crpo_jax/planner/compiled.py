@@ -139,6 +139,7 @@ def abstract_batch(run: PlannedRun, mesh: Mesh) -> Batch:
         weights=array((b,), jnp.float32),
         advantages=array((b,), jnp.float32),
         sampler=array((b, t), jnp.float32),
+        on_policy=array((b,), jnp.bool_),
     )
 
 

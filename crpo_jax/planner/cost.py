@@ -59,6 +59,8 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
     streams = tokens * shape.l * width * (12 * shape.d + 6 * shape.f / run.model)
     micro_batches = steps * run.micro_batches
     logprobs = PhaseWork(micro_batches, forward, micro_batches * whole + streams / 2)
+    later = (steps - 1) / steps  # the first mini-batch is on-policy
+    old = PhaseWork(later * logprobs.executions, later * logprobs.flops, later * logprobs.traffic)
     return {
         "sampling copy": PhaseWork(1, 0, master + 2 * sampling),
         "prefill": PhaseWork(
@@ -73,7 +75,7 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
         ),
         "compute copy": PhaseWork(steps, 0, steps * (master + 2 * compute)),
         "reference log-probs": logprobs,
-        "old log-probs": logprobs,
+        "old log-probs": old,
         "accumulate": PhaseWork(
             micro_batches,
             backward + recomputed,

@@ -13,7 +13,7 @@ import numpy as np
 from crpo_jax.config import Lora
 from crpo_jax.hardware import peak_flops
 from crpo_jax.model.lora import trained_shapes
-from crpo_jax.model.shape import forward_flops
+from crpo_jax.model.shape import Shape, backward_flops, forward_flops
 from crpo_jax.model.transformer import parameter_count
 from crpo_jax.parallel.layout import layout_warnings
 from crpo_jax.parallel.mesh import DATA, MODEL
@@ -133,9 +133,8 @@ def time_metrics(
     """Seconds of a step's phases (rollout, score, update), rates, padding, MFU and memory: the only
     metrics that may differ between two identical runs.
 
-    MFU (where the device's peak is published) counts model FLOPs: the forward of reference and policy, that of the old
-    policy where there are several mini-batches, and a backward as two; recomputation as none. Memory is the most so
-    far, in GiB.
+    MFU (where the device's peak is published) counts the arithmetic of `update_flops`. Memory is the most so far, in
+    GiB.
     """
     tokens, lengths = sum(len(response.tokens) for response in responses), [row.length for row in rows]
     places = sum(batch.tokens.size for batches in mini_batches for batch in batches)
@@ -148,13 +147,27 @@ def time_metrics(
     }
     peak = peak_flops(runtime.mesh.devices.flat[0].device_kind)
     if peak is not None:
-        flops = (5 if len(mini_batches) > 1 else 4) * sum(forward_flops(runtime.shape, length) for length in lengths)
+        flops = update_flops(runtime.shape, runtime.settings.lora, lengths, -(-len(lengths) // len(mini_batches)))
         metrics["time/mfu"] = flops / (seconds["update"] * peak * runtime.mesh.size)
     unit = 1 if sys.platform == "darwin" else 1024
     metrics["time/host_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     statistics = [device.memory_stats() or {} for device in runtime.mesh.local_devices]  # None on a CPU
     peaks = [device["peak_bytes_in_use"] for device in statistics if "peak_bytes_in_use" in device]
     return metrics | ({"time/device_memory": max(peaks) / 2**30} if peaks else {})
+
+
+def update_flops(shape: Shape, lora: Lora, lengths: Sequence[int], mini_batch: int) -> float:
+    """Model FLOPs of a step's update on rows of these lengths, `mini_batch` of them at a time: the forward of the
+    reference, that of the old policy for every mini-batch but the first, and forward and backward of the policy.
+    Recomputation counts nothing; a weight frozen under adapters has no gradient."""
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(trained_shapes(shape, lora))) if lora.rank else 0
+
+    def policy_forward(lengths: Sequence[int]) -> float:
+        return sum(forward_flops(shape, length, adapters) for length in lengths)
+
+    reference = sum(forward_flops(shape, length) for length in lengths)
+    backward = sum(backward_flops(shape, length, adapters) for length in lengths)
+    return reference + policy_forward(lengths[mini_batch:]) + policy_forward(lengths) + backward
 
 
 def evaluations(metrics: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:

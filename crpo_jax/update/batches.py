@@ -51,7 +51,8 @@ def crpo_mini_batches(
         weights = row_weights(lengths[part], counted[part], settings.crpo.aggregation, settings.rollout.max_new_tokens)
         batches = []
         for micro in split_rows(rows[part], settings.parallel, shards):
-            batches.append(make_batch(micro, weights, advantages[part], align_to_tokens(logprobs[part], micro)))
+            batch = make_batch(micro, weights, advantages[part], align_to_tokens(logprobs[part], micro))
+            batches.append(batch._replace(on_policy=np.full(len(micro.rows), first == 0)))
         mini_batches.append(batches)
     return mini_batches
 

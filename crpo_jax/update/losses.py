@@ -42,6 +42,7 @@ class Batch(NamedTuple):
     sampler: Float[Array, "b t"] | None = None  # log-probs that the tokens were drawn with
     reference: Float[Array, "b t"] | None = None  # log-probs of the frozen start
     old: Float[Array, "b t"] | None = None  # the trainer's log-probs before the rollout's first optimizer step
+    on_policy: Bool[Array, " b"] | None = None  # rows of that step: the weights that compute have sampled them
 
 
 def response_mask(batch: Batch) -> Bool[Array, "b t"]:
@@ -139,8 +140,9 @@ def crpo_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The negated objective (equation 1 with PPO-clip) of some rows of a mini-batch, and its metrics.
 
-    Without `batch.old` the rollout has a single optimizer step and the ratio is 1. With one ratio per response every
-    token stands for its response: weights of sequence_mean make it GSPO's equation 5.
+    The ratio is exactly 1 in the rollout's first optimizer step, whose rows are `batch.on_policy`, and without
+    `batch.old`, where there is no other step. With one ratio per response every token stands for its response: weights
+    of sequence_mean make it GSPO's equation 5.
 
     Metrics named sum/... add over micro-batches, max/... and min/... combine by maximum and minimum.
     """
@@ -149,6 +151,8 @@ def crpo_loss(
     assert batch.sampler is not None
     assert batch.reference is not None
     old = jax.lax.stop_gradient(logprobs) if batch.old is None else batch.old
+    if batch.old is not None and batch.on_policy is not None:  # two compiled programs round differently
+        old = jnp.where(batch.on_policy[:, None], jax.lax.stop_gradient(logprobs), old)
     by_token = crpo.ratio == "token"
     clip_low, clip_high = (
         (crpo.clip_low, crpo.clip_high) if by_token else (crpo.sequence_clip_low, crpo.sequence_clip_high)

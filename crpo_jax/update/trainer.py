@@ -184,15 +184,17 @@ class Trainer:
 
     def with_logprobs(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
         """A rollout's mini-batches, on the devices, with the log-probs of the reference and, where several optimizer
-        steps follow, of the policy that sampled."""
+        steps follow, of the policy that sampled: for the steps after the first, which is on-policy."""
         assert state.frozen is not None
         reference, weights = Policy(state.frozen), self.weights(state) if len(mini_batches) > 1 else None
 
-        def complete(batch: Batch) -> Batch:
-            old = None if weights is None else self.logprobs(weights, batch)
-            return batch._replace(reference=self.logprobs(reference, batch), old=old)
+        def complete(batch: Batch, first: bool) -> Batch:
+            batch = batch._replace(reference=self.logprobs(reference, batch))
+            if weights is None:
+                return batch
+            return batch._replace(old=batch.sampler if first else self.logprobs(weights, batch))
 
-        return [[complete(batch) for batch in batches] for batches in mini_batches]
+        return [[complete(batch, mini == 0) for batch in batches] for mini, batches in enumerate(mini_batches)]
 
     def gradients(self, state: TrainState, batches: Sequence[Batch]) -> tuple[Any, Metrics]:
         """Gradients and metrics of a mini-batch, summed over its micro-batches."""

@@ -1,0 +1,28 @@
+"""What a person sees of a run, and the figures in it that are computed on the host."""
+
+import pytest
+
+from crpo_jax import config
+from crpo_jax.model.shape import Shape, backward_flops, forward_flops
+from crpo_jax.runtime.report import update_flops
+
+SHAPE = Shape(d=64, n=4, k=2, h=16, f=128, v=256, l=2, tied=True, rope_theta=1e4, norm_eps=1e-6)
+LENGTHS = [100, 90, 80, 70]
+
+
+def test_mfu_counts_the_old_policy_for_later_mini_batches_only():
+    every = config.Lora(rank=0)
+    single = sum(2 * forward_flops(SHAPE, length) + backward_flops(SHAPE, length) for length in LENGTHS)
+    assert update_flops(SHAPE, every, LENGTHS, 4) == single
+    assert update_flops(SHAPE, every, LENGTHS, 2) == single + forward_flops(SHAPE, 80) + forward_flops(SHAPE, 70)
+
+
+def test_mfu_does_not_count_gradients_of_frozen_weights():
+    """A LoRA run used to report a third more than it did: four forward passes' worth of arithmetic are three."""
+    lora = config.Lora(rank=1, targets=("q_proj",))
+    adapters = 2 * (64 + 64)  # in two layers, A [64, 1] and B [1, 64]
+    forward = sum(forward_flops(SHAPE, length) for length in LENGTHS)
+    assert update_flops(SHAPE, lora, LENGTHS, 4) == forward + sum(
+        forward_flops(SHAPE, length, adapters) + backward_flops(SHAPE, length, adapters) for length in LENGTHS
+    )
+    assert update_flops(SHAPE, lora, LENGTHS, 4) == pytest.approx(3 * forward, rel=0.1)
