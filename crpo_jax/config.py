@@ -178,11 +178,12 @@ class Reward:
     overlong: Number = setting(
         0.0, "weight of DAPO's soft overlong punishment (arXiv 2503.14476, equation 13) in training rewards; 0: off"
     )
-    overlong_share: Share = setting(
+    overlong_share: Real = setting(
         0.2,
         "share of rollout.max_new_tokens, the last of them, over which that punishment grows from 0 to 1",
         source="arXiv 2503.14476, section 4.1",
         gt=0,
+        le=1,
     )
     min_section_words: Count = setting(3, "fewest words in each of System 1, System 2 and the conclusion", unit="words")
     grpo_tags: Strings = setting(
