@@ -279,7 +279,7 @@ class Crpo:
     entropy_coef: Number = setting(0.001, "weight of the entropy bonus; the paper has none", source="authors' code")
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = setting(
         "token_mean",
-        "token losses averaged over the mini-batch; per response, then over responses (equation 1); "
+        "token losses averaged over the mini-batch; per response, then over responses, as equation 1 has them; "
         "or summed and divided by responses times rollout.max_new_tokens (Dr. GRPO)",
         source="authors' code",
     )

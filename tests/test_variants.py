@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from crpo_jax import cli, config
+from crpo_jax import api, cli, config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY, PAPER = CONFIGS / "tiny.yaml", CONFIGS / "clinical_r1_3b.yaml"
@@ -54,6 +54,7 @@ def test_later_files_replace_what_they_name(tmp_path: Path):
     assert (loaded.crpo.clip_high, loaded.crpo.kl_coef, loaded.crpo.steps, loaded.model.path) == (0.5, 0.0, 3, "")
     assert loaded == config.load_config([TINY, recipe("dapo"), mine], ["crpo.steps=3"])
     assert name == "tiny-dapo-mine"
+    assert api.choose_settings([TINY, recipe("dapo"), mine], {"crpo.steps": 3}, {}, "cpu") == loaded
     mine.write_text("crpo: {clip_hihg: 0.5}\n", encoding="utf-8")
     with pytest.raises(config.InputError, match=rf"{mine}: crpo\.clip_hihg: unknown key; did you mean"):
         cli.load_platform_settings(args, "cpu")
