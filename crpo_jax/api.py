@@ -1,9 +1,9 @@
 """CRPO from a script or a notebook: the commands as functions, with questions as lists and rewards as Python functions.
 
-Every function takes the settings of `--help`: `config` is a YAML file (by default the shipped one for this machine, as
-on the command line), `settings` overrides single ones by dotted key. All raise `crpo_jax.errors.InputError` for bad
-input, before anything is written, and `crpo_jax.errors.Fault` where a run cannot continue, such as on a full disk. A
-call with the same `workdir` resumes.
+Every function takes the settings of `--help`: `config` is a YAML file, or several as on the command line (by default
+the shipped one for this machine), `settings` overrides single ones by dotted key. All raise
+`crpo_jax.errors.InputError` for bad input, before anything is written, and `crpo_jax.errors.Fault` where a run cannot
+continue, such as on a full disk. A call with the same `workdir` resumes.
 
     >>> import crpo_jax
     >>> question = {"id": "q1", "question": "Fever, new murmur?", "options": {"A": "IE", "B": "flu"}, "answer": "A"}
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from crpo_jax.answer.records import question_to_row
-from crpo_jax.config import Config, check_config, default_config_path, load_config, replaced
+from crpo_jax.config import Config, ConfigFiles, check_config, default_config_path, load_config, replaced
 from crpo_jax.data.question import Question, hold_out
 from crpo_jax.data.readers import questions_from
 from crpo_jax.errors import InputError
@@ -40,7 +40,7 @@ HELD_OUT_SHARE = 0.1
 def train(
     workdir: str | Path,
     *,
-    config: str | Path | None = None,
+    config: ConfigFiles | None = None,
     settings: Mapping[str, Any] | None = None,
     model: str | Path | None = None,
     questions: Questions | None = None,
@@ -79,7 +79,7 @@ def train(
 def fine_tune(
     workdir: str | Path,
     *,
-    config: str | Path | None = None,
+    config: ConfigFiles | None = None,
     settings: Mapping[str, Any] | None = None,
     model: str | Path | None = None,
     traces: Questions | None = None,
@@ -109,7 +109,7 @@ def sample(
     questions: Questions,
     n: int = 1,
     *,
-    config: str | Path | None = None,
+    config: ConfigFiles | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[list[str]]:
     """`n` responses of a model to every question, prompted and sampled as the settings of `data` and `rollout` say."""
@@ -134,7 +134,7 @@ def score(
     responses: Sequence[str],
     *,
     reward: Rewards = "crpo",
-    config: str | Path | None = None,
+    config: ConfigFiles | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The reward of each response by parts, with the reasons in `why`, or an `error`; needs no model and no jax."""
@@ -154,7 +154,7 @@ def evaluate(
     *,
     model: str | Path | None = None,
     data: Mapping[str, Questions] | Sequence[str] = (),
-    config: str | Path | None = None,
+    config: ConfigFiles | None = None,
     settings: Mapping[str, Any] | None = None,
     allow_changes: bool = False,
 ) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def export(workdir: str | Path, folder: str | Path, *, step: int | None = None, 
 
 
 def choose_settings(
-    config: str | Path | None,
+    config: ConfigFiles | None,
     settings: Mapping[str, Any] | None,
     arguments: Mapping[str, Any],
     platform: str,

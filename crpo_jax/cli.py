@@ -38,7 +38,12 @@ def build_parser(command: str, doc: str) -> Parser:
         epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--config", metavar="FILE", help="YAML settings; see configs/")
+    p.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        help="YAML settings; see configs/. Given again: a further file, which replaces what it names",
+    )
     p.add_argument("--mesh", metavar="DxM", help="data x model, in devices, such as 8x1 (sets parallel.mesh)")
     p.add_argument("--workdir", metavar="DIR", help="folder of the run; started again in it, a run resumes")
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
@@ -46,18 +51,18 @@ def build_parser(command: str, doc: str) -> Parser:
 
 
 def load_settings(args: argparse.Namespace, default: Path | None = None, model: bool = True) -> Config:
-    """The config of --config, or of `default`, with the command line's settings."""
+    """The config of the --config files, or of `default`, with the command line's settings."""
     overrides = [*args.overrides, *([f"parallel.mesh={args.mesh}"] if args.mesh else [])]
     return load_config(args.config or default, overrides, model)
 
 
 def load_platform_settings(args: argparse.Namespace, platform: str) -> tuple[Config, str]:
-    """The config of --config, or of the platform's default with a notice, and the config's name."""
-    path = Path(args.config) if args.config else default_config_path(platform)
-    settings = load_settings(args, path)
+    """The config of the --config files, or of the platform's default with a notice, and the config's name."""
+    default = default_config_path(platform)
+    settings = load_settings(args, default)
     if not args.config:
-        print(f"no --config given: {path.name}, the default on {platform}", file=sys.stderr)
-    return settings, path.stem
+        print(f"no --config given: {default.name}, the default on {platform}", file=sys.stderr)
+    return settings, "-".join(Path(name).stem for name in args.config or [default])
 
 
 def run_command(name: str, main: Callable[[], int | None]) -> NoReturn:

@@ -1,7 +1,9 @@
 """Every setting, declared once: type, default, bounds, unit and source; and how YAML files and overrides set them.
 
-The defaults are the paper's run on Qwen2.5-3B after a cold start. A setting's `source` is "paper" for arXiv 2512.00601,
-"code" for the authors' released scripts, "ours" for a choice of this project. Nothing here imports jax.
+The defaults are the paper's run on Qwen2.5-3B after a cold start. A setting's `source` is the section or equation of
+the paper, arXiv 2512.00601, that has its default; "authors' code" where only their scripts
+(github.com/BoyangGu1/Clinical-R1-3B) or the defaults of verl, which these call, have it; another paper's section; or
+"ours", a choice of this project. `tests/test_sources.py` has the words of every source. Nothing here imports jax.
 """
 
 import contextlib
@@ -24,6 +26,9 @@ LARGEST_WHOLE = 2**31 - 1
 """Upper bound of whole numbers without a tighter one: what 32-bit counters on devices hold."""
 
 LONGEST_FILE = 1_000_000  # characters
+
+ConfigFiles = str | Path | Sequence[str | Path]
+"""A YAML file, or several, each over those before it."""
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 """No unknown keys, no conversions (true is no number, "3" is no whole number), no nan, no infinities.
@@ -55,9 +60,10 @@ def setting(default: Any, doc: str, *, unit: str = "", source: str = "ours", **b
     return Field(default, description=doc, json_schema_extra={"unit": unit, "source": source}, **bounds)
 
 
-def section(kind: type, **defaults: Any) -> Any:
-    """A field with a nested section, optionally with other defaults than the section's own."""
-    return Field(default_factory=lambda: kind(**defaults))
+def section(kind: type, source: str = "ours", /, **defaults: Any) -> Any:
+    """A field with a nested section, optionally with other defaults than the section's own, and their source."""
+    extra: Any = {"sources": dict.fromkeys(defaults, source)}
+    return Field(default_factory=lambda: kind(**defaults), json_schema_extra=extra)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -97,25 +103,27 @@ class Tokenizer:
 @dataclass(frozen=True, config=STRICT)
 class Data:
     source: Literal["vignettes", "medqa", "medmcqa", "medxpertqa", "jsonl"] = setting(
-        "medqa", "data set, or jsonl for questions of your own", source="paper"
+        "medqa", "data set, or jsonl for questions of your own", source="paper, section 4.3"
     )
     path: String = setting("", "local file or folder with the training questions; empty: the source's hub data set")
-    split: String = setting("train", "split to train on")
+    split: String = setting("train", "split to train on", source="paper, section 4.3")
     part: Literal["all", "first_half", "second_half"] = setting(
-        "second_half", "fixed half of the split that RL trains on; the cold start trains on the other", source="paper"
+        "second_half",
+        "fixed half of the split that RL trains on; the cold start trains on the other",
+        source="paper, section 4.3",
     )
     eval_path: String = setting("", "local file or folder with held-out questions; empty: data.path")
-    eval_split: String = setting("test", "split to evaluate on")
+    eval_split: String = setting("test", "split to evaluate on", source="paper, section 4.3")
     eval_questions: Count = setting(512, "held-out questions per evaluation; 0: all")
     prompt: Literal["crpo", "grpo", "grpo_dx", "released", "brief"] = setting(
-        "crpo", "instruction around the question", source="paper"
+        "crpo", "instruction around the question, worded by this project"
     )
     system_prompt: String = setting(
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
         "system turn, the same in cold start, RL and evaluation",
-        source="code",
+        source="authors' code",
     )
-    max_prompt_tokens: PositiveCount = setting(1024, "longest prompt", unit="tokens", source="code")
+    max_prompt_tokens: PositiveCount = setting(1024, "longest prompt", unit="tokens", source="authors' code")
     overlong_prompts: Literal["drop", "error"] = setting(
         "drop", "drop and count questions with a longer prompt, or stop with an error; prompts are never truncated"
     )
@@ -124,12 +132,16 @@ class Data:
 
 @dataclass(frozen=True, config=STRICT)
 class Rollout:
-    max_new_tokens: PositiveCount = setting(4096, "longest response", unit="tokens", source="code")
+    max_new_tokens: PositiveCount = setting(4096, "longest response", unit="tokens", source="authors' code")
     temperature: Number = setting(
-        0.6, "divides the logits, in sampling and in every log-prob; 0: greedy (evaluation only)", source="code"
+        0.6,
+        "divides the logits, in sampling and in every log-prob; 0: greedy (evaluation only)",
+        source="authors' code",
     )
-    top_p: Real = setting(1.0, "nucleus sampling: probability mass to sample from; 1: off", source="code", gt=0, le=1)
-    top_k: Count = setting(0, "sample from this many most probable tokens; 0: off", source="code")
+    top_p: Real = setting(
+        1.0, "nucleus sampling: probability mass to sample from; 1: off", source="authors' code", gt=0, le=1
+    )
+    top_k: Count = setting(0, "sample from this many most probable tokens; 0: off", source="authors' code")
     slots: PositiveCount = setting(128, "responses decoded at the same time on each data shard", unit="rows")
     chunk: PositiveCount = setting(16, "decode steps between the host's checks for finished responses", unit="tokens")
     stop: Strings = setting(
@@ -155,12 +167,24 @@ class Reward:
     design: String = setting(
         "crpo",
         "crpo, grpo, released, your own as module:function, or a weighted sum such as crpo*1.0+my.module:f*0.5",
-        source="paper",
+        source="paper, section 3",
     )
-    k: Number = setting(10.0, "weight of accuracy", source="paper")
-    format: Number = setting(1.0, "clinical reasoning: weight of the format", source="paper")
-    citation: Number = setting(0.5, "clinical reasoning: bonus if the conclusion cross-references dx", source="paper")
-    consistency: Number = setting(0.5, "weight of the share of effective tokens", source="paper")
+    k: Number = setting(10.0, "weight of accuracy", source="paper, section 4.3")
+    format: Number = setting(1.0, "clinical reasoning: weight of the format", source="paper, section 3")
+    citation: Number = setting(
+        0.5, "clinical reasoning: bonus if the conclusion cross-references dx", source="paper, section 3"
+    )
+    consistency: Number = setting(0.5, "weight of the share of effective tokens", source="paper, equation 4")
+    overlong: Number = setting(
+        0.0, "weight of DAPO's soft overlong punishment (arXiv 2503.14476, equation 13) in training rewards; 0: off"
+    )
+    overlong_share: Real = setting(
+        0.2,
+        "share of rollout.max_new_tokens, the last of them, over which that punishment grows from 0 to 1",
+        source="arXiv 2503.14476, section 4.1",
+        gt=0,
+        le=1,
+    )
     min_section_words: Count = setting(3, "fewest words in each of System 1, System 2 and the conclusion", unit="words")
     grpo_tags: Strings = setting(
         ("think", "answer"), "the two tags of the grpo design; [dx, conclusion] after a cold start shared with crpo"
@@ -176,18 +200,25 @@ class Optimizer:
     algorithm: Literal["adamw", "muon"] = setting(
         "adamw",
         "muon: orthogonalized momentum for the blocks' matrices, AdamW with Nesterov momentum for the rest",
-        source="code",
+        source="authors' code",
     )
-    learning_rate: Number = setting(1e-6, "peak learning rate", source="paper")
+    learning_rate: Number = setting(1e-6, "peak learning rate", source="authors' code")
     schedule: Literal["constant", "cosine", "linear"] = setting(
-        "constant", "learning rate after the warm-up", source="code"
+        "constant", "learning rate after the warm-up", source="authors' code"
     )
-    warmup_steps: Count = setting(0, "linear warm-up", unit="optimizer steps", source="code")
-    beta1: Real = setting(0.9, "AdamW: decay of the first moment", source="code", ge=0, lt=1)
-    beta2: Real = setting(0.999, "AdamW: decay of the second moment", source="code", ge=0, lt=1)
-    eps: Real = setting(1e-8, "AdamW: added to the denominator", source="code", gt=0)
-    weight_decay: Number = setting(0.01, "applied to every tensor, also norms and biases", source="code")
-    clip_norm: Number = setting(1.0, "global norm that gradients are clipped to; 0: off", source="code")
+    warmup_steps: Count = setting(
+        0, "linear warm-up; 0: as long as warmup_ratio says", unit="optimizer steps", source="authors' code"
+    )
+    warmup_ratio: Share = setting(
+        0.0,
+        "linear warm-up as a share of all optimizer steps, rounded down; only where warmup_steps is 0",
+        source="authors' code",
+    )
+    beta1: Real = setting(0.9, "AdamW: decay of the first moment", source="authors' code", ge=0, lt=1)
+    beta2: Real = setting(0.999, "AdamW: decay of the second moment", source="authors' code", ge=0, lt=1)
+    eps: Real = setting(1e-8, "AdamW: added to the denominator", source="authors' code", gt=0)
+    weight_decay: Number = setting(0.01, "applied to every tensor, also norms and biases", source="authors' code")
+    clip_norm: Number = setting(1.0, "global norm that gradients are clipped to; 0: off", source="authors' code")
 
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -196,58 +227,66 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 @dataclass(frozen=True, config=STRICT)
 class Lora:
-    rank: Count = setting(0, "rank of the adapters (r); 0: no adapters, every parameter is trained")
-    alpha: Number = setting(16.0, "adapters are scaled by alpha / rank", source="code")
-    targets: Strings = setting(LINEAR_LAYERS, "linear layers that get adapters", source="code")
+    rank: Count = setting(
+        0, "rank of the adapters (r); 0: no adapters, every parameter is trained", source="authors' code"
+    )
+    alpha: Number = setting(16.0, "adapters are scaled by alpha / rank")
+    targets: Strings = setting(LINEAR_LAYERS, "linear layers that get adapters")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Crpo:
     steps: Count = setting(0, "RL steps; 0: as many as crpo.epochs takes", unit="steps")
-    epochs: PositiveCount = setting(20, "passes over the training questions", source="paper")
-    prompts_per_step: PositiveCount = setting(512, "questions per rollout", source="code")
-    group_size: Whole = setting(5, "responses per question (G)", source="paper", ge=2)
-    mini_batch_prompts: PositiveCount = setting(16, "questions per optimizer step", source="code")
+    epochs: PositiveCount = setting(20, "passes over the training questions", source="paper, section 4.3")
+    prompts_per_step: PositiveCount = setting(512, "questions per rollout", source="authors' code")
+    group_size: Whole = setting(5, "responses per question (G)", source="paper, section 4.3", ge=2)
+    mini_batch_prompts: PositiveCount = setting(16, "questions per optimizer step", source="authors' code")
     advantage: Literal["grpo", "dr_grpo"] = setting(
         "grpo",
         "reward minus its group's mean, divided by the group's standard deviation (equation 3); "
         "dr_grpo: not divided (arXiv 2503.20783)",
-        source="paper",
+        source="paper, equation 3",
     )
     ratio: Literal["token", "sequence"] = setting(
         "token",
         "probability ratio per token, or per response (GSPO, arXiv 2507.18071, with aggregation=sequence_mean)",
-        source="code",
+        source="authors' code",
     )
-    clip_low: Share = setting(0.2, "the ratio is clipped below 1 - clip_low", source="code")
+    clip_low: Share = setting(0.2, "the ratio is clipped below 1 - clip_low", source="authors' code")
     clip_high: Number = setting(
-        0.2, "the ratio is clipped above 1 + clip_high; DAPO (arXiv 2503.14476): 0.28", source="code"
+        0.2, "the ratio is clipped above 1 + clip_high; DAPO (arXiv 2503.14476): 0.28", source="authors' code"
     )
     sequence_clip_low: Share = setting(
-        3e-4, "clip_low with ratio=sequence, a ratio that varies far less (arXiv 2507.18071, section 5.1)"
+        3e-4, "clip_low with ratio=sequence, a ratio that varies far less", source="arXiv 2507.18071, section 5.1"
     )
-    sequence_clip_high: Number = setting(4e-4, "clip_high with ratio=sequence")
+    sequence_clip_high: Number = setting(4e-4, "clip_high with ratio=sequence", source="arXiv 2507.18071, section 5.1")
     dynamic_sampling: Count = setting(
         0,
         "most extra batches of questions per step, to replace groups whose rewards are all equal (DAPO)",
         unit="batches",
     )
-    kl_coef: Number = setting(0.001, "beta, weight of the k3 KL to the frozen start model", source="paper")
+    kl_coef: Number = setting(0.001, "beta, weight of the k3 KL to the frozen start model", source="authors' code")
     kl_target: Number = setting(
         0.0,
         "above 0: kl_coef is adapted to hold the mean KL at this value (arXiv 1909.08593, section 2.2)",
         unit="nats per token",
     )
-    kl_gain: Share = setting(0.1, "gain of that controller: a step changes kl_coef by at most 0.2 * kl_gain of itself")
-    entropy_coef: Number = setting(0.001, "weight of the entropy bonus; 0 in the paper's text", source="code")
+    kl_gain: Share = setting(
+        0.1,
+        "gain of that controller: a step changes kl_coef by at most 0.2 * kl_gain of itself",
+        source="arXiv 1909.08593, section 2.2",
+    )
+    entropy_coef: Number = setting(0.001, "weight of the entropy bonus; the paper has none", source="authors' code")
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = setting(
         "token_mean",
-        "token losses averaged over the mini-batch; per response, then over responses (equation 1); "
+        "token losses averaged over the mini-batch; per response, then over responses, as equation 1 has them; "
         "or summed and divided by responses times rollout.max_new_tokens (Dr. GRPO)",
-        source="code",
+        source="authors' code",
     )
     truncated: Literal["keep", "mask"] = setting(
-        "keep", "train on responses cut at rollout.max_new_tokens, or leave them out of the gradient"
+        "keep",
+        "train on responses cut at rollout.max_new_tokens, or leave them out of the gradient",
+        source="authors' code",
     )
 
 
@@ -259,12 +298,18 @@ class Sft:
         "empty, with data.source=vignettes: the built-in teacher",
     )
     steps: Count = setting(0, "optimizer steps; 0: as many as sft.epochs takes", unit="steps")
-    epochs: PositiveCount = setting(20, "passes over the traces", source="paper")
-    batch_size: PositiveCount = setting(256, "traces per optimizer step", source="paper")
+    epochs: PositiveCount = setting(20, "passes over the traces", source="paper, section 4.3")
+    batch_size: PositiveCount = setting(256, "traces per optimizer step", source="authors' code")
     max_tokens: Whole = setting(
-        4096, "longest trace, prompt included; longer ones are dropped and counted", unit="tokens", source="code", ge=2
+        4096,
+        "longest trace, prompt included; longer ones are dropped and counted",
+        unit="tokens",
+        source="authors' code",
+        ge=2,
     )
-    held_out: Real = setting(0.1, "share of the traces held out for the evaluation loss", source="paper", ge=0, le=0.9)
+    held_out: Real = setting(
+        0.1, "share of the traces held out for the evaluation loss", source="authors' code", ge=0, le=0.9
+    )
     patience: Count = setting(
         0, "stop after this many epochs without a lower held-out loss, and use the best epoch either way; 0: never"
     )
@@ -274,8 +319,10 @@ class Sft:
     save_every: Count = setting(
         0, "a checkpoint every n steps, besides those at the end of every epoch; 0: off", unit="steps"
     )
-    lora: Lora = section(Lora, rank=32)
-    optimizer: Optimizer = section(Optimizer, learning_rate=1e-4)
+    lora: Lora = section(Lora, "authors' code", rank=32, alpha=16.0, targets=LINEAR_LAYERS)
+    optimizer: Optimizer = section(
+        Optimizer, "authors' code", learning_rate=1e-4, schedule="cosine", warmup_ratio=0.1, beta2=0.95
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -319,9 +366,11 @@ class Distill(Endpoint):
 @dataclass(frozen=True, config=STRICT)
 class Evaluate:
     samples: PositiveCount = setting(4, "responses per question")
-    temperature: Number = setting(0.8, "divides the logits; 0: greedy", source="code")
-    top_p: Real = setting(0.95, "nucleus sampling: probability mass to sample from; 1: off", source="code", gt=0, le=1)
-    max_new_tokens: PositiveCount = setting(4096, "longest response", unit="tokens", source="code")
+    temperature: Number = setting(0.8, "divides the logits; 0: greedy", source="authors' code")
+    top_p: Real = setting(
+        0.95, "nucleus sampling: probability mass to sample from; 1: off", source="authors' code", gt=0, le=1
+    )
+    max_new_tokens: PositiveCount = setting(4096, "longest response", unit="tokens", source="authors' code")
     questions: Count = setting(0, "first n questions of each data set; 0: all, or data.eval_questions of the vignettes")
     answer: Literal["tagged", "anywhere"] = setting(
         "tagged",
@@ -424,20 +473,22 @@ class Setting(NamedTuple):
     legal: str  # as legal_values puts it
     doc: str
     unit: str
-    source: str
+    source: str  # of the default
 
 
-def setting_fields(section: Any = None, prefix: str = "") -> dict[str, Setting]:
-    """Every setting by its dotted key, in the order of declaration."""
+def setting_fields(
+    section: Any = None, prefix: str = "", sources: Mapping[str, str] | None = None
+) -> dict[str, Setting]:
+    """Every setting by its dotted key, in the order of declaration; `sources` are of defaults other than declared."""
     section = section or Config()
     settings: dict[str, Setting] = {}
     for name, info in section.__pydantic_fields__.items():
-        default = getattr(section, name)
+        default, extra = getattr(section, name), info.json_schema_extra
         if dataclasses.is_dataclass(default):
-            settings |= setting_fields(default, f"{prefix}{name}.")
+            settings |= setting_fields(default, f"{prefix}{name}.", **extra)
         else:
-            extra: Any = info.json_schema_extra
-            settings[prefix + name] = Setting(default, legal_values(info), info.description, **extra)
+            facts = {**extra, "source": (sources or {}).get(name, extra["source"])}
+            settings[prefix + name] = Setting(default, legal_values(info), info.description, **facts)
     return settings
 
 
@@ -569,15 +620,16 @@ def read_override(override: str) -> tuple[str, Any]:
     return key, value
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = (), model: bool = True) -> Config:
-    """The config of a YAML file (None: the defaults) with `section.key=value` overrides, checked.
+def load_config(files: ConfigFiles | None, overrides: Sequence[str] = (), model: bool = True) -> Config:
+    """The config of YAML files (None: the defaults) with `section.key=value` overrides, checked.
 
-    `model=False` is for commands that load no model: the settings of one may then be missing or wrong.
+    Each of several files replaces what it names in those before it. `model=False` is for commands that load no model:
+    the settings of one may then be missing or wrong.
     """
     config = Config()
-    if path is not None:
-        values = read_config_file(path)
-        config = merge_settings(config, {} if values is None else values, str(path))
+    for file in [files] if isinstance(files, str | Path) else files or ():
+        values = read_config_file(file)
+        config = merge_settings(config, {} if values is None else values, str(file))
     for key, value in map(read_override, overrides):
         config = replaced(config, {key: value})
     check_config(config, model)

@@ -21,9 +21,10 @@ Every command takes settings as `section.key=value` after its flags, or from a Y
 on the command line replaces the file's. Unknown keys, wrong types and values out of bounds are refused in one line,
 before anything is written.
 
-The defaults are the paper's run with Qwen2.5-3B after a cold start. The source **paper** is
-[arXiv 2512.00601](https://arxiv.org/abs/2512.00601), **code** the authors' released scripts, and **ours** a decision of
-this project.
+The defaults are the paper's run with Qwen2.5-3B after a cold start. The source says where a default comes from: a
+section or equation of the **paper**, [arXiv 2512.00601](https://arxiv.org/abs/2512.00601); where that is silent, the
+**authors' code**, which is [their scripts](https://github.com/BoyangGu1/Clinical-R1-3B) and the defaults of verl, which
+these call; a section of another paper; or **ours**, a decision of this project.
 """
 COLUMNS = "| setting | default | values | meaning | source |\n| --- | --- | --- | --- | --- |"
 

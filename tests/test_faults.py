@@ -258,11 +258,18 @@ def test_another_config_is_refused_unless_messages(tmp_path: Path, capsys: pytes
     assert config.load_config(tmp_path / "run" / "config.1.yaml").crpo.kl_coef == 0.001
 
 
-def test_how_long_it_runs_may_change_unless_the_learning_rate_depends_on_it(tmp_path: Path):
-    decaying = ("tokenizer.path=somewhere", "optimizer.schedule=cosine", "crpo.steps=5")
-    open_workdir(tmp_path / "run", settings(*decaying)).close()
+@pytest.mark.parametrize("depends", [["optimizer.schedule=cosine"], ["optimizer.warmup_ratio=0.1"]])
+def test_how_long_it_runs_may_change_unless_the_learning_rate_depends_on_it(depends: list[str], tmp_path: Path):
+    first = ("tokenizer.path=somewhere", "crpo.steps=5", *depends)
+    open_workdir(tmp_path / "run", settings(*first)).close()
     with pytest.raises(InputError, match=r"crpo\.steps: 5 -> 6"):
-        open_workdir(tmp_path / "run", settings(*decaying, "crpo.steps=6"))
+        open_workdir(tmp_path / "run", settings(*first, "crpo.steps=6"))
+
+
+def test_a_warm_up_counted_in_steps_leaves_the_length_free(tmp_path: Path):
+    first = ("tokenizer.path=somewhere", "crpo.steps=5", "optimizer.warmup_steps=2", "optimizer.warmup_ratio=0.1")
+    open_workdir(tmp_path / "run", settings(*first)).close()
+    open_workdir(tmp_path / "run", settings(*first, "crpo.steps=6")).close()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path):

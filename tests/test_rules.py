@@ -84,6 +84,8 @@ def test_released_adds_up_as_published() -> None:
     assert score_response(GOUT, "a\tb", settings).consistency == 2 / 3, "a tab is not on their list"
     assert score_response(GOUT, "", settings).total == 0
     assert score_response(GOUT, "\\boxed{C} \\boxed{C}", settings).total == -20 + 0.5
+    titled = "## Thinking \\boxed{A} ## Final Response <think>a</think><answer>Gout. \\boxed{C}</answer>"
+    assert score_response(GOUT, titled, settings).total == 12, "only what follows the title counts"
 
 
 def test_unknown_design_is_named() -> None:

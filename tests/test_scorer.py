@@ -394,7 +394,7 @@ def test_which_functions_can_be_imported_again(here: Path) -> None:
 
 def test_names_of_functions_given_as_objects() -> None:
     with pytest.raises(
-        InputError, match="reward functions: expected other names than those of built-in designs, got crpo"
+        InputError, match="reward functions: expected other names than those of built-in rewards, got crpo"
     ):
         Scorer(Reward(), functions={"crpo": short_or_fail})
     with pytest.raises(

@@ -23,6 +23,8 @@ train = import_module("crpo_jax.train")
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
 SMALL = [
     "model.shape.hidden_size=64",
     "model.shape.num_hidden_layers=1",
@@ -216,6 +218,28 @@ def test_the_variants_resume_exactly(whole, tmp_path):
     assert len(rows) == 3 * 8 * 2  # this model never answers: all rewards are equal, and two further batches are tried
     assert sum(row["trained"] for row in rows) == 8 * 2
     assert metrics[0]["reward/zero_variance_groups"] > 0.5
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONFIGS / "variants").iterdir()))
+def test_a_published_recipe_trains(whole, tmp_path, recipe):
+    """Two steps without KL and entropy in the loss; DAPO's punishment is in the rewards, and a part of them by name."""
+    files = ["--config", str(CONFIGS / "tiny.yaml"), "--config", str(CONFIGS / "variants" / f"{recipe}.yaml")]
+    letters = f"rollout.stop=[{', '.join('abcdefghijklmnopqrstuvwxyz')}]"  # which end some responses early
+    metrics = run(tmp_path, *files, f"model.path={whole / 'coldstart'}", "crpo.steps=2", "run.eval_every=0", letters)
+    for row in metrics[:2]:
+        assert (row["loss/total"], row["kl/coef"]) == (row["loss/policy"], 0)
+        assert row["policy/gradient_norm"] > 0
+        assert ("reward/component/overlong" in row) == (recipe == "dapo")
+    assert metrics[1]["kl/mean"] > 0, "it is measured all the same"
+    if recipe == "dapo":
+        rows = samples(tmp_path, 0)
+        lengths, parts = np.array([row["tokens"] for row in rows]), [row["components"] for row in rows]
+        assert len(set(lengths)) > 3
+        expected = np.clip((0.8 * 24 - lengths) / (0.2 * 24), -1, 0)
+        np.testing.assert_allclose([part["overlong"] for part in parts], expected, atol=1e-12)
+        assert [row["total"] for row in rows] == [part["crpo"] + part["overlong"] for part in parts]
+        assert metrics[0]["reward/component/overlong"] == pytest.approx(expected.mean())
+        assert metrics[0]["reward/mean"] == pytest.approx(np.mean([row["total"] for row in rows]))
 
 
 def test_a_workdir_of_another_config_is_refused(whole):

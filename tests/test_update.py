@@ -604,15 +604,26 @@ def test_muon_orthogonalizes_the_matrices_and_leaves_the_rest_to_adam(model: Tra
 def test_schedules():
     """By optimizer step: a straight warm-up, then constant, or down to 0 at the last step."""
 
-    def rates(kind: Any, warmup: int) -> list[float]:
-        schedule = learning_rate(config.Optimizer(learning_rate=2.0, schedule=kind, warmup_steps=warmup), 10)
-        return [float(schedule(step)) for step in range(11)]
+    def rates(kind: Any, warmup: int, share: float = 0.0) -> list[float]:
+        optimizer = config.Optimizer(learning_rate=2.0, schedule=kind, warmup_steps=warmup, warmup_ratio=share)
+        return [float(rate(step)) for rate in [learning_rate(optimizer, 10)] for step in range(11)]
 
     assert rates("constant", 0) == [2.0] * 11
     assert rates("constant", 4) == pytest.approx([0, 0.5, 1, 1.5, *[2] * 7])
     assert rates("linear", 0) == pytest.approx([2 - step / 5 for step in range(11)])
     assert rates("linear", 5) == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2, 1.6, 1.2, 0.8, 0.4, 0], abs=1e-6)
     assert rates("cosine", 2) == pytest.approx([0, 1, *(1 + np.cos(np.pi * np.arange(9) / 8))], abs=1e-6)
+    assert rates("cosine", 0, 0.2) == rates("cosine", 2)
+    assert rates("cosine", 0, 0.29) == rates("cosine", 2), "rounded down, as in the authors' trainer"
+    assert rates("cosine", 2, 0.5) == rates("cosine", 2), "warmup_steps goes first"
+
+
+def test_the_cold_starts_learning_rate_is_the_authors():
+    """17 steps an epoch, 20 epochs: 34 of 340 steps warm up, the rest is half a cosine down to 0."""
+    rate, peak = learning_rate(config.Config().sft.optimizer, 340), 1e-4
+    for step in range(341):
+        authors = step / 34 if step < 34 else 0.5 * (1 + np.cos(np.pi * (step - 34) / (340 - 34)))
+        assert float(rate(step)) == pytest.approx(peak * authors, abs=1e-6 * peak), step
 
 
 @pytest.mark.parametrize(("clip_norm", "scale"), [(0.0, 1.0), (1.0, 1 / 13), (100.0, 1.0)])

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from crpo_jax.data.question import Question
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.parallel.processes import gather_from_processes, process_share
+from crpo_jax.reward.overlong import punish_overlong
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
 from crpo_jax.rollout.engine import Response, RolloutProgress
@@ -113,7 +114,8 @@ def sample_rollout(
     While fewer than crpo.prompts_per_step groups differ in reward, further questions follow, crpo.dynamic_sampling
     batches of them at most (DAPO, arXiv 2503.14476).
     """
-    crpo, key, show = runtime.settings.crpo, jax.random.fold_in(runtime.key, step), run.show_rollout(step)
+    settings, crpo = runtime.settings, runtime.settings.crpo
+    key, show = jax.random.fold_in(runtime.key, step), run.show_rollout(step)
 
     def progress(tally: RolloutProgress) -> None:
         show(tally)
@@ -137,6 +139,10 @@ def sample_rollout(
             return None
         sampled = time.perf_counter()
         new_texts, new_scores = new.scores()  # most were scored while the longest responses were decoded
+        new_scores = [
+            punish_overlong(score, len(response.tokens), settings.rollout.max_new_tokens, settings.reward)
+            for score, response in zip(new_scores, new.responses, strict=True)
+        ]
         repeated, responses = repeated + new.questions, responses + new.responses
         texts, scores = texts + new_texts, scores + new_scores
         valid = np.array([isinstance(score, Score) for score in scores]).reshape(-1, crpo.group_size)
@@ -190,6 +196,7 @@ def score_fields(score: Scored) -> dict[str, Any]:
         "cross_reference",
         "clinical_reasoning",
         "consistency",
+        *(("components",) if len(score.components) > 1 else ()),
         "answer_found",
         "why",
     )

@@ -170,6 +170,7 @@ def measure_consistency(
 # ---- the authors' published code -------------------------------------------------------------------------------------
 
 RELEASED_CHARACTERS = (string.ascii_letters + string.digits + ".,!?;:'\"()[]{}<>-_/\\|`~@#$%^&*+= \n").encode()
+RELEASED_TITLE = "## Final Response"
 RELEASED_TURN = re.compile(r"</think>\s*<answer>")
 
 
@@ -178,11 +179,14 @@ def score_released(
 ) -> Score:
     """What the authors' published code scores (verl/utils/reward_score/medical_rule_based.py), in linear time.
 
-    Its oddities are preserved: a response without a box scores 0 and so more than one with an unreadable box; with
-    n > 1 boxes accuracy is -n; the format looks at the outermost tags only. `accuracy` holds these penalties,
-    `consistency` the share of plain ASCII characters, with blank and newline as the only white space among them.
+    Its oddities are preserved: nothing before a title "## Final Response" is read; a response without a box scores 0
+    and so more than one with an unreadable box; with n > 1 boxes accuracy is -n; the format looks at the outermost tags
+    only. `accuracy` holds these penalties, `consistency` the share of plain ASCII characters, with blank and newline as
+    the only white space among them.
     """
     text = response.strip().replace("<\\think>", "</think>").replace("<\\answer>", "</answer>")
+    if RELEASED_TITLE in text:
+        text = text.split(RELEASED_TITLE, 2)[1].strip()
     answer, (accuracy, answer_why) = None, released_accuracy(text, question.answer)
     if accuracy >= 0 and BOX in text:
         answer = text[text.find(BOX) + len(BOX) + 1 :].split("}", 1)[0]

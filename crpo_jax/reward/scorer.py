@@ -33,6 +33,7 @@ from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.reward.functions import Failure, RewardFunction, import_path
+from crpo_jax.reward.overlong import OVERLONG
 from crpo_jax.reward.rules import DESIGNS, Score, TokenIds
 from crpo_jax.reward.worker import PartScorer, ScoringJob, Value, WorkerSetup
 
@@ -215,8 +216,8 @@ class Scorer:
         functions: Mapping[str, RewardFunction] | None = None,
     ) -> None:
         functions = functions or {}
-        if taken := DESIGNS.keys() & functions:
-            raise InputError(f"reward functions: expected other names than those of built-in designs, got {min(taken)}")
+        if taken := {*DESIGNS, *([OVERLONG] if settings.overlong else [])} & functions.keys():
+            raise InputError(f"reward functions: expected other names than those of built-in rewards, got {min(taken)}")
         self.settings = settings
         self.parts = design_parts(settings, functions)
         self.described_by = next((name for name, _ in self.parts if name in DESIGNS), "crpo")

@@ -44,7 +44,7 @@ MAY_CHANGE = (
 )
 """Patterns of the settings that a resumed run may change, for they do not affect what it computes up to a step.
 
-So may RUN_LENGTH, unless the learning rate's schedule ends at the last step.
+So may RUN_LENGTH, unless the learning rate depends on the number of steps.
 """
 
 WAYS_OUT = "Choose another --workdir, or continue in this one with --allow-changes"
@@ -98,7 +98,9 @@ def write_config(workdir: Path, settings: Config, *, allow_changes: bool) -> Non
 def refused_changes(path: Path, settings: Config) -> list[str]:
     """`key: old -> new` of the settings that differ from those in the file and may not."""
     before = config.load_config(path, model=False)  # it was checked when it was written
-    patterns = (*MAY_CHANGE, *RUN_LENGTH) if before.optimizer.schedule == "constant" else MAY_CHANGE
+    rate = before.optimizer
+    any_length = rate.schedule == "constant" and (rate.warmup_steps or not rate.warmup_ratio)
+    patterns = (*MAY_CHANGE, *RUN_LENGTH) if any_length else MAY_CHANGE
     return [
         change
         for change in config.changed_settings(before, settings)

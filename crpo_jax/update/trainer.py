@@ -65,7 +65,7 @@ class Update(NamedTuple):
 
 def learning_rate(settings: Optimizer, total_steps: int) -> optax.Schedule:
     """The learning rate by optimizer step: a linear warm-up, then constant, cosine or linear to 0 at `total_steps`."""
-    peak, warmup = settings.learning_rate, settings.warmup_steps
+    peak, warmup = settings.learning_rate, settings.warmup_steps or int(total_steps * settings.warmup_ratio)
     rest = max(1, total_steps - warmup)
     after = {
         "constant": optax.constant_schedule(peak),
