@@ -144,7 +144,7 @@ def test_token_mean_weighs_tokens_alike():
 
 
 def test_sequence_mean_weighs_responses_alike():
-    """1/4 each, shared among its tokens: equation 1 read literally."""
+    """1/4 each, shared among its tokens: as equation 1 averages."""
     np.testing.assert_allclose(row_weights(LENGTHS, ALL, "sequence_mean"), [1 / 16, 1 / 4, 1 / 40, 1 / 20])
 
 

@@ -91,8 +91,8 @@ def row_weights(
 ) -> Float[np.ndarray, " b"]:
     """What each token of a response weighs in the mini-batch's loss; the denominators are of the whole mini-batch.
 
-    token_mean: 1 / all response tokens. sequence_mean: 1 / (the response's tokens * responses), equation 1 read
-    literally. constant: 1 / (`longest` * responses), the longest a response may be, so that length itself is not
+    token_mean: 1 / all response tokens. sequence_mean: 1 / (the response's tokens * responses), the averages of
+    equation 1. constant: 1 / (`longest` * responses), the longest a response may be, so that length itself is not
     rewarded (Dr. GRPO).
     """
     lengths = np.where(counted, lengths, 0).astype(np.float64)
