@@ -65,7 +65,8 @@ class Connection:
             raise EOFError
         *lines, self._unread = (self._unread + data).split(b"\n")
         messages = [json.loads(line) for line in lines]
-        if len(self._unread) > LONGEST_MESSAGE or not all(isinstance(message, dict) for message in messages):
+        readable = self._unread[:1] in (b"", b"{") and len(self._unread) < LONGEST_MESSAGE
+        if not readable or not all(isinstance(message, dict) for message in messages):
             raise ValueError("expected JSON objects")
         return messages
 
@@ -101,13 +102,15 @@ class Reception:
     def __init__(self, own: Member, say: Say) -> None:
         self._own, self._say, self._selector = own, say, selectors.DefaultSelector()
         self.members: dict[int, tuple[Member, Connection]] = {}
-        self._problem = ""
+        self._problem, self._strangers = "", set[str]()
 
-    def receive_all(self, address: str, seconds: float) -> dict[int, tuple[Member, Connection]]:
+    def receive_all(
+        self, listener: socket.socket, address: str, seconds: float
+    ) -> dict[int, tuple[Member, Connection]]:
         """Every other process by its id, once all have come and have the same facts; InputError and Fault otherwise,
         in those that have come as well."""
         wait = Wait(seconds)
-        with listen(address) as listener, self._selector as selector:
+        with listener, self._selector as selector:
             selector.register(listener, selectors.EVENT_READ)
             while len(self.members) < self._own.processes - 1 and wait.left > 0:
                 for key, _ in selector.select(min(max(wait.left, 0), 0.5)):
@@ -144,7 +147,9 @@ class Reception:
         except (ValueError, KeyError, TypeError):  # not a process of this version of the package
             self._selector.unregister(connection.channel)
             host = connection.channel.getpeername()[0]
-            self._say(f"refused a connection from {host} that is not from a process of this version of crpo_jax")
+            if host not in self._strangers:  # it may try again every second
+                self._say(f"refused a connection from {host} that is not from a process of this version of crpo_jax")
+            self._strangers.add(host)
             connection.channel.close()
 
     def _enter(self, member: Member, connection: Connection) -> None:
@@ -184,14 +189,7 @@ def listen(address: str) -> socket.socket:
     host, port = split_address(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or f"[::]:{split_address(address)[1]}")
     dual = host == "::" and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ":" in host and (dual or host != "::") else socket.AF_INET
-    try:
-        return socket.create_server(
-            ("" if host == "::" else host, port), family=family, backlog=1024, dualstack_ipv6=dual
-        )
-    except OSError as error:
-        raise InputError(
-            f"--coordinator {address}: process 0 cannot listen there: {error.strerror or error}; take another port"
-        ) from None
+    return socket.create_server(("" if host == "::" else host, port), family=family, backlog=1024, dualstack_ipv6=dual)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -258,9 +256,18 @@ def meet(address: str, own: Member, seconds: float, say: Say) -> "Peers":
 
     Raises InputError where they cannot be one run, and Fault where some have not come in time, in all that have come.
     """
-    if own.process == 0:
-        return Peers(own, Reception(own, say).receive_all(address, seconds))
-    return Peers(own, {0: report_to_first(own, address, seconds, say)})
+    if own.process:
+        return Peers(own, {0: report_to_first(own, address, seconds, say)})
+    try:
+        listener = listen(address)
+    except OSError as error:
+        with contextlib.suppress(Fault):  # nobody is there who says which other process has this id
+            report_to_first(own, address, GRACE, say)
+        reason = error.strerror or error
+        raise InputError(
+            f"--coordinator {address}: process 0 cannot listen there: {reason}; take another port"
+        ) from None
+    return Peers(own, Reception(own, say).receive_all(listener, address, seconds))
 
 
 class Peers:

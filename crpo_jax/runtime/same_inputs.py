@@ -92,8 +92,8 @@ def require_same_workdir(workdir: Path) -> None:
     require_agreement(
         {
             "--workdir": os.path.abspath(workdir),
-            f"--workdir {workdir}: config.yaml": short_digest(config) if config.is_file() else "no file",
-            f"--workdir {workdir}: coldstart": "a folder" if (workdir / "coldstart").is_dir() else "no folder",
-            f"--workdir {workdir}: checkpoints": ", ".join(steps) or "none",
+            "--workdir: config.yaml": short_digest(config) if config.is_file() else "no file",
+            "--workdir: coldstart": "a folder" if (workdir / "coldstart").is_dir() else "no folder",
+            "--workdir: checkpoints": ", ".join(steps) or "none",
         }
     )
