@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from crpo_jax import cli
 from crpo_jax.errors import InputError
 from crpo_jax.parallel import processes
 
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+}
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch"
 
 
@@ -24,6 +29,7 @@ LAUNCH = Path(__file__).parents[1] / "scripts" / "launch"
 
 BODY = """
     import argparse
+    import os
     import sys
     import time
     import jax
@@ -85,6 +91,28 @@ def test_the_loss_of_process_0_is_reported_although_jax_aborts():
     )
     assert expected in second
     assert "crpo_jax.train: process 0 of 2 was killed" in first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_killed_while_the_others_compile_is_named_at_once(who):
+    """No collective is waiting and no heartbeat is due: the other one used to go on for a minute, and then aborted."""
+    pair = Pair(*script(f"time.sleep(120) if jax.process_index() != {who} else os.kill(os.getpid(), 9)"))
+    began = time.monotonic()
+    code, text = pair.ended()[1 - who]
+    assert code != 0
+    assert re.search(rf"crpo_jax.train: process {1 - who} of 2: process {who} \(pid \d+ on .*\) was killed", text), text
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_refused_by_name(tmp_path):
+    """`python tests/mismatches.py FOLDER` runs every case; here one of each kind of comparison."""
+    cases = ["learning rate", "workdir", "held-out questions", "model", "package version"]
+    program = [sys.executable, str(Path(__file__).with_name("mismatches.py")), str(tmp_path / "cases"), *cases]
+    completed = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert completed.stdout.count("refused") == len(cases)
 
 
 def test_a_hanging_collective_ends_the_process_with_advice():

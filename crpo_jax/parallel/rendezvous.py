@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.parallel.agreement import difference, process_names
 
-PATIENCE = 10  # seconds of waiting until a line says for whom, and between attempts to reach process 0 at most
+PATIENCE = 8  # seconds of waiting until a line says for whom
 REPEAT = 60  # seconds until it is said again
 GRACE = 3  # seconds for the others to come and be refused as well, once it is clear that the run cannot start
 LONGEST_MESSAGE = 1_000_000  # bytes
