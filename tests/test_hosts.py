@@ -175,6 +175,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
             ["--coordinator", "a:1", "--processes", "2", "--process", "2"],
             "--process: expected 0 to 1, since there are 2 processes, got 2",
         ),
+        (["--join-timeout", "0"], "--join-timeout: expected at least 1 second, got 0"),
     ],
 )
 def test_incomplete_flags_are_refused(no_cluster, arguments, line):
@@ -213,6 +214,25 @@ def test_slurm_and_tpu_are_detected(no_cluster):
     no_cluster.setenv("TPU_ML_PLATFORM", "JAX")
     no_cluster.setenv("JAX_PLATFORMS", "tpu,cpu")
     assert processes.distributed_arguments(parse_flags()) == {}
+
+
+def test_what_jax_detects_completes_the_arguments(no_cluster):
+    """Before jax.distributed is asked: the processes meet at the same address first."""
+    explicit = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
+    assert processes.complete_address(explicit, 10) == explicit
+    slurm = {"JOB_ID": "70001", "STEP_NODELIST": "node[3-4]", "STEP_NUM_NODES": "2"}
+    for name, value in (slurm | {"NTASKS": "2", "PROCID": "1", "LOCALID": "0", "GPUS_ON_NODE": "2"}).items():
+        no_cluster.setenv(f"SLURM_{name}", value)
+    address = processes.complete_address(processes.distributed_arguments(parse_flags()), 10)
+    assert address.pop("coordinator_address").startswith("node3:")
+    assert address == {
+        "num_processes": 2,
+        "process_id": 1,
+        "local_device_ids": [0, 1],
+        "cluster_detection_method": "deactivate",
+    }
+    no_cluster.setattr(processes.clusters.ClusterEnv, "_cluster_types", [])
+    assert processes.complete_address({}, 10) is None  # a single TPU host
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
 
 def distributed_arguments(args: argparse.Namespace) -> dict[str, Any] | None:
     """The arguments of `jax.distributed.initialize` from the flags, Slurm or a TPU; None for a single process."""
+    if args.join_timeout < 1:
+        raise InputError(f"--join-timeout: expected at least 1 second, got {args.join_timeout}")
     flags = [f"--{name}" for name in PROCESS_FLAGS if getattr(args, name) is not None]
     if flags:
         if len(flags) < len(PROCESS_FLAGS):
@@ -116,7 +118,7 @@ def join_processes(command: str, args: argparse.Namespace) -> Iterator[None]:
     ending = Ending(f"crpo_jax.{command}: process {own.process} of {own.processes}")
     try:
         ending.peers = peers = meet(address["coordinator_address"], own, args.join_timeout, ending.say)
-        threading.Thread(target=peers.watch, args=(ending.follow, ending.mourn), daemon=True).start()
+        threading.Thread(target=peers.watch, args=(ending.ended, ending.lost), daemon=True).start()
         jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which runtime/signals.py handles
         jax.distributed.initialize(**address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         self_test(exit_message=ending.exit_message)
@@ -126,7 +128,9 @@ def join_processes(command: str, args: argparse.Namespace) -> Iterator[None]:
         ending.exit_message.cancel()
     except BaseException as error:  # noqa: BLE001 (an interrupt ends the others too)
         if is_lost_peer(error):
-            time.sleep(LOST_PEER_SECONDS)  # `mourn` ends this process meanwhile, with the name of the one that died
+            time.sleep(
+                LOST_PEER_SECONDS
+            )  # `Ending.lost` ends this process meanwhile, with the name of the one that died
         code, line = exit_code_and_line(error)
         ending.end_all(code, line.removeprefix(f"crpo_jax.{command}: "))
 
@@ -239,13 +243,13 @@ class Ending:
             time.sleep(1)  # process 0 hosts JAX's service, which takes the others with it: they read the message first
         exit_now(self.exit_message, code)
 
-    def follow(self, process: int, code: int, line: str) -> NoReturn:
+    def ended(self, process: int, code: int, line: str) -> NoReturn:
         """Ends this process because another one said that it ends."""
         self._first.acquire()
         write_stderr(f"{self.name} ends with process {process}: {line}")
         exit_now(self.exit_message, code)
 
-    def mourn(self, member: Member, reason: str) -> None:
+    def lost(self, member: Member, reason: str) -> None:
         """Another process ended without a word, or, for a `reason`, cannot be reached: then JAX decides."""
         if reason:
             return self.say(
