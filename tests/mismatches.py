@@ -8,6 +8,7 @@ each process has a working directory of its own and the paths are relative: two 
 where a case is not refused as it should be: exit code 2 in both processes, one line with the key, nothing written.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from question_file import write_jsonl
 
 from crpo_jax import cli
 from crpo_jax.config import default_config_path, load_config
-from crpo_jax.data.vignettes import vignettes
+from crpo_jax.data.vignettes import teacher_response, vignettes
 from crpo_jax.parallel import agreement
 from crpo_jax.runtime.runtime import open_runtime
 
@@ -84,9 +85,9 @@ def other_question(folder: Path) -> None:
     (folder / "train.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n", encoding="utf-8")
 
 
-def fewer_questions(folder: Path) -> None:
-    lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    (folder / "test.jsonl").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+def shorten(path: Path) -> None:
+    """Takes the last line away."""
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
 
 
 CASES = {
@@ -109,7 +110,16 @@ CASES = {
         "train.jsonl: training questions: ", both=(*QUESTIONS, "model.path=model"), before=other_question
     ),
     "held-out questions": Case(
-        "test.jsonl: held-out questions: ", both=(*QUESTIONS, "model.path=model"), before=fewer_questions
+        "test.jsonl: held-out questions: ",
+        both=(*QUESTIONS, "model.path=model"),
+        before=lambda folder: shorten(folder / "test.jsonl"),
+    ),
+    "teacher traces": Case(
+        "traces.jsonl: teacher traces: ",
+        both=("sft.path=traces.jsonl",),
+        before=lambda folder: shorten(folder / "traces.jsonl"),
+        command="sft",
+        second_command="sft",
     ),
     "model": Case(
         "model.path: model.safetensors: ",
@@ -135,6 +145,11 @@ def prepare(folder: Path) -> None:
     folder.mkdir(parents=True)
     write_jsonl(folder / "train.jsonl", vignettes("train", 64))
     write_jsonl(folder / "test.jsonl", vignettes("test", 8))
+    traces = [
+        dataclasses.replace(question, columns={"response": teacher_response(question, 0)})
+        for question in vignettes("train", 16)
+    ]
+    write_jsonl(folder / "traces.jsonl", traces)
     (folder / "short.py").write_text(
         "def rate(prompts, completions, **columns):\n    return [-len(text) for text in completions]\nscale = 1\n"
     )

@@ -128,9 +128,7 @@ def join_processes(command: str, args: argparse.Namespace) -> Iterator[None]:
         ending.exit_message.cancel()
     except BaseException as error:  # noqa: BLE001 (an interrupt ends the others too)
         if is_lost_peer(error):
-            time.sleep(
-                LOST_PEER_SECONDS
-            )  # `Ending.lost` ends this process meanwhile, with the name of the one that died
+            time.sleep(LOST_PEER_SECONDS)  # meanwhile `Ending` ends this process and names the one that died
         code, line = exit_code_and_line(error)
         ending.end_all(code, line.removeprefix(f"crpo_jax.{command}: "))
 
@@ -147,9 +145,7 @@ def complete_address(arguments: Mapping[str, Any], seconds: int) -> dict[str, An
     address, count, process, local = detect(None, None, None, local, method, seconds)
     if address is None or count is None or process is None:
         if method:
-            raise InputError(
-                f"{method}: expected JAX to detect the processes, got none; use --coordinator and the like"
-            )
+            raise InputError(f"{method}: expected JAX to detect the processes, got none; use --coordinator")
         return None
     return {
         "coordinator_address": address,
