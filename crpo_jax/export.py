@@ -16,6 +16,7 @@ from crpo_jax.parallel import processes
 from crpo_jax.runtime.fine_tuning import is_cold_start
 from crpo_jax.runtime.fine_tuning_report import best_step, held_out_losses
 from crpo_jax.runtime.runtime import open_runtime
+from crpo_jax.runtime.same_inputs import require_same_workdir
 from crpo_jax.store.checkpoint import Checkpoints
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -48,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.workdir:
         raise InputError("--workdir: expected the folder of a run, got none")
     workdir, shard_bytes = Path(args.workdir), size_of(args.max_shard_size)
-    if not (workdir / "config.yaml").is_file():
-        raise InputError(f"--workdir {workdir}: expected a run's folder with config.yaml, got none there")
     with processes.join_processes("export", args):
+        require_same_workdir(workdir)
+        if not (workdir / "config.yaml").is_file():
+            raise InputError(f"--workdir {workdir}: expected a run's folder with config.yaml, got none there")
         settings = cli.load_settings(args, workdir / "config.yaml")
         step = export(
             settings,

@@ -24,6 +24,7 @@ from crpo_jax.runtime.inputs import model_digests, open_questions, question_dige
 from crpo_jax.runtime.replay import replay
 from crpo_jax.runtime.run import open_run, shared_workdir
 from crpo_jax.runtime.runtime import Runtime, open_runtime
+from crpo_jax.runtime.same_inputs import require_same_workdir
 from crpo_jax.store.checkpoint import Checkpoints
 from crpo_jax.store.workdir import check_inputs
 from crpo_jax.update.batches import crpo_mini_batches
@@ -48,6 +49,7 @@ def train(
         raise InputError(
             "rollout.temperature: expected more than 0 to train, got 0: a group's responses would be equal"
         )
+    require_same_workdir(workdir)
     inputs, traces = open_questions(runtime, questions, held_out), cold_start_traces(runtime, workdir)
     steps = crpo.steps or inputs.batches.steps(crpo.epochs)
     scorer, examiner = open_scorers(runtime, reward_functions)

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from crpo_jax import cli
 from crpo_jax.errors import InputError
 from crpo_jax.parallel import processes
 
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+}
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch"
 
 
@@ -24,6 +29,7 @@ LAUNCH = Path(__file__).parents[1] / "scripts" / "launch"
 
 BODY = """
     import argparse
+    import os
     import sys
     import time
     import jax
@@ -87,6 +93,28 @@ def test_the_loss_of_process_0_is_reported_although_jax_aborts():
     assert "crpo_jax.train: process 0 of 2 was killed" in first
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_killed_while_the_others_compile_is_named_at_once(who):
+    """No collective is waiting and no heartbeat is due: the other one used to go on for a minute, and then aborted."""
+    pair = Pair(*script(f"time.sleep(120) if jax.process_index() != {who} else os.kill(os.getpid(), 9)"))
+    began = time.monotonic()
+    code, text = pair.ended()[1 - who]
+    assert code != 0
+    assert re.search(rf"crpo_jax.train: process {1 - who} of 2: process {who} \(pid \d+ on .*\) was killed", text), text
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_refused_by_name(tmp_path):
+    """`python tests/mismatches.py FOLDER` runs every case; here one of each kind of comparison."""
+    cases = ["learning rate", "workdir", "held-out questions", "model", "package version"]
+    program = [sys.executable, str(Path(__file__).with_name("mismatches.py")), str(tmp_path / "cases"), *cases]
+    completed = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert completed.stdout.count("refused") == len(cases)
+
+
 def test_a_hanging_collective_ends_the_process_with_advice():
     check = """
         import time
@@ -147,6 +175,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
             ["--coordinator", "a:1", "--processes", "2", "--process", "2"],
             "--process: expected 0 to 1, since there are 2 processes, got 2",
         ),
+        (["--join-timeout", "0"], "--join-timeout: expected at least 1 second, got 0"),
     ],
 )
 def test_incomplete_flags_are_refused(no_cluster, arguments, line):
@@ -185,6 +214,25 @@ def test_slurm_and_tpu_are_detected(no_cluster):
     no_cluster.setenv("TPU_ML_PLATFORM", "JAX")
     no_cluster.setenv("JAX_PLATFORMS", "tpu,cpu")
     assert processes.distributed_arguments(parse_flags()) == {}
+
+
+def test_what_jax_detects_completes_the_arguments(no_cluster):
+    """Before jax.distributed is asked: the processes meet at the same address first."""
+    explicit = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
+    assert processes.complete_address(explicit, 10) == explicit
+    slurm = {"JOB_ID": "70001", "STEP_NODELIST": "node[3-4]", "STEP_NUM_NODES": "2"}
+    for name, value in (slurm | {"NTASKS": "2", "PROCID": "1", "LOCALID": "0", "GPUS_ON_NODE": "2"}).items():
+        no_cluster.setenv(f"SLURM_{name}", value)
+    address = processes.complete_address(processes.distributed_arguments(parse_flags()), 10)
+    assert address.pop("coordinator_address").startswith("node3:")
+    assert address == {
+        "num_processes": 2,
+        "process_id": 1,
+        "local_device_ids": [0, 1],
+        "cluster_detection_method": "deactivate",
+    }
+    no_cluster.setattr(processes.clusters.ClusterEnv, "_cluster_types", [])
+    assert processes.complete_address({}, 10) is None  # a single TPU host
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

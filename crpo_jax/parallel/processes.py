@@ -9,28 +9,32 @@ import contextlib
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # the key-value store of jax.distributed has no public name
+from jax._src import clusters  # what jax.distributed detects has no public name
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from crpo_jax.errors import InputError
+from crpo_jax.errors import Fault, InputError
+from crpo_jax.parallel import agreement
+from crpo_jax.parallel.rendezvous import Member, Peers, meet
 
 GatheredItem = TypeVar("GatheredItem")
 
 JOIN_SECONDS = 300  # until the last process has started
 HEARTBEAT_SECONDS = 60  # of silence count as death; most deaths are noticed at once, when a connection closes
+LOST_PEER_SECONDS = 2  # for the news of which process it is
 SELF_TEST_SECONDS = 120  # for the first all-reduce, which normally takes a few seconds
 
 PROCESS_FLAGS = {
@@ -39,8 +43,8 @@ PROCESS_FLAGS = {
     "process": "JAX_PROCESS_ID",
 }
 """The flags for clusters other than TPU slices and Slurm, each with the environment variable that may replace it."""
+FLAGS_COMPARED_ELSEWHERE = (*PROCESS_FLAGS, "join_timeout", "config", "mesh", "overrides", "workdir")
 HOW_TO_RESUME = "the same command in every process resumes from the last checkpoint"
-END_KEY = "crpo_jax/ended"
 LOST_PEER = re.compile(r"gloo|nccl|connection|socket|unavailable|heartbeat|peer", re.IGNORECASE)
 """Matches the error of a collective whose other end is gone."""
 
@@ -54,10 +58,19 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     add("--coordinator", metavar="HOST:PORT", default=address, help="address of process 0, the same in every process")
     add("--processes", metavar="N", type=int, default=count, help="number of processes; TPU slices and Slurm set it")
     add("--process", metavar="I", type=int, default=number, help="process id, from 0")
+    add(
+        "--join-timeout",
+        metavar="SECONDS",
+        type=int,
+        default=JOIN_SECONDS,
+        help="how long to wait at the start until all processes are there (default %(default)s)",
+    )
 
 
 def distributed_arguments(args: argparse.Namespace) -> dict[str, Any] | None:
     """The arguments of `jax.distributed.initialize` from the flags, Slurm or a TPU; None for a single process."""
+    if args.join_timeout < 1:
+        raise InputError(f"--join-timeout: expected at least 1 second, got {args.join_timeout}")
     flags = [f"--{name}" for name in PROCESS_FLAGS if getattr(args, name) is not None]
     if flags:
         if len(flags) < len(PROCESS_FLAGS):
@@ -90,48 +103,63 @@ def distributed_arguments(args: argparse.Namespace) -> dict[str, Any] | None:
 def join_processes(command: str, args: argparse.Namespace) -> Iterator[None]:
     """Joins the other processes of the run, if any, for the duration of the body; enter it before creating any array.
 
-    A single process only runs the self-test. Among several, an exception that leaves the body ends every process: this
-    one with a one-line message, the others with the same line and the id of this process.
+    A single process only runs the self-test. Processes that differ in flags, code, versions or compiler flags are
+    refused (`agreement`). An exception that leaves the body ends every process: this one with a one-line message, the
+    others with the same line and the id of this process.
     """
     arguments = distributed_arguments(args)
-    if arguments is None:
+    address = None if arguments is None else complete_address(arguments, args.join_timeout)
+    if address is None or address["num_processes"] == 1:
         self_test()
         yield
         return
-    exit_message, name = ExitMessage(), f"crpo_jax.{command}"
+    facts = {"command": f"crpo_jax.{command}"} | flag_facts(args) | agreement.installation()
+    own = Member(address["process_id"], address["num_processes"], socket.gethostname(), os.getpid(), facts)
+    ending = Ending(f"crpo_jax.{command}: process {own.process} of {own.processes}")
     try:
-        exit_message.set(
-            f"{name}: ended before all processes joined (within {JOIN_SECONDS} seconds); "
-            "check that each of them is running and can reach process 0"
-        )
-        if initialize_distributed(arguments):
-            exit_message.set(
-                f"{name}: process {jax.process_index()} of {jax.process_count()} was killed, or aborted by "
-                "jax.distributed because it lost another process (then its messages are above). "
-                f"The log of the process that died first says why; {HOW_TO_RESUME}"
-            )
-            threading.Thread(target=await_end, args=(name, exit_message), daemon=True).start()
-        self_test(exit_message=exit_message)
+        ending.peers = peers = meet(address["coordinator_address"], own, args.join_timeout, ending.say)
+        threading.Thread(target=peers.watch, args=(ending.ended, ending.lost), daemon=True).start()
+        jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which runtime/signals.py handles
+        jax.distributed.initialize(**address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        self_test(exit_message=ending.exit_message)
         yield
+        peers.send(done=True)
         jax.distributed.shutdown()
-        exit_message.cancel()
+        ending.exit_message.cancel()
     except BaseException as error:  # noqa: BLE001 (an interrupt ends the others too)
+        if is_lost_peer(error):
+            time.sleep(LOST_PEER_SECONDS)  # meanwhile `Ending` ends this process and names the one that died
         code, line = exit_code_and_line(error)
-        end_all(name, exit_message, code, line.removeprefix(f"{name}: "))
+        ending.end_all(code, line.removeprefix(f"crpo_jax.{command}: "))
 
 
-def initialize_distributed(arguments: dict[str, Any]) -> bool:
-    """Whether this process is now one of several."""
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which runtime/signals.py handles
-    try:
-        jax.distributed.initialize(
-            **arguments, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
-    except ValueError as error:
-        if arguments or "coordinator_address" not in str(error):
-            raise
-        return False  # a single TPU host
-    return jax.process_count() > 1
+def complete_address(arguments: Mapping[str, Any], seconds: int) -> dict[str, Any] | None:
+    """The arguments of `jax.distributed.initialize` with those that JAX detects; None for a single TPU host."""
+    if "coordinator_address" in arguments:
+        return dict(arguments)
+    local = arguments.get("local_device_ids")
+    if local is None and (listed := os.environ.get("JAX_LOCAL_DEVICE_IDS")):
+        local = [int(number) for number in listed.split(",")]
+    method = arguments.get("cluster_detection_method")
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    address, count, process, local = detect(None, None, None, local, method, seconds)
+    if address is None or count is None or process is None:
+        if method:
+            raise InputError(f"{method}: expected JAX to detect the processes, got none; use --coordinator")
+        return None
+    return {
+        "coordinator_address": address,
+        "num_processes": count,
+        "process_id": process,
+        "local_device_ids": local,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def flag_facts(args: argparse.Namespace) -> dict[str, str]:
+    """The command's own flags; settings are compared as they are resolved, and the workdir when it is opened."""
+    compared = {name: value for name, value in vars(args).items() if name not in FLAGS_COMPARED_ELSEWHERE}
+    return {f"--{name.replace('_', '-')}": repr(value) for name, value in compared.items()}
 
 
 # --- ending together --------------------------------------------------------------------------------------------------
@@ -167,12 +195,18 @@ def exit_code_and_line(error: BaseException) -> tuple[int, str]:
         return (error.code, "") if isinstance(error.code, int) else (1 if error.code else 0, str(error.code or ""))
     if isinstance(error, InputError):
         return 2, str(error)
+    if isinstance(error, Fault):
+        return 1, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    if isinstance(error, JaxRuntimeError) and LOST_PEER.search(first):
+    if is_lost_peer(error):
         return 1, f"another process died or is unreachable; its log says why; {HOW_TO_RESUME} ({first[:200]})"
     traceback.print_exception(error)
     return 1, f"{type(error).__name__}: {first}"
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, JaxRuntimeError) and LOST_PEER.search(str(error).partition("\n")[0]) is not None
 
 
 def write_stderr(line: str) -> None:
@@ -180,35 +214,50 @@ def write_stderr(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def end_all(name: str, exit_message: ExitMessage, code: int, line: str) -> NoReturn:
-    """Ends this process and, through `await_end`, every other one."""
-    client: Any = distributed.global_state.client
-    if is_single_process():
-        write_stderr(f"{name}: {line}")
-    else:
-        try:
-            client.key_value_set(END_KEY, f"{code} process {jax.process_index()}: {line.partition(chr(10))[0]}")
-        except JaxRuntimeError:  # another process set it first, and `await_end` is about to report it; or all are gone
-            time.sleep(5)
-        write_stderr(f"{name}: process {jax.process_index()} of {jax.process_count()}: {line}")
-        time.sleep(1 if jax.process_index() == 0 else 0)  # process 0 hosts the store: let the others read it first
-    exit_now(exit_message, code)
+class Ending:
+    """How this process ends when the run cannot go on, and takes the others with it."""
 
+    def __init__(self, name: str) -> None:
+        self.name, self.exit_message = name, ExitMessage()
+        self.peers: Peers | None = None
+        self._first = threading.Lock()  # held by the thread that ends this process
+        self.exit_message.set(
+            f"{name} was killed, or aborted by jax.distributed because it lost another process (then its messages are "
+            f"above). The log of the process that died first says why; {HOW_TO_RESUME}"
+        )
 
-def await_end(name: str, exit_message: ExitMessage) -> None:
-    """Waits for another process to end, then ends this one with the same exit code."""
-    client: Any = distributed.global_state.client
-    while True:
-        try:
-            code, _, line = client.blocking_key_value_get(END_KEY, 3_600_000).partition(" ")
-        except JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                continue
-            return  # the run is over, or the store is gone and jax.distributed aborts this process
-        if not line.startswith(f"process {jax.process_index()}:"):
-            write_stderr(f"{name}: process {jax.process_index()} of {jax.process_count()} ends with {line}")
-            exit_now(exit_message, int(code))
-        return
+    def say(self, line: str) -> None:
+        write_stderr(f"{self.name}: {line}")
+
+    def end_all(self, code: int, line: str) -> NoReturn:
+        """Ends this process and every other one, each with this line."""
+        self._first.acquire()
+        if self.peers:
+            self.peers.send(ended=line.partition("\n")[0], process=self.peers.own.process, code=code)
+        self.say(line)
+        if self.peers and self.peers.own.process == 0:
+            time.sleep(1)  # process 0 hosts JAX's service, which takes the others with it: they read the message first
+        exit_now(self.exit_message, code)
+
+    def ended(self, process: int, code: int, line: str) -> NoReturn:
+        """Ends this process because another one said that it ends."""
+        self._first.acquire()
+        write_stderr(f"{self.name} ends with process {process}: {line}")
+        exit_now(self.exit_message, code)
+
+    def lost(self, member: Member, reason: str) -> None:
+        """Another process ended without a word, or, for a `reason`, cannot be reached: then JAX decides."""
+        if reason:
+            return self.say(
+                f"{member} does not answer ({reason}); if it stays silent, jax.distributed ends this process after "
+                f"{HEARTBEAT_SECONDS} seconds"
+            )
+        line = f"{member} was killed or has crashed; its log says why; {HOW_TO_RESUME}"
+        if member.process:
+            self.end_all(1, line)
+        self._first.acquire()
+        self.say(line)
+        os._exit(1)  # at once, since JAX is about to abort: its service ran in process 0
 
 
 def exit_now(exit_message: ExitMessage, code: int) -> NoReturn:
@@ -301,3 +350,9 @@ def gather_from_processes(items: Sequence[GatheredItem]) -> list[GatheredItem]:
     padded[: own.size] = own
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [item for row, size in zip(rows, sizes, strict=True) for item in pickle.loads(row[:size].tobytes())]  # noqa: S301 (our own)
+
+
+def require_agreement(facts: Mapping[str, str]) -> None:
+    """InputError in every process where their facts differ; every process must call this."""
+    if not is_single_process() and (line := agreement.difference(gather_from_processes([facts]))):
+        raise InputError(line)

@@ -15,8 +15,10 @@ from crpo_jax.data.prompts import Fitting, encode_response, fit_prompts, render_
 from crpo_jax.data.question import OTHER_HALF, Question, hold_out, select_part
 from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
+from crpo_jax.parallel.agreement import file_digest
 from crpo_jax.parallel.processes import gather_from_processes, process_share
 from crpo_jax.runtime.runtime import Runtime
+from crpo_jax.runtime.same_inputs import require_same_questions
 from crpo_jax.update.batches import Row
 
 
@@ -50,6 +52,8 @@ def open_questions(
         questions = load_questions(data, data.split)
     if held_out is None:
         held_out = load_questions(data, data.eval_split)
+    require_same_questions(f"{data.path or data.source}: training questions", questions)
+    require_same_questions(f"{data.eval_path or data.path or data.source}: held-out questions", held_out)
     if not questions or not held_out:
         raise InputError(
             f"questions: expected some to train on and some held out, got {len(questions)} and {len(held_out)}"
@@ -104,6 +108,7 @@ def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> T
         raise InputError(
             f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher"
         )
+    require_same_questions(f"{sft.path or data.source}: teacher traces", questions)
     prompts = render_prompts(questions, data.prompt, data.system_prompt, tokenizer)
     rows = {}
     for question, prompt, response in zip(questions, prompts, responses, strict=True):
@@ -142,8 +147,7 @@ def model_digests(runtime: Runtime, start: Path | None) -> dict[str, str]:
     def digest(folder: Path, *patterns: str) -> str:
         total = hashlib.sha256()
         for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            total.update(path.name.encode() + bytes.fromhex(file_digest(path)))
         return total.hexdigest()
 
     digests = {"tokenizer": digest(runtime.vocabulary.folder, "tokenizer.json", "tokenizer_config.json")}

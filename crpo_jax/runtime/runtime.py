@@ -30,9 +30,11 @@ from crpo_jax.model.shape import Shape, read_shape, shape_of
 from crpo_jax.model.transformer import Transformer, random_model
 from crpo_jax.parallel.layout import Axes, Layout, check_layout, find_layout
 from crpo_jax.parallel.mesh import make_mesh
+from crpo_jax.parallel.processes import gather_from_processes
 from crpo_jax.reward.effective import effective_table
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import Engine, Response
+from crpo_jax.runtime.same_inputs import require_same_files, require_same_settings
 from crpo_jax.update.trainer import Loss, Trainer, TrainState
 
 if TYPE_CHECKING:
@@ -154,15 +156,19 @@ class Runtime:
 
 def open_runtime(settings: Config) -> Runtime:
     """Opens the mesh, the model's shape and the tokenizer; InputError, before anything is written, where they do not
-    fit."""
+    fit, or where the processes of the run differ in their settings or files."""
+    require_same_settings(settings)
     mesh = make_mesh(settings.parallel.mesh)
     shape = open_shape(settings)
     if settings.parallel.layout == "auto":
-        memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-        layout = automatic_layout(shape, mesh, settings.model.dtype, memory)
+        memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 0)
+        smallest = min(gather_from_processes([memory])) or None  # all processes must choose the same layout
+        layout = automatic_layout(shape, mesh, settings.model.dtype, smallest)
         settings = replaced(settings, {"parallel.layout": layout})
     check_layout(find_layout(settings.parallel.layout), mesh, {dim: getattr(shape, dim) for dim in "dnkhfv"})
-    return Runtime(settings, mesh, shape, open_vocabulary(settings, shape))
+    vocabulary, model = open_vocabulary(settings, shape), settings.model
+    require_same_files(model.path and model_folder(model.path), vocabulary.folder, model.adapter)
+    return Runtime(settings, mesh, shape, vocabulary)
 
 
 def open_shape(settings: Config) -> Shape:
