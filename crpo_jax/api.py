@@ -200,7 +200,9 @@ def choose_settings(
 ) -> Config:
     """The settings of a call; `arguments` that are None are not given."""
     given = {key: str(value) for key, value in arguments.items() if value is not None}
-    chosen = replaced(load_config(config or default_config_path(platform), model=False), {**(settings or {}), **given})
+    values = {**(settings or {}), **given}
+    default = default_config_path(platform, str(values.get("model.path", "")))
+    chosen = replaced(load_config(config or default, model=False), values)
     check_config(chosen, model)
     return chosen
 

@@ -13,7 +13,7 @@ import numpy as np
 from crpo_jax.answer.records import Answer, answer_to_row
 from crpo_jax.answer.statistics import extract_letter
 from crpo_jax.config import Config, replaced
-from crpo_jax.data.prompts import Fitting, fit_prompts
+from crpo_jax.data.prompts import Fitting, check_dropped, fit_prompts
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.model.decode import SamplerWeights
@@ -50,6 +50,8 @@ def answer_data_sets(
     )
     tokenizer, weights = runtime.vocabulary.tokenizer, None
     prompted = {name: fit_prompts(questions, settings.data, tokenizer) for name, questions in data_sets.items()}
+    for name, questions in prompted.items():
+        check_dropped(questions.dropped.values(), len(data_sets[name]), f"questions of {name}", settings.data)
     for name, questions in prompted.items():
         with Journal(folder / f"{name}.jsonl") as journal:
             on_disk = samples_on_disk(journal, questions)

@@ -164,8 +164,22 @@ def fit_prompts(
         else:
             fitting.dropped[question.id] = len(prompt)
     if questions and not fitting.questions:
+        lengths = fitting.dropped.values()
         raise InputError(
             f"data.max_prompt_tokens: expected room for at least one question, got {data.max_prompt_tokens}; "
-            f"the shortest prompt has {min(fitting.dropped.values())} tokens"
+            f"the shortest prompt has {min(lengths)} tokens; data.max_prompt_tokens={max(lengths)} keeps all"
         )
     return fitting
+
+
+def check_dropped(
+    lengths: Collection[int], total: int, what: str, data: Data, key: str = "data.max_prompt_tokens", limit: int = 0
+) -> None:
+    """Refuses a run that would drop more than data.max_dropped_share of its questions, or of its traces; `lengths` are
+    the dropped ones' in tokens, `limit` is what `key` is set to, for traces."""
+    if len(lengths) > data.max_dropped_share * total:
+        limit, wanted = limit or data.max_prompt_tokens, f"at least {1 - data.max_dropped_share:.0%} of the {what}"
+        raise InputError(
+            f"{key}: expected room for {wanted}, got {limit}: {len(lengths):,} of {total:,} are longer, up to "
+            f"{max(lengths)} tokens; {key}={max(lengths)} keeps all; data.max_dropped_share allows to drop more"
+        )
