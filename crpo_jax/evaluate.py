@@ -237,9 +237,10 @@ def run_judges(
 
         path = workdir / "judge" / f"{section}.jsonl"
         label = model if model not in verdicts else f"{model} again"
-        verdicts[label] = measures.judge_responses(
-            selected, endpoint, section, path, progress.write, show, lambda: stop.received
-        )
+        with progress:
+            verdicts[label] = measures.judge_responses(
+                selected, endpoint, section, path, progress.write, show, lambda: stop.received
+            )
     return {name: measures.summarize_verdicts(verdicts, name, responses) for name, responses in selected.items()}
 
 
