@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import TextIO
 
 LINE_STEPS, LINE_SHARE = 5, 0.01
-"""Where a status line cannot be rewritten, in a log file or a pipe, it becomes a line every 5 steps, of a long run every
-hundredth of it,"""
+"""Where a status line cannot be rewritten, in a log file or a pipe, it becomes a line every 5 steps, or hundredth of a
+long run,"""
 
 LINE_SECONDS = 60.0
 """and every minute, also in a long rollout, evaluation or compilation."""
