@@ -118,7 +118,7 @@ def test_a_log_file_is_not_silent_while_nothing_is_reported(monkeypatch: pytest.
         deadline = time.monotonic() + 10
         while file.getvalue().count("\n") < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert set(file.getvalue().splitlines()) == {"0/10  sampling  nothing new for 0:00"}
+    assert set(file.getvalue().splitlines()) == {"0/10  sampling  nothing new for 0:00: computing or compiling"}
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == threads

@@ -69,8 +69,9 @@ class Progress:
             if steps < max(LINE_STEPS, LINE_SHARE * self._total) and now - self._line_at < LINE_SECONDS:
                 return
             silence = now - self._updated
-            old = f"nothing new for {format_duration(silence)}" if silence >= LINE_SECONDS / 2 else ""
-            parts = (f"{self._done}/{self._total}", self._text, self._time_left(), old)
+            parts = [f"{self._done}/{self._total}", self._text, self._time_left()]
+            if silence >= LINE_SECONDS / 2:
+                parts.append(f"nothing new for {format_duration(silence)}: computing or compiling")
             self._lines_done = self._done
             self._write_line("  ".join(part for part in parts if part))
 
