@@ -1,7 +1,7 @@
 """CRPO from a script or a notebook: the commands as functions, with questions as lists and rewards as Python functions.
 
-Every function takes the settings of `--help`: `config` is a YAML file (by default the shipped one for this machine, as
-on the command line), `settings` overrides single ones by dotted key. All raise `crpo_jax.errors.InputError` for bad
+Every function takes the settings of `--help`: `config` is a YAML file (by default the shipped one that fits, as on the
+command line), `settings` overrides single ones by dotted key. All raise `crpo_jax.errors.InputError` for bad
 input, before anything is written, and `crpo_jax.errors.Fault` where a run cannot continue, such as on a full disk. A
 call with the same `workdir` resumes.
 
@@ -26,8 +26,8 @@ from crpo_jax.reward.functions import RewardFunction, design_name
 from crpo_jax.reward.scorer import Scorer
 
 Questions = Sequence[Mapping[str, Any] | Question]
-"""Dictionaries with id, question, options (text by letter) and answer (a letter); further keys are columns, which
-reward functions receive by name."""
+"""Dictionaries with question, options (text by letter), answer (a letter) and perhaps an id; further keys are columns,
+which reward functions receive by name."""
 
 Rewards = str | RewardFunction | Sequence[str | RewardFunction]
 """A built-in design (crpo, grpo, released), a function of TRL's convention, `f(prompts, completions, **columns)` with a

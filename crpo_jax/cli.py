@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (overloads)
         words = self._spell_settings(sys.argv[1:] if args is None else args)
-        if {"-h", "--help"} & set(words):
+        if "--help" in words:
             print(self._help(words))
             self.exit(0)
         return super().parse_intermixed_args(words, namespace)
@@ -76,6 +76,9 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{word}: expected a value, as in {key}={settings[key].default}")
                 spelled.append(f"{key}={value if equals else rest.pop(0)}")
                 continue
+            if flag == "-h" or (len(flag) > 3 and "--help".startswith(flag)):
+                spelled += ["--help", *([value] if value else [])]
+                continue
             if re.match(r"--?[A-Za-z]", flag) and not any(known.startswith(flag) for known in flags):
                 close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.8)
                 close = close or [f"{name}=VALUE" for name in closest_settings(key, SECTIONS[self._command])]
@@ -90,9 +93,8 @@ class Parser(argparse.ArgumentParser):
     def _help(self, words: list[str]) -> str:
         """Flags and settings, or after --help WORD the settings that WORD finds, with the defaults of the config that
         the other words choose."""
-        place = next(place for place, word in enumerate(words) if word in ("-h", "--help"))
-        after = words[place + 1] if place + 1 < len(words) else ""
-        word = after if re.match(r"[^-=]+$", after) else ""
+        after = "".join(words[words.index("--help") + 1 :][:1])
+        word = after if re.match(r"[^-=][^=]*$", after) else ""
         chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for flag in ("--config", "--model"):
             chosen.add_argument(flag)

@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     previous = workdir / "config.yaml"
     default = previous if previous.is_file() else default_config(args.model or "")
     settings = cli.load_settings(args, default, model=False)
+    if default not in (None, previous) and not args.config:
+        print(f"no --config given: {default.name}, for model.path={args.model}", file=sys.stderr)
     if args.model:
         config.check_config(settings)
     data_sets = load_data_sets(args.data, settings)

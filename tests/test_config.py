@@ -447,6 +447,13 @@ def test_help_shows_what_would_be_used(capsys: pytest.CaptureFixture[str]):
     assert "(default 7; a whole number >= 1; " in shown
 
 
+@pytest.mark.parametrize("words", [["-h"], ["--help"], ["--hel"], ["--help", "kl"], ["--help=kl"], ["-h", "kl"]])
+def test_help_in_every_spelling_only_helps(words: list[str], capsys: pytest.CaptureFixture[str]):
+    shown = help_of("train", *words, "--mesh", "1x1", capsys=capsys)
+    assert "  crpo.kl_coef\n" in shown
+    assert ("  crpo.steps\n" in shown) == ("kl" not in words[-1])
+
+
 def test_help_takes_a_word(capsys: pytest.CaptureFixture[str]):
     shown = help_of("train", "--help", "kl", capsys=capsys)
     keys = [line.strip() for line in shown.splitlines() if re.fullmatch(r"  [a-z.0-9_]+", line)]
