@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
             key = flag.lstrip("-").replace("-", "_") if flag.startswith("-") else flag
             if key in settings:
                 if not equals and (not rest or not re.match(r"[^-]|-\.?\d", rest[0]) or self._is_setting(rest[0])):
-                    self.error(f"{word}: expected a value, as in {key}={settings[key].default}")
+                    raise InputError(f"{word}: expected section.key=value, such as {key}={settings[key].default}")
                 spelled.append(f"{key}={value if equals else rest.pop(0)}")
                 continue
             if flag == "-h" or (len(flag) > 3 and "--help".startswith(flag)):
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.8)
                 close = close or [f"{name}=VALUE" for name in closest_settings(key, SECTIONS[self._command])]
                 if close:
-                    self.error(f"{flag}: no such flag or setting; did you mean {' or '.join(close)}?")
+                    raise InputError(f"{flag}: no such flag or setting; did you mean {' or '.join(close)}?")
             spelled.append(word)
         return spelled
 

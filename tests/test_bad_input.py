@@ -231,7 +231,7 @@ BAD: list[tuple[list[str], str]] = [
     (own("table.tsv"), "FOLDER/table.tsv: expected a file ending in .json, .jsonl, .csv, .parquet, got .tsv"),
     (own("table.csv"), "FOLDER/table.csv:2: answer: expected a letter among A, B, got 'C'"),
     (own("table.parquet"), "FOLDER/table.parquet: expected a parquet file, got "),
-    (own("nothing"), "FOLDER/nothing: expected a file of split train, got no .json, .jsonl, .parquet file"),
+    (own("nothing"), "FOLDER/nothing: expected a file of split train, got no .json, .jsonl, .csv, .parquet file"),
     (own("latin.jsonl"), "FOLDER/latin.jsonl:1: expected UTF-8 text, got byte 0xe9 at offset 14"),
     (own("not_json.jsonl"), "FOLDER/not_json.jsonl:2: expected one JSON object a line, got "),
     (own("deep.jsonl"), "FOLDER/deep.jsonl:1: expected a JSON object in the array, got "),

@@ -487,9 +487,9 @@ def test_values_in_other_spellings():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--crpo.steps"], "--crpo.steps: expected a value, as in crpo.steps=0"),
-        (["--crpo.steps", "run.seed=1"], "--crpo.steps: expected a value, as in crpo.steps=0"),
-        (["--crpo.steps", "--mesh", "1x1"], "--crpo.steps: expected a value, as in crpo.steps=0"),
+        (["--crpo.steps"], "--crpo.steps: expected section.key=value, such as crpo.steps=0"),
+        (["--crpo.steps", "run.seed=1"], "--crpo.steps: expected section.key=value, such as crpo.steps=0"),
+        (["--crpo.steps", "--mesh", "1x1"], "--crpo.steps: expected section.key=value, such as crpo.steps=0"),
         (["--crpo.stepz", "10"], "--crpo.stepz: no such flag or setting; did you mean crpo.steps=VALUE?"),
         (["--kl_coef=1"], "--kl_coef: no such flag or setting; did you mean crpo.kl_coef=VALUE?"),
         (["--steps", "10"], "--steps: no such flag or setting; did you mean crpo.steps=VALUE or sft.steps=VALUE?"),
