@@ -661,7 +661,8 @@ def shipped_configs() -> list[str]:
 def find_config(path: str | Path) -> Path:
     """The file at the path, or else the shipped config of that name, spelled configs/tiny.yaml, tiny.yaml or tiny."""
     local, name = Path(path).expanduser(), Path(path).as_posix().removeprefix("configs/").removesuffix(".yaml")
-    return config_folder() / f"{name}.yaml" if not local.is_file() and name in shipped_configs() else local
+    shipped = [known for known in shipped_configs() if name in (known, Path(known).name)]
+    return config_folder() / f"{shipped[0]}.yaml" if shipped and not local.is_file() else local
 
 
 def default_config_path(platform: str, model: str = "") -> Path:
