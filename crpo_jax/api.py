@@ -1,7 +1,7 @@
 """CRPO from a script or a notebook: the commands as functions, with questions as lists and rewards as Python functions.
 
-Every function takes the settings of `--help`: `config` is a YAML file, or several as on the command line (by default
-the shipped one for this machine), `settings` overrides single ones by dotted key. All raise
+Every function takes the settings of `--help`: `config` is a YAML file or the name of a shipped one, or several as on
+the command line (by default the shipped one that fits), `settings` overrides single ones by dotted key. All raise
 `crpo_jax.errors.InputError` for bad input, before anything is written, and `crpo_jax.errors.Fault` where a run cannot
 continue, such as on a full disk. A call with the same `workdir` resumes.
 
@@ -26,8 +26,8 @@ from crpo_jax.reward.functions import RewardFunction, design_name
 from crpo_jax.reward.scorer import Scorer
 
 Questions = Sequence[Mapping[str, Any] | Question]
-"""Dictionaries with id, question, options (text by letter) and answer (a letter); further keys are columns, which
-reward functions receive by name."""
+"""Dictionaries with question, options (text by letter), answer (a letter) and perhaps an id; further keys are columns,
+which reward functions receive by name."""
 
 Rewards = str | RewardFunction | Sequence[str | RewardFunction]
 """A built-in design (crpo, grpo, released), a function of TRL's convention, `f(prompts, completions, **columns)` with a
@@ -200,7 +200,9 @@ def choose_settings(
 ) -> Config:
     """The settings of a call; `arguments` that are None are not given."""
     given = {key: str(value) for key, value in arguments.items() if value is not None}
-    chosen = replaced(load_config(config or default_config_path(platform), model=False), {**(settings or {}), **given})
+    values = {**(settings or {}), **given}
+    default = default_config_path(platform, str(values.get("model.path", "")))
+    chosen = replaced(load_config(config or default, model=False), values)
     check_config(chosen, model)
     return chosen
 

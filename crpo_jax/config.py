@@ -9,6 +9,7 @@ the paper, arXiv 2512.00601, that has its default; "authors' code" where only th
 import contextlib
 import dataclasses
 import difflib
+import filecmp
 import re
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -107,9 +108,10 @@ class Data:
     )
     path: String = setting("", "local file or folder with the training questions; empty: the source's hub data set")
     split: String = setting("train", "split to train on", source="paper, section 4.3")
-    part: Literal["all", "first_half", "second_half"] = setting(
-        "second_half",
-        "fixed half of the split that RL trains on; the cold start trains on the other",
+    part: Literal["auto", "all", "first_half", "second_half"] = setting(
+        "auto",
+        "part of the split that RL trains on: all of it or a fixed half; a cold start takes the other half; "
+        "auto: second_half after a cold start on questions of the first, else all",
         source="paper, section 4.3",
     )
     eval_path: String = setting("", "local file or folder with held-out questions; empty: data.path")
@@ -126,6 +128,9 @@ class Data:
     max_prompt_tokens: PositiveCount = setting(1024, "longest prompt", unit="tokens", source="authors' code")
     overlong_prompts: Literal["drop", "error"] = setting(
         "drop", "drop and count questions with a longer prompt, or stop with an error; prompts are never truncated"
+    )
+    max_dropped_share: Share = setting(
+        0.1, "the run stops before it begins if a larger share of its questions or traces is too long"
     )
     vignettes: PositiveCount = setting(8192, "vignettes in the training split of the embedded world")
 
@@ -492,6 +497,13 @@ def setting_fields(
     return settings
 
 
+def closest_settings(name: str, sections: Sequence[str] = ()) -> list[str]:
+    """The settings of these sections, or of all, that end in the name, or else the one that is spelled most like it."""
+    keys = [key for key in setting_fields() if not sections or key.split(".")[0] in sections]
+    endings = [key for key in keys if key.endswith(f".{name}")]
+    return endings or difflib.get_close_matches(name, keys, n=1)
+
+
 def legal_values(info: FieldInfo) -> str:
     """A setting's type and bounds in words, such as `a number >= 0` or `keep | mask`."""
     kind = info.annotation
@@ -527,8 +539,9 @@ def merge_settings(section: Any, values: Any, origin: str, prefix: str = "") -> 
     for name, value in values.items():
         key = f"{prefix}{name if isinstance(name, str) else brief(name)}"[:200]
         if name not in fields:
-            close = difflib.get_close_matches(key.removeprefix(prefix), fields, n=1)
-            hint = f"; did you mean {prefix}{close[0]}? The" if close else "; the"
+            close = [prefix + match for match in difflib.get_close_matches(key.removeprefix(prefix), fields, n=1)]
+            close = close or ([] if prefix else closest_settings(key))
+            hint = f"; did you mean {' or '.join(close)}? The" if close else "; the"
             raise InputError(f"{origin}: {key}: unknown key{hint} legal keys here: {', '.join(fields)}")
         current = getattr(section, name)
         if dataclasses.is_dataclass(current):
@@ -589,15 +602,17 @@ def read_yaml(text: str, name: str) -> Any:
 
 
 def read_config_file(path: str | Path) -> Any:
-    """The value of a YAML file, or an InputError with what is wrong and where."""
+    """The value of a YAML file or a shipped config, or an InputError with what is wrong and where."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(find_config(path), encoding="utf-8") as file:
             text = file.read(LONGEST_FILE + 1)
         if len(text) > LONGEST_FILE:
             raise InputError(f"--config {path}: expected at most {LONGEST_FILE:,} characters of settings, got more")
         return read_yaml(text, str(path))
     except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from None
+        is_name = isinstance(error, FileNotFoundError) and Path(path).parent.as_posix() in (".", "configs")
+        hint = f"; expected a file, or one of {', '.join(shipped_configs())}" if is_name else ""
+        raise InputError(f"--config {path}: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         byte = f"{error.object[error.start]:#04x} at offset {error.start}"
         raise InputError(f"--config {path}: expected UTF-8 text, got byte {byte}") from None
@@ -612,7 +627,9 @@ def read_override(override: str) -> tuple[str, Any]:
     """The dotted key and the value of `section.key=value`: text where the setting is text, else YAML."""
     key, equals, value = override.partition("=")
     if not equals:
-        raise InputError(f"{override}: expected section.key=value")
+        close = closest_settings(key)
+        hint = f"; did you mean {' or '.join(f'{name}=VALUE' for name in close)}?" if close else ""
+        raise InputError(f"{override}: expected section.key=value{hint}")
     settings = setting_fields()
     if key in settings and not isinstance(settings[key].default, str):
         with contextlib.suppress(yaml.YAMLError, ValueError):
@@ -685,6 +702,27 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def default_config_path(platform: str) -> Path:
-    """The config of a command without --config: the embedded world on a CPU, the paper's run on accelerators."""
-    return config_folder() / ("tiny.yaml" if platform == "cpu" else "clinical_r1_3b.yaml")
+def shipped_configs() -> list[str]:
+    """The names of the shipped configs, such as tiny."""
+    folder = config_folder()
+    paths = (*folder.glob("*.yaml"), *folder.glob("variants/*.yaml"))
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
+
+
+def find_config(path: str | Path) -> Path:
+    """The file at the path, or else the shipped config of that name, spelled configs/tiny.yaml, tiny.yaml or tiny."""
+    local, name = Path(path).expanduser(), Path(path).as_posix().removeprefix("configs/").removesuffix(".yaml")
+    shipped = [known for known in shipped_configs() if name in (known, Path(known).name)]
+    return config_folder() / f"{shipped[0]}.yaml" if shipped and not local.is_file() else local
+
+
+def default_config_path(platform: str, model: str = "") -> Path:
+    """The config of a command without --config: the embedded world on a CPU and for models that have its tokenizer, the
+    paper's run on accelerators and for all other models."""
+    embedded = has_embedded_tokenizer(Path(model).expanduser()) if model else platform == "cpu"
+    return config_folder() / ("tiny.yaml" if embedded else "clinical_r1_3b.yaml")
+
+
+def has_embedded_tokenizer(folder: Path) -> bool:
+    own, embedded = folder / "tokenizer.json", config_folder() / "tiny_tokenizer" / "tokenizer.json"
+    return own.is_file() and filecmp.cmp(own, embedded, shallow=False)

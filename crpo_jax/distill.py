@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with (
             open_workdir(workdir, settings, allow_changes=args.allow_changes),
             StopSignal("waiting for the requests in flight, sending no new ones") as stop,
+            Progress(len(selected)) as progress,
         ):
-            progress = Progress(len(selected))
             if selected:
                 given_up = ask_teacher(selected, settings, workdir, progress, stop)
             traces = read_traces(workdir) if foreign is None else foreign

@@ -76,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return print(write_report(args.report, Path(args.workdir or "runs") / "report"))
     workdir = Path(args.workdir or "runs/evaluate")
     previous = workdir / "config.yaml"
-    settings = cli.load_settings(args, previous if previous.is_file() else None, model=False)
+    default = previous if previous.is_file() else default_config(args.model or "")
+    settings = cli.load_settings(args, default, model=False)
+    if default not in (None, previous) and not args.config:
+        print(f"no --config given: {default.name}, for model.path={args.model}", file=sys.stderr)
     if args.model:
         config.check_config(settings)
     data_sets = load_data_sets(args.data, settings)
@@ -90,6 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(format_summary(summary, settings))
 
 
+def default_config(model: str) -> Path | None:
+    """The embedded world's config for a model of that world, and no file but the declared defaults for all others."""
+    path = Path(model).expanduser()
+    return config.default_config_path("", model) if model and config.has_embedded_tokenizer(path) else None
+
+
 def device_faults() -> contextlib.AbstractContextManager[None]:
     from crpo_jax.runtime.faults import faults_end_in_one_line  # imports jax, which only a model needs
 
@@ -97,7 +106,7 @@ def device_faults() -> contextlib.AbstractContextManager[None]:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.build_parser("evaluate", __doc__ or "")
+    parser = cli.build_parser("evaluate", __doc__ or "", default_config)
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder or hub id (sets model.path)")
     lists = {
         "--data": ("NAME_OR_FILE", "data sets for the model to answer"),
@@ -230,9 +239,10 @@ def run_judges(
 
         path = workdir / "judge" / f"{section}.jsonl"
         label = model if model not in verdicts else f"{model} again"
-        verdicts[label] = measures.judge_responses(
-            selected, endpoint, section, path, progress.write, show, lambda: stop.received
-        )
+        with progress:
+            verdicts[label] = measures.judge_responses(
+                selected, endpoint, section, path, progress.write, show, lambda: stop.received
+            )
     return {name: measures.summarize_verdicts(verdicts, name, responses) for name, responses in selected.items()}
 
 

@@ -21,7 +21,7 @@ from crpo_jax.planner.targets import find_missing_compiler, parse_target, prepar
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.build_parser("plan", __doc__ or "")
+    parser = cli.build_parser("plan", __doc__ or "", lambda model: config.default_config_path("an accelerator"))
     targets = "devices to plan for: 8xa6000, h200, h100x8, v4-16, v5e-16, v5p-8, v6e-8, ..."
     search = "rank all meshes and layouts of the target's devices, then plan the best"
     fast = "estimate from shapes alone, in seconds; memory is within 10%% of the compiled figures"

@@ -1,5 +1,5 @@
-"""Cold start: fine-tuning on teacher traces, the loss on the response. `python -m crpo_jax.sft --help` lists every
-setting."""
+"""Cold start: fine-tuning on teacher traces, the loss on the response. `python -m crpo_jax.sft --help` lists its
+settings."""
 
 import sys
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from crpo_jax import cli
+from crpo_jax.config import default_config_path
 from crpo_jax.parallel import processes
 from crpo_jax.runtime import fine_tuning_report
 from crpo_jax.runtime.faults import faults_end_in_one_line
@@ -18,7 +19,7 @@ from crpo_jax.runtime.same_inputs import require_same_workdir
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.build_parser("sft", __doc__ or "")
+    parser = cli.build_parser("sft", __doc__ or "", lambda model: default_config_path(jax.default_backend(), model))
     parser.add_argument(
         "--allow-changes",
         action="store_true",

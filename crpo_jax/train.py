@@ -1,4 +1,4 @@
-"""CRPO: sample, score, update, on one mesh. `python -m crpo_jax.train --help` lists every setting."""
+"""CRPO: sample, score, update, on one mesh. `python -m crpo_jax.train --help` lists its settings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import jax
 from crpo_jax import cli
 from crpo_jax.answer.evaluation import evaluate_held_out, response_means, reward_means
 from crpo_jax.answer.rollout import rollout_metrics, sample_rollout, sample_rows
-from crpo_jax.config import replaced
+from crpo_jax.config import default_config_path, replaced
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.parallel import processes
@@ -115,7 +115,7 @@ def open_scorers(runtime: Runtime, functions: Mapping[str, RewardFunction] | Non
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = cli.build_parser("train", __doc__ or "")
+    parser = cli.build_parser("train", __doc__ or "", lambda model: default_config_path(jax.default_backend(), model))
     parser.add_argument(
         "--allow-changes",
         action="store_true",

@@ -4,6 +4,8 @@ CRPO_JAX_FUZZ=5000 tries that many config files and as many question files inste
 """
 
 import atexit
+import csv
+import io
 import json
 import os
 import shutil
@@ -108,7 +110,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.jsonl").write_text("")
     (folder / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
     (folder / "table.parquet").write_bytes(b"PAR1")
-    (folder / "table.csv").write_text("id,question")
+    (folder / "table.tsv").write_text("id\tquestion")
+    (folder / "table.csv").write_text("id,question,A,B,answer\n1,Which?,one,two,C\n")
     (folder / "nothing").mkdir()
     jsonl(folder / "traces.jsonl", QUESTION)
     (folder / "code.py").write_text("x = 1")
@@ -225,9 +228,10 @@ BAD: list[tuple[list[str], str]] = [
         "data.eval_path: expected a file or folder of its own for split test",
     ),
     (own("empty.jsonl"), "FOLDER/empty.jsonl: expected at least one record, got an empty file"),
-    (own("table.csv"), "FOLDER/table.csv: expected a file ending in .json, .jsonl, .parquet, got .csv"),
+    (own("table.tsv"), "FOLDER/table.tsv: expected a file ending in .json, .jsonl, .csv, .parquet, got .tsv"),
+    (own("table.csv"), "FOLDER/table.csv:2: answer: expected a letter among A, B, got 'C'"),
     (own("table.parquet"), "FOLDER/table.parquet: expected a parquet file, got "),
-    (own("nothing"), "FOLDER/nothing: expected a file of split train, got no .json, .jsonl, .parquet file"),
+    (own("nothing"), "FOLDER/nothing: expected a file of split train, got no .json, .jsonl, .csv, .parquet file"),
     (own("latin.jsonl"), "FOLDER/latin.jsonl:1: expected UTF-8 text, got byte 0xe9 at offset 14"),
     (own("not_json.jsonl"), "FOLDER/not_json.jsonl:2: expected one JSON object a line, got "),
     (own("deep.jsonl"), "FOLDER/deep.jsonl:1: expected a JSON object in the array, got "),
@@ -350,7 +354,7 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
 
 
 @st.composite
-def question_files(draw: st.DrawFn) -> tuple[str, bytes]:
+def question_files(draw: st.DrawFn) -> tuple[str, str, bytes]:
     """A source, and a file of records that are nearly its own, or nothing of the kind."""
     options = st.dictionaries(
         st.sampled_from("ABCDEFGHIJ") | st.text(max_size=3), st.text(max_size=5) | values, max_size=5
@@ -369,8 +373,16 @@ def question_files(draw: st.DrawFn) -> tuple[str, bytes]:
     }
     whole = st.fixed_dictionaries({}, optional=fields)
     records = draw(st.lists(whole | values, max_size=4))
-    text = json.dumps(records) if draw(st.booleans()) else "".join(json.dumps(record) + "\n" for record in records)
-    return draw(st.sampled_from(sorted(READERS))), damaged(draw, text.encode())
+    ending = draw(st.sampled_from([".json", ".jsonl", ".csv"]))
+    if ending == ".csv":
+        names = draw(st.permutations(["question", "answer", "id", "A", "B", "options", "answer_idx", "cop"]))
+        cells = st.one_of(st.sampled_from(["A", "B", "0", '{"A": "x", "B": "y"}']), st.text(max_size=5))
+        table = io.StringIO()
+        csv.writer(table).writerows([names, *draw(st.lists(st.lists(cells, min_size=8, max_size=8), max_size=4))])
+        text = table.getvalue()
+    else:
+        text = json.dumps(records) if ending == ".json" else "".join(json.dumps(record) + "\n" for record in records)
+    return draw(st.sampled_from(sorted(READERS))), ending, damaged(draw, text.encode())
 
 
 def one_line(error: InputError) -> None:
@@ -398,10 +410,10 @@ def test_any_config_file_loads_or_is_refused_in_one_line(data: bytes):
 
 @often
 @given(question_files())
-def test_any_question_file_loads_or_is_refused_in_one_line(file: tuple[str, bytes]):
+def test_any_question_file_loads_or_is_refused_in_one_line(file: tuple[str, str, bytes]):
     """And what loads is whole: unique ids, an answer among the options, text that can be written."""
-    source, data = file
-    path = PLACE / "train.json"
+    source, ending, data = file
+    path = PLACE / f"train{ending}"
     path.write_bytes(data)
     try:
         questions = read_questions(source, str(path))

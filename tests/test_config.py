@@ -6,6 +6,7 @@ import itertools
 import operator
 import pickle
 import re
+import shutil
 import typing
 from operator import attrgetter
 from pathlib import Path
@@ -411,17 +412,132 @@ def test_a_bug_is_not_taken_for_bad_input():
         cli.run_command("train", broken)
 
 
-def test_help_lists_every_setting_once(capsys: pytest.CaptureFixture[str]):
+def help_of(command: str, *arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    parser = cli.build_parser(command, "What it does.", lambda model: config.default_config_path("cpu", model))
     with pytest.raises(SystemExit) as stopped:
-        cli.build_parser("train", "The loop.").parse_args(["--help"])
+        parser.parse_args([*arguments])
     assert stopped.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", cli.SECTIONS)
+def test_help_lists_the_commands_settings_once(command: str, capsys: pytest.CaptureFixture[str]):
+    """With the defaults of the config that would be used, here that of the embedded world."""
+    lines = help_of(command, "--help", capsys=capsys).splitlines()
+    tiny = load_config(config.default_config_path("cpu"))
+    assert any(line.endswith("(default in tiny.yaml; legal values; unit; source):") for line in lines)
     for key, item in config.setting_fields().items():
-        assert lines.count(f"  {key}") == 1, key
-        text = lines[lines.index(f"  {key}") + 1]
-        default = list(item.default) if isinstance(item.default, tuple) else item.default
-        for part in (item.doc, f"default {default!r}", item.legal, item.unit, f"; {item.source})"):
-            assert part in text, key
+        own = key.split(".")[0] in cli.SECTIONS[command]
+        assert lines.count(f"  {key}") == own, key
+        if own:
+            text, value = lines[lines.index(f"  {key}") + 1], attrgetter(key)(tiny)
+            default = list(value) if isinstance(value, tuple) else value
+            for part in (item.doc, f"default {default!r}", item.legal, item.unit, f"; {item.source})"):
+                assert part in text, key
+
+
+def test_every_setting_is_some_commands():
+    assert {key.split(".")[0] for key in config.setting_fields()} == set().union(*cli.SECTIONS.values())
+
+
+def test_help_shows_what_would_be_used(capsys: pytest.CaptureFixture[str]):
+    shown = help_of("train", "crpo.epochs=7", "--config", "clinical_r1_3b", "-h", "epochs", capsys=capsys)
+    assert shown.startswith("settings, given as section.key=value (default in clinical_r1_3b;")
+    assert {"  crpo.epochs", "  sft.epochs"} <= set(shown.splitlines())
+    assert "(default 7; a whole number >= 1; " in shown
+
+
+@pytest.mark.parametrize("words", [["-h"], ["--help"], ["--hel"], ["--help", "kl"], ["--help=kl"], ["-h", "kl"]])
+def test_help_in_every_spelling_only_helps(words: list[str], capsys: pytest.CaptureFixture[str]):
+    shown = help_of("train", *words, "--mesh", "1x1", capsys=capsys)
+    assert "  crpo.kl_coef\n" in shown
+    assert ("  crpo.steps\n" in shown) == ("kl" not in words[-1])
+
+
+def test_help_takes_a_word(capsys: pytest.CaptureFixture[str]):
+    shown = help_of("train", "--help", "kl", capsys=capsys)
+    keys = [line.strip() for line in shown.splitlines() if re.fullmatch(r"  [a-z.0-9_]+", line)]
+    assert {"crpo.kl_coef", "crpo.kl_target", "run.limits.kl"} <= set(keys)
+    assert all("kl" in shown.split(f"  {key}\n")[1].split("\n")[0].lower() + key for key in keys)
+    assert (
+        help_of("score", "--help", "kl", capsys=capsys) == "no setting of score has 'kl' in its name or description\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["crpo.steps=10"],
+        ["--crpo.steps=10"],
+        ["--crpo.steps", "10"],
+        ["crpo.steps", "10"],
+        ["-crpo.steps", "10"],
+        ["--mesh", "1x1", "--crpo.steps", "10", "--workdir", "x"],
+    ],
+)
+def test_every_common_spelling_of_a_setting(words: list[str]):
+    assert run([*FROM_SCRATCH, *words]).crpo.steps == 10
+
+
+def test_values_in_other_spellings():
+    loaded = run([*FROM_SCRATCH, "--crpo.kl-coef", "0.5", "--rollout.stop", "[a, b]", "--data.system-prompt", "x = y"])
+    assert (loaded.crpo.kl_coef, loaded.rollout.stop, loaded.data.system_prompt) == (0.5, ("a", "b"), "x = y")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--crpo.steps"], "--crpo.steps: expected section.key=value, such as crpo.steps=0"),
+        (["--crpo.steps", "run.seed=1"], "--crpo.steps: expected section.key=value, such as crpo.steps=0"),
+        (["--crpo.steps", "--mesh", "1x1"], "--crpo.steps: expected section.key=value, such as crpo.steps=0"),
+        (["--crpo.stepz", "10"], "--crpo.stepz: no such flag or setting; did you mean crpo.steps=VALUE?"),
+        (["--kl_coef=1"], "--kl_coef: no such flag or setting; did you mean crpo.kl_coef=VALUE?"),
+        (["--steps", "10"], "--steps: no such flag or setting; did you mean crpo.steps=VALUE or sft.steps=VALUE?"),
+        (["--model", "x"], "--model: no such flag or setting; did you mean model.path=VALUE?"),
+        (["--workdri", "x"], "--workdri: no such flag or setting; did you mean --workdir?"),
+        (["crpo.stepz", "10"], "crpo.stepz: expected section.key=value; did you mean crpo.steps=VALUE?"),
+        (
+            ["steps=10"],
+            "override: steps: unknown key; did you mean crpo.steps or sft.steps? The legal keys",
+        ),
+        (
+            ["--config", "tinny"],
+            "--config tinny: No such file or directory; expected a file, or one of clinical",
+        ),
+    ],
+)
+def test_other_spellings_are_answered_with_the_right_one(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_command("train", lambda: cli.load_settings(cli.build_parser("train", "").parse_args(words)))
+    assert stopped.value.code == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.partition("crpo_jax.train: ")[2].startswith(line)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny.yaml", "configs/tiny.yaml"])
+def test_shipped_configs_are_known_by_name_outside_a_checkout(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name) == load_config(config.config_folder() / "tiny.yaml")
+    own = written(tmp_path, "run: {seed: 5}\ntokenizer: {path: x}\n")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    own.rename(tmp_path / name)
+    assert load_config(name).run.seed == 5, "a file of one's own comes first"
+
+
+def test_the_default_config_fits_the_model(tmp_path: Path):
+    """A model of one's own on a CPU got the embedded world's tokenizer and prompts of 160 tokens."""
+    assert config.default_config_path("cpu", str(tmp_path)).name == "clinical_r1_3b.yaml"
+    assert config.default_config_path("cpu", "Qwen/Qwen2.5-0.5B").name == "clinical_r1_3b.yaml"
+    shutil.copy(config.config_folder() / "tiny_tokenizer" / "tokenizer.json", tmp_path)
+    assert config.default_config_path("gpu", str(tmp_path)).name == "tiny.yaml"
+    arguments = cli.build_parser("train", "").parse_args(["--model.path", "a/b", "model.path=c/d"])
+    settings, name = cli.load_platform_settings(arguments, "cpu")
+    assert (settings.model.path, settings.tokenizer.path, settings.data.max_prompt_tokens) == ("c/d", "", 1024)
+    assert name == "clinical_r1_3b"
 
 
 def test_every_default_is_legal_and_every_source_is_named():

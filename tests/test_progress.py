@@ -2,10 +2,13 @@
 
 import io
 import re
+import threading
+import time
 
 import pytest
 
 from crpo_jax.rollout.engine import RolloutProgress
+from crpo_jax.runtime import progress as progress_module
 from crpo_jax.runtime import report
 from crpo_jax.runtime.progress import Progress, format_duration
 
@@ -75,3 +78,59 @@ def test_time_left_counts_from_where_a_resumed_run_began():
     assert screen.getvalue().endswith("0:50 left")
     progress.update(90, "")
     assert screen.getvalue().endswith("90/100    ")
+
+
+def test_a_log_file_gets_a_line_every_few_steps():
+    """Between evaluations, which may be hours apart, a Slurm log was silent."""
+    file = io.StringIO()
+    progress = Progress(100, 0, stream=file)
+    for step in range(1, 21):
+        progress.update(step, f"reward {step}")
+    lines = file.getvalue().splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [[f"{step}/100", f"reward {step}"] for step in (5, 10, 15, 20)]
+    assert all(re.search(r"  \d+:\d\d left$", line) for line in lines)
+    many = io.StringIO()
+    progress = Progress(12_000, 0, stream=many)
+    for step in range(1, 12_001):
+        progress.update(step, "loss")
+    assert len(many.getvalue().splitlines()) == 100
+
+
+def test_a_log_file_gets_a_line_every_minute(monkeypatch: pytest.MonkeyPatch):
+    """Within a step, as in a rollout of an hour; another line in between counts as one."""
+    file, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    progress = Progress(10, 0, stream=file)
+    for clock[0] in range(0, 200, 10):
+        progress.update(0, f"sampling {clock[0]}")
+        if clock[0] == 90:
+            progress.write("a note")
+    assert file.getvalue().splitlines() == ["0/10  sampling 60", "a note", "0/10  sampling 150"]
+
+
+def test_a_log_file_is_not_silent_while_nothing_is_reported(monkeypatch: pytest.MonkeyPatch):
+    """A compilation reports nothing. And a block that is left leaves no thread behind."""
+    file = io.StringIO()
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.05)
+    threads = threading.active_count()
+    with Progress(10, 0, stream=file) as progress:
+        progress.update(0, "sampling")
+        deadline = time.monotonic() + 10
+        while file.getvalue().count("\n") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert set(file.getvalue().splitlines()) == {"0/10  sampling  nothing new for 0:00: computing or compiling"}
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
+    with Progress(10, 0, stream=Terminal()):
+        assert threading.active_count() == threads
+
+
+def test_the_first_estimate_says_so_and_the_next_leaves_compilation_out(monkeypatch: pytest.MonkeyPatch):
+    screen, clock = Terminal(), [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    progress = Progress(10, 0, stream=screen)
+    for clock[0], done in ((100.0, 1), (105.0, 1), (110.0, 2)):
+        progress.update(done, "")
+    shown = [line.split("  ")[-1] for line in screen.getvalue().split("\r\x1b[2K")[1:]]
+    assert shown == ["first estimate 15:00 left", "first estimate 15:00 left", "1:20 left"]

@@ -1,5 +1,6 @@
 """Readers: the published datasets whole, the hub's schemas in small, and every kind of bad record with its error."""
 
+import csv
 import json
 import os
 import re
@@ -130,6 +131,25 @@ def as_json_lines(path, records):
 
 def as_parquet(path, records):
     pq.write_table(pa.Table.from_pylist(records), path.with_suffix(".parquet"))
+
+
+def as_csv(path, records):
+    rows = [{**record, "options": json.dumps(record["options"])} for record in records]
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("source", ["medqa", "medxpertqa", "jsonl"])
+def test_every_source_with_options_in_a_csv_table(tmp_path, source):
+    """MedMCQA has a number, cop, which a table of texts cannot hold."""
+    record = {"medqa": MEDQA, "medxpertqa": MEDXPERTQA, "jsonl": OWN}[source]
+    as_csv(tmp_path / "test", [record])
+    lines(tmp_path / "lines.jsonl", record)
+    assert read_questions(source, str(tmp_path / "test.csv"), "test") == read_questions(
+        source, str(tmp_path / "lines.jsonl"), "test"
+    )
 
 
 @pytest.mark.parametrize("write", [as_lines, as_array, as_json_lines, as_parquet])
@@ -303,7 +323,6 @@ def without(record, *names):
 
 BAD = [
     # source, records (the last one is bad), the error after the file's name
-    ("jsonl", [without(OWN, "id")], ":1: id: expected a field of this name, got question, options, answer"),
     ("jsonl", [OWN | {"id": True}], ":1: id: expected a text, got True"),
     ("jsonl", [OWN | {"id": ""}], ":1: id: expected a text that is not empty, got ''"),
     ("jsonl", [OWN, OWN], ":2: id: expected an id of its own (the same stands at {path}:1), got 'q0'"),
@@ -446,7 +465,28 @@ BAD_FILES = [
     ("after.json", b'[{"id": "a"}] x', ": expected nothing after the array, got 'x'"),
     ("item.json", b'[\n{"id": "a"},\n\n"b"]', ":4: expected a JSON object, got 'b'"),
     ("deep.jsonl", b'{"id": ' + b"[" * 100_000, ":1: expected one JSON object a line, got "),
-    ("table.csv", b"id,question\n", ": expected a file ending in .json, .jsonl, .parquet, got .csv"),
+    ("table.tsv", b"id\tquestion\n", ": expected a file ending in .json, .jsonl, .csv, .parquet, got .tsv"),
+    ("head.csv", b"id,question\n", ": expected at least one record, got an empty file"),
+    (
+        "semicolons.csv",
+        b"id;question;A\n",
+        ":1: expected a header of different names, question among them, got ['id;question;A']",
+    ),
+    (
+        "same.csv",
+        b"question,A,A\n",
+        ":1: expected a header of different names, question among them, got ['question', 'A', 'A']",
+    ),
+    ("short.csv", b'question,A,B,answer\n"two\nlines",one,two\n', ":3: expected 4 cells as in the header, got 3"),
+    ("open.csv", b'question,A\n"Which?,one\n', ":2: expected CSV, got unexpected end of data"),
+    ("answer.csv", b"question,A,B,answer\nWhich?,one,two,C\n", ":2: answer: expected a letter among A, B, got 'C'"),
+    (
+        "options.csv",
+        b"question,options,answer\nWhich?,{one,A\n",
+        ":2: options: expected one JSON object a line, got Expecting property name enclosed in double quotes at "
+        "column 2 in '{one'",
+    ),
+    ("latin.csv", b"question,A\n\xe9,one\n", ": expected UTF-8 text, got byte 0xe9 at offset 11"),
     ("not.parquet", b"PAR0", ": expected a parquet file, got "),
 ]
 
@@ -484,6 +524,33 @@ def test_questions_given_in_python():
     assert questions_from([]) == []
 
 
+def test_questions_without_ids_have_one_that_neither_place_nor_company_changes(tmp_path):
+    """Halves, samples and resumed runs go by it; of equal questions each has its own."""
+    row, other = without(OWN, "id"), without(OWN, "id") | {"question": "When?"}
+    [question] = questions_from([row])
+    assert question.id == "sha256-a925fb7065584550"
+    [first, own, again, second] = read_questions("jsonl", str(lines(tmp_path / "own.jsonl", other, OWN, row, row)))
+    assert own.id == "q0"
+    assert (again.id, second.id) == (question.id, f"{question.id}-2")
+    assert first.id not in (question.id, "q0")
+    assert questions_from([row | {"options": {"A": "one", "B": "three"}}])[0].id != question.id
+    assert questions_from([row | {"id": None, "column": 5}])[0].id == question.id
+
+
+def test_a_table_of_questions(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfid,question,A,B,C,answer,topic\r\n7,"Which, ""one""?\nHow?",one,two,,B,\r\n'
+        b"\r\n,When?,a,b,c,C,heart\r\n"
+    )
+    first, second = read_questions("jsonl", str(path))
+    options = {"A": "one", "B": "two"}
+    assert first == Question("7", 'Which, "one"?\nHow?', options, "B", "jsonl", "train", {"topic": None})
+    assert (second.options, second.answer, second.columns) == ({"A": "a", "B": "b", "C": "c"}, "C", {"topic": "heart"})
+    path.write_text('question,options,answer\nWhich?,"{""A"": ""one"", ""B"": ""two""}",A\n')
+    assert read_questions("jsonl", str(tmp_path)) == questions_from([without(OWN, "id") | {"split": "train"}])
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -491,7 +558,7 @@ def test_questions_given_in_python():
         (OWN | {"id": "q1", "answer": "C"}, "answer: expected a letter among A, B, got 'C'"),
         (without(OWN, "question"), "question: expected a field of this name, got id, options, answer"),
         (OWN | {"options": ["one"]}, "options: expected an object of texts by letter, got ['one']"),
-        ("q1", "expected a mapping with id, question, options and answer, got 'q1'"),
+        ("q1", "expected a mapping with question, options and answer, got 'q1'"),
     ],
 )
 def test_bad_questions_given_in_python(row, expected):
@@ -515,7 +582,7 @@ def test_bad_places(tmp_path):
             str(tmp_path),
             "dev",
             f"{tmp_path}: expected a file of split dev or validation or val or valid, "
-            "got no .json, .jsonl, .parquet file",
+            "got no .json, .jsonl, .csv, .parquet file",
         ),
     ]:
         with pytest.raises(InputError) as caught:

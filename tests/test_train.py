@@ -15,6 +15,7 @@ import pytest
 from pair import Pair
 from safetensors.numpy import load_file
 
+from crpo_jax.data.tokenizer import load_tokenizer
 from crpo_jax.errors import InputError
 from crpo_jax.store.logs import read_metrics
 
@@ -158,6 +159,24 @@ def test_crpo_trains_adapters_against_their_own_base(whole, tmp_path):
     a, b = (low[f"base_model.model.model.layers.0.mlp.up_proj.lora_{half}.weight"] for half in "AB")
     name = "model.layers.0.mlp.up_proj.weight"
     np.testing.assert_allclose(merged[name], before[name] + 16 / 4 * b @ a, atol=1e-6)
+
+
+@pytest.mark.parametrize("made", ["cold start", "export"])
+def test_transformers_reads_what_a_run_leaves_as_the_run_did(whole, tmp_path, made):
+    """The start model and the export are Qwen2 folders, whose tokenizer transformers 5 would replace by Qwen2's."""
+    from transformers import AutoTokenizer
+
+    folder = whole / "coldstart"
+    if made == "export":
+        folder = tmp_path / "policy"
+        export.main(["--workdir", str(whole), "--out", str(folder)])
+    row = samples(whole, 0)[0]
+    ours = load_tokenizer(Path(__file__).parents[1] / "configs" / "tiny_tokenizer")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in (row["response"], "(System 1: Intuitive) A man aged 23.\nB) anti-CCP 5 mg/dL <|im_end|>"):
+        assert theirs.encode(text) == ours.encode(text)
+    stops = ours.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == stops
 
 
 def test_export_in_shards(whole, tmp_path):

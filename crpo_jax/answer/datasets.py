@@ -13,7 +13,7 @@ import numpy as np
 from crpo_jax.answer.records import Answer, answer_to_row
 from crpo_jax.answer.statistics import extract_letter
 from crpo_jax.config import Config, replaced
-from crpo_jax.data.prompts import Fitting, fit_prompts
+from crpo_jax.data.prompts import Fitting, check_dropped, fit_prompts
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.model.decode import SamplerWeights
@@ -51,6 +51,8 @@ def answer_data_sets(
     tokenizer, weights = runtime.vocabulary.tokenizer, None
     prompted = {name: fit_prompts(questions, settings.data, tokenizer) for name, questions in data_sets.items()}
     for name, questions in prompted.items():
+        check_dropped(questions.dropped.values(), len(data_sets[name]), f"questions of {name}", settings.data)
+    for name, questions in prompted.items():
         with Journal(folder / f"{name}.jsonl") as journal:
             on_disk = samples_on_disk(journal, questions)
             answered = [len(on_disk.get(question.id, ())) >= evaluate.samples for question in questions.questions]
@@ -58,7 +60,8 @@ def answer_data_sets(
             status = Status(name, runtime.settings, len(answered), sum(answered))
             if missing.size:
                 weights = weights or evaluated_weights(runtime)
-                answer_missing(runtime, weights, questions, missing, name, journal, on_disk, status, stop)
+                with status.progress:
+                    answer_missing(runtime, weights, questions, missing, name, journal, on_disk, status, stop)
             status.end()
     if any(questions.dropped for questions in prompted.values()):
         path = folder / "dropped.json"
@@ -129,11 +132,11 @@ class Status:
             questions,
             settings.evaluate.samples,
         )
-        self._progress = Progress(questions * self._samples, done * self._samples)
+        self.progress = Progress(questions * self._samples, done * self._samples)
         self._done, self._right, self._valid, self._sampled, self._tokens = done * self._samples, 0, 0, 0, 0
         self._printed, self._began = self._tenth(), time.monotonic()
         resumed = f", {done} questions answered before" if done else ""
-        self._progress.write(f"{name}: {questions} questions x {self._samples} samples{resumed}")
+        self.progress.write(f"{name}: {questions} questions x {self._samples} samples{resumed}")
 
     def _tenth(self) -> int:
         return 10 * self._done // max(self._questions * self._samples, 1)
@@ -146,10 +149,10 @@ class Status:
         self._tokens += sum(answer.tokens or 0 for answer in answers)
         shares = f"accuracy {self._right / self._sampled:.3f}  valid {self._valid / self._sampled:.3f}"
         line = f"{self._name}  {shares}  {self._tokens / (time.monotonic() - self._began):,.0f} tok/s"
-        self._progress.update(self._done, line)
+        self.progress.update(self._done, line)
         if self._tenth() > self._printed:
             self._printed = self._tenth()
-            self._progress.write(f"{self._done}/{self._questions * self._samples}  {line}")
+            self.progress.write(f"{self._done}/{self._questions * self._samples}  {line}")
 
     def end(self) -> None:
-        self._progress.write(f"{self._name}: {self._questions} questions answered")
+        self.progress.write(f"{self._name}: {self._questions} questions answered")

@@ -45,7 +45,7 @@ class Batches(Generic[Example]):
 
 
 def load_questions(data: Data, split: str) -> list[Question]:
-    """The questions of data.split (with data.part applied) or data.eval_split (all of them).
+    """The questions of data.split (with data.part applied, auto as all) or data.eval_split (all of them).
 
     Vignettes are generated, not read; their splits share no combination of findings.
     """
@@ -60,7 +60,7 @@ def load_questions(data: Data, split: str) -> list[Question]:
         questions = vignettes(split, data.vignettes if training else data.eval_questions or data.vignettes)
     else:
         questions = read_questions(data.source, data.path if training else evaluation_path(data), split)
-    return select_part(questions, data.part) if training else questions
+    return select_part(questions, data.part) if training and data.part != "auto" else questions
 
 
 def evaluation_path(data: Data) -> str:

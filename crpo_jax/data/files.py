@@ -1,13 +1,16 @@
-"""Records from JSON and parquet files, folders laid out as on the Hugging Face hub, and the hub itself. No jax.
+"""Records from JSON, CSV and parquet files, folders laid out as on the Hugging Face hub, and the hub itself. No jax.
 
 All records of a split are returned, or an InputError names the file, the line and what is wrong there.
 """
 
+import csv
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from crpo_jax.data.question import LETTERS
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError, brief
 
@@ -18,7 +21,7 @@ HUB_DATASETS: dict[str, tuple[str, str | None]] = {  # id on the hub and configu
 }
 # One split, four spellings: MedXpertQA has dev, MedMCQA on the hub has validation.
 VALIDATION = ("dev", "validation", "val", "valid")
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -33,7 +36,7 @@ def load_records(path: Path, source: str, split: str) -> list[Record]:
                 f"{file}: expected a file ending in {', '.join(SUFFIXES)}, got {file.suffix or 'no ending'}"
             )
         try:
-            in_file = parquet_records(file) if file.suffix == ".parquet" else json_records(file)
+            in_file = {".parquet": parquet_records, ".csv": csv_records}.get(file.suffix, json_records)(file)
         except OSError as error:
             raise InputError(f"{file}: expected a readable file, got {error.strerror or error}") from None
         if not in_file:
@@ -167,6 +170,35 @@ DECODER = json.JSONDecoder(object_pairs_hook=object_of_unique_keys)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def csv_records(path: Path) -> list[Record]:
+    """Rows of a CSV file with commas and a header, each with the line it ends on. Columns A, B, ... are the options by
+    letter, unless there is a column `options`, of JSON; an empty cell is None, or an option that the row lacks."""
+    text = decode_utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records: list[Record] = []
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if len(set(names)) < len(names) or "question" not in names:
+            raise InputError(f"{path}:1: expected a header of different names, question among them, got {brief(names)}")
+        for cells in reader:
+            where = f"{path}:{reader.line_num}"
+            if not any(cells):
+                continue
+            if len(cells) != len(names):
+                raise InputError(f"{where}: expected {len(names)} cells as in the header, got {len(cells)}")
+            fields: dict[str, Any] = {
+                name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)
+            }
+            if isinstance(options := fields.get("options"), str):
+                fields["options"] = parse_line(options, f"{where}: options").fields
+            elif letters := [name for name in names if len(name) == 1 and name in LETTERS]:
+                fields["options"] = {letter: fields.pop(letter) for letter in letters}
+            records.append(Record(fields, where, from_table=True))
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: expected CSV, got {error}") from None
+    return records
 
 
 def parquet_records(path: Path) -> list[Record]:

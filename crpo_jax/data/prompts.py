@@ -6,17 +6,15 @@ end-of-turn token inclusive. Cold start, RL and evaluation all use this module, 
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from crpo_jax.config import Data
 from crpo_jax.data.question import Question
+from crpo_jax.data.tokenizer import END_OF_TURN
 from crpo_jax.errors import InputError, brief
 
-if TYPE_CHECKING:  # slow to import, and not needed to read questions
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-
-END_OF_TURN = "<|im_end|>"
+if TYPE_CHECKING:
+    from crpo_jax.data.tokenizer import Tokenizer
 
 ONE_ANSWER = """\
 Use each tag exactly once and write nothing outside the two sections.
@@ -76,30 +74,6 @@ def user_turn(question: Question, name: str) -> str:
     """The instruction, the question, and its options as `A) text` lines."""
     options = "\n".join(f"{letter}) {text}" for letter, text in question.options.items())
     return "\n\n".join(part for part in (instruction(name), question.question, options) if part)
-
-
-def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """The tokenizer of a local folder; it needs a chat template and the end-of-turn token."""
-    folder = Path(path)
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"tokenizer.path: expected a folder with tokenizer.json, got {str(path)!r}")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 (the Rust reader of tokenizer.json raises Exception itself)
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"tokenizer.path: expected a readable tokenizer in {folder}, got: {first_line}") from None
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"tokenizer.path: expected a chat_template in {folder}/tokenizer_config.json, got none; "
-            "take an Instruct model's tokenizer"
-        )
-    if END_OF_TURN not in tokenizer.get_vocab():
-        raise InputError(
-            f"tokenizer.path: expected the end-of-turn token {END_OF_TURN} in {folder}, got a vocabulary without it"
-        )
-    return tokenizer
 
 
 def render_prompts(
@@ -190,8 +164,22 @@ def fit_prompts(
         else:
             fitting.dropped[question.id] = len(prompt)
     if questions and not fitting.questions:
+        lengths = fitting.dropped.values()
         raise InputError(
             f"data.max_prompt_tokens: expected room for at least one question, got {data.max_prompt_tokens}; "
-            f"the shortest prompt has {min(fitting.dropped.values())} tokens"
+            f"the shortest prompt has {min(lengths)} tokens; data.max_prompt_tokens={max(lengths)} keeps all"
         )
     return fitting
+
+
+def check_dropped(
+    lengths: Collection[int], total: int, what: str, data: Data, key: str = "data.max_prompt_tokens", limit: int = 0
+) -> None:
+    """Refuses a run that would drop more than data.max_dropped_share of its questions, or of its traces; `lengths` are
+    the dropped ones' in tokens, `limit` is what `key` is set to, for traces."""
+    if len(lengths) > data.max_dropped_share * total:
+        limit, wanted = limit or data.max_prompt_tokens, f"at least {1 - data.max_dropped_share:.0%} of the {what}"
+        raise InputError(
+            f"{key}: expected room for {wanted}, got {limit}: {len(lengths):,} of {total:,} are longer, up to "
+            f"{max(lengths)} tokens; {key}={max(lengths)} keeps all; data.max_dropped_share allows to drop more"
+        )

@@ -10,7 +10,7 @@ from crpo_jax.errors import InputError
 
 LETTERS = string.ascii_uppercase
 
-OTHER_HALF = {"first_half": "second_half", "second_half": "first_half", "all": "all"}
+OTHER_HALF = {"first_half": "second_half", "second_half": "first_half", "auto": "first_half", "all": "all"}
 """The part that the cold start takes, by data.part, which RL trains on."""
 
 

@@ -4,6 +4,10 @@ A reader returns every question of a split, or raises an InputError that names t
 question that is skipped or mended in silence changes a published number.
 """
 
+import collections
+import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +29,8 @@ def read_questions(source: str, path: str = "", split: str = "train") -> list[Qu
     """Every question of a split, in the order of the file.
 
     `path` is a file (which is the split, whatever its name), a folder in which the split is found by name, or "" for
-    the source's id on the hub. Ids are unique: the data's own, or `medqa-test-000012` where it has none.
+    the source's id on the hub. Ids are unique: the data's own, or where it has none `medqa-test-000012`, or a digest of
+    question and options (`content_id`).
     """
     if source not in READERS:
         raise InputError(f"data.source: expected one of {', '.join(READERS)}, got {source!r}")
@@ -39,12 +44,13 @@ def read_questions(source: str, path: str = "", split: str = "train") -> list[Qu
 
 
 def questions_from(rows: Sequence[Mapping[str, Any]]) -> list[Question]:
-    """Questions given in Python: mappings with id, question, options, answer (a letter), and any further columns."""
+    """Questions given in Python: mappings with question, options, answer (a letter), an id that may be missing, and any
+    further columns."""
     records = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise InputError(
-                f"questions[{number}]: expected a mapping with id, question, options and answer, got {brief(row)}"
+                f"questions[{number}]: expected a mapping with question, options and answer, got {brief(row)}"
             )
         records.append(Record(row, f"questions[{number}]"))
     return check_ids(records, read_own(records, ""))
@@ -68,13 +74,28 @@ def question_of(record: Record, split: str = "") -> Question:
     answer = record.letter("answer", options)
     source = record.text("source") if record.has("source") else "jsonl"
     split = record.text("split") if record.has("split") else split
-    columns = record.columns(*QUESTION_FIELDS)
-    return Question(record.identity("id"), record.text("question"), options, answer, source, split, columns)
+    question, columns = record.text("question"), record.columns(*QUESTION_FIELDS)
+    identity = record.identity("id", default=content_id(question, options))
+    return Question(identity, question, options, answer, source, split, columns)
+
+
+def content_id(question: str, options: Mapping[str, str]) -> str:
+    """The id of a question that has none: the same wherever it stands in whichever file."""
+    content = json.dumps([question, dict(options)], sort_keys=True)
+    return f"sha256-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def read_own(records: Sequence[Record], split: str) -> Iterator[Question]:
-    """The project's own format: id, question, options, answer (a letter), and any further columns."""
-    return (question_of(record, split) for record in records)
+    """The project's own format: question, options, answer (a letter), an id that may be missing, and any further
+    columns. Of equal questions without ids the second ends in -2, the third in -3."""
+    seen = collections.Counter[str]()
+    for record in records:
+        question = question_of(record, split)
+        if not record.has("id"):
+            seen[question.id] += 1
+            if seen[question.id] > 1:
+                question = dataclasses.replace(question, id=f"{question.id}-{seen[question.id]}")
+        yield question
 
 
 # ---- MedQA and MedMCQA -----------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """The types that a stored tensor may have, by their names in safetensors."""
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+TOKENIZER_CLASS_FILE = "tokenizer_class.py"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,6 +49,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    TOKENIZER_CLASS_FILE,
 )
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING_KEY, OUTPUT_KEY = "model.embed_tokens.weight", "lm_head.weight"
@@ -309,6 +311,18 @@ def special_token_ids(folder: Path) -> dict[str, int]:
     named = {role: settings.get(f"{role}_token") for role in ("bos", "eos", "pad")}
     contents = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
     return {f"{role}_token_id": ids[content] for role, content in contents.items() if content in ids}
+
+
+def stopping_at(generation: Mapping[str, Any], stop_ids: Sequence[int]) -> dict[str, Any]:
+    """The content of generation_config.json with every stop token among its eos_token_id, unless all stand there.
+
+    A base model's own ends texts, not turns: served with that alone, a model trained on turns would never stop.
+    """
+    listed = generation.get("eos_token_id", [])
+    listed = listed if isinstance(listed, list) else [listed]
+    if set(stop_ids) <= set(listed):
+        return dict(generation)
+    return {**generation, "eos_token_id": [*stop_ids, *(token for token in listed if token not in stop_ids)]}
 
 
 def split_into_files(tensors: Sequence[Tensor], width: int, max_shard_bytes: int) -> dict[str, list[Tensor]]:

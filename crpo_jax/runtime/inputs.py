@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crpo_jax.config import Config, load_config
 from crpo_jax.data.batches import Batches, load_questions
-from crpo_jax.data.prompts import Fitting, encode_response, fit_prompts, render_prompts
+from crpo_jax.data.prompts import Fitting, check_dropped, encode_response, fit_prompts, render_prompts
 from crpo_jax.data.question import OTHER_HALF, Question, hold_out, select_part
 from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
@@ -28,6 +29,7 @@ class TrainingQuestions:
 
     training: Fitting
     held_out: Fitting
+    set_aside: int  # questions of the split that are not trained on, because of data.part
     batches: Batches[Question]
     replacements: Batches[Question]  # dynamic sampling's: for groups whose rewards are all equal
 
@@ -47,9 +49,11 @@ def open_questions(
 ) -> TrainingQuestions:
     """The questions of the settings, or those given; only the first data.eval_questions held-out ones are used."""
     data, crpo, seed = runtime.settings.data, runtime.settings.crpo, runtime.settings.run.seed
-    tokenizer = runtime.vocabulary.tokenizer
+    tokenizer, set_aside = runtime.vocabulary.tokenizer, 0
     if questions is None:
-        questions = load_questions(data, data.split)
+        whole = load_questions(dataclasses.replace(data, part="all"), data.split)
+        questions = select_part(whole, resolve_part(runtime.settings, whole))
+        set_aside = len(whole) - len(questions)
     if held_out is None:
         held_out = load_questions(data, data.eval_split)
     require_same_questions(f"{data.path or data.source}: training questions", questions)
@@ -60,13 +64,50 @@ def open_questions(
         )
     training = fit_prompts(questions, data, tokenizer, render_shared)
     fits = fit_prompts(held_out, data, tokenizer, render_shared)
+    for name, given, chosen in (("training", questions, training), ("held-out", held_out, fits)):
+        check_dropped(chosen.dropped.values(), len(given), f"{name} questions", data)
     count = data.eval_questions or len(fits.questions)
     return TrainingQuestions(
         training,
         Fitting(fits.questions[:count], fits.prompts[:count], fits.dropped),
+        set_aside,
         Batches(training.questions, crpo.prompts_per_step, seed),
         Batches(training.questions, crpo.prompts_per_step, seed, stream="further"),
     )
+
+
+def resolve_part(settings: Config, questions: Sequence[Question]) -> str:
+    """data.part, with "auto" decided: the half that the run's cold start has left, or all where it took none of these
+    questions.
+
+    The cold start is the run's own where model.path is empty, and where it is a cold start's folder the one that wrote
+    it; any other model has seen none of the questions as far as can be known.
+    """
+    if settings.data.part != "auto":
+        return settings.data.part
+    cold_start = cold_start_settings(settings)
+    if cold_start is None or cold_start.data.part == "all":
+        return "all"
+    part = "second_half" if cold_start.data.part == "auto" else cold_start.data.part
+    if not cold_start.sft.path:
+        return part if cold_start.data.source == settings.data.source else "all"
+    if not Path(cold_start.sft.path).exists():
+        return part  # nobody can say any more which questions they were
+    traced = {question.id for question in read_questions("jsonl", cold_start.sft.path, "train")}
+    return part if any(question.id in traced for question in select_part(questions, OTHER_HALF[part])) else "all"
+
+
+def cold_start_settings(settings: Config) -> Config | None:
+    """The settings of the cold start that a run begins with; None where its model is no cold start's.
+
+    A cold start of its own run is in WORKDIR/sft, one of `crpo_jax.sft` in WORKDIR, and both write WORKDIR/coldstart.
+    """
+    if not settings.model.path:
+        return settings
+    folder = Path(settings.model.path).expanduser().absolute()
+    places = (folder.parent / "sft" / "config.yaml", folder.parent / "config.yaml")
+    path = next((path for path in places if path.is_file()), None)
+    return load_config(path, model=False) if path and folder.name == "coldstart" else None
 
 
 def render_shared(questions: Sequence[Question], *how: Any) -> list[list[int]]:
@@ -110,13 +151,16 @@ def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> T
         )
     require_same_questions(f"{sft.path or data.source}: teacher traces", questions)
     prompts = render_prompts(questions, data.prompt, data.system_prompt, tokenizer)
-    rows = {}
+    rows, dropped = {}, []
     for question, prompt, response in zip(questions, prompts, responses, strict=True):
         row = Row(prompt, encode_response(response, tokenizer))
         if row.length <= sft.max_tokens:
             rows[question.id] = (question, row)
+        else:
+            dropped.append(row.length)
     if not rows:
         raise InputError(f"sft.max_tokens: expected room for at least one trace, got {sft.max_tokens}")
+    check_dropped(dropped, len(questions), "traces", data, "sft.max_tokens", sft.max_tokens)
     parts = hold_out([question for question, _ in rows.values()], sft.held_out)
     train, evaluated = ([rows[question.id][1] for question in part] for part in parts)
     return Traces(train, evaluated, len(questions) - len(rows))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from crpo_jax.config import Lora
+from crpo_jax.config import Config, Lora
 from crpo_jax.hardware import peak_flops
 from crpo_jax.model.lora import trained_shapes
 from crpo_jax.model.shape import Shape, backward_flops, forward_flops
@@ -69,6 +69,7 @@ def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestion
         *model_and_devices(runtime, start, settings.lora),
         f"  questions  {settings.data.source}: {len(training.questions):,} to train on, "
         f"{len(held_out.questions):,} held out",
+        *([set_aside_line(settings, questions.set_aside)] if questions.set_aside else []),
         f"  workdir    {workdir}",
     ]
     rows = crpo.mini_batch_prompts * crpo.group_size
@@ -79,6 +80,14 @@ def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestion
             limit = f"data.max_prompt_tokens={settings.data.max_prompt_tokens}"
             lines.append(f"  dropped    {len(chosen.dropped)} {name} questions longer than {limit}")
     return "\n".join(lines)
+
+
+def set_aside_line(settings: Config, count: int) -> str:
+    """How many questions are not trained on, and why."""
+    reason = (
+        "those of the half that the cold start was fine-tuned on" if settings.data.part == "auto" else "the other half"
+    )
+    return f"  set aside  {count:,} questions, {reason} (data.part={settings.data.part}; all: none)"
 
 
 def model_and_devices(runtime: Runtime, start: Path | None, lora: Lora) -> list[str]:

@@ -118,7 +118,7 @@ def open_run(
     """The run in a workdir, resumed where it has checkpoints; its last state is saved unless the body raises."""
     run = TrainingRun(runtime, workdir, trainer, state, total, checkpoints)
     del state  # a resumed run has its own: this one would stay on the devices as long as the run
-    with run.stop, run.log, run.checkpoints:
+    with run.stop, run.log, run.checkpoints, run.progress:
         yield run
         if run.done:
             run.save()

@@ -1,5 +1,7 @@
 """Opens what every command that runs a model needs: mesh, shape, layout, tokenizer, start weights, programs."""
 
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from crpo_jax.config import Config, Lora, Optimizer, config_folder, replaced
-from crpo_jax.data.prompts import load_tokenizer
-from crpo_jax.errors import InputError
+from crpo_jax.data.tokenizer import first_difference, load_tokenizer, tokenizer_of_class
+from crpo_jax.errors import InputError, brief
 from crpo_jax.model.attention import choose_attention
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.model.huggingface import (
@@ -22,6 +24,8 @@ from crpo_jax.model.huggingface import (
     model_folder,
     read_headers,
     save_model,
+    special_token_ids,
+    stopping_at,
 )
 from crpo_jax.model.lora import Policy, initial_adapters, merge_adapters, trained_shardings
 from crpo_jax.model.peft import load_adapters
@@ -31,14 +35,15 @@ from crpo_jax.model.transformer import Transformer, random_model
 from crpo_jax.parallel.layout import Axes, Layout, check_layout, find_layout
 from crpo_jax.parallel.mesh import make_mesh
 from crpo_jax.parallel.processes import gather_from_processes
-from crpo_jax.reward.effective import effective_table
+from crpo_jax.reward.effective import effective_table, read_vocabulary
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import Engine, Response
+from crpo_jax.runtime.exported_tokenizer import exported_tokenizer
 from crpo_jax.runtime.same_inputs import require_same_files, require_same_settings
 from crpo_jax.update.trainer import Loss, Trainer, TrainState
 
 if TYPE_CHECKING:
-    from crpo_jax.data.prompts import Tokenizer
+    from crpo_jax.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -141,17 +146,22 @@ class Runtime:
         again in float32.
 
         What the start model's folder says besides its weights (generation_config.json, longest position) is passed on.
+        Refused, before anything is written, where AutoTokenizer would make other ids of texts than this run.
         """
         if not isinstance(trained, Transformer):
             trained = merge_adapters(Policy(self.start_weights(start, self.layout.master, "float32"), trained))
-        save_model(
-            trained,
-            folder,
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-            tokenizer_folder=self.vocabulary.folder,
-            **(inherited_settings(start) if start else {}),
-        )
+        vocabulary, inherited = self.vocabulary, inherited_settings(start) if start else {}
+        generation = inherited.get("generation") or special_token_ids(vocabulary.folder)
+        inherited["generation"] = stopping_at(generation, vocabulary.stop_ids)
+        with exported_tokenizer(vocabulary.folder, vocabulary.tokenizer, self.shape.model_type) as tokenizer_folder:
+            save_model(
+                trained,
+                folder,
+                dtype=dtype,
+                max_shard_bytes=max_shard_bytes,
+                tokenizer_folder=tokenizer_folder,
+                **inherited,
+            )
 
 
 def open_runtime(settings: Config) -> Runtime:
@@ -185,9 +195,14 @@ def open_vocabulary(settings: Config, shape: Shape) -> Vocabulary:
     """The tokenizer of tokenizer.path, or of the model's folder; refused where it does not match the model's
     vocabulary."""
     path = settings.tokenizer.path
+    of_model = model_folder(settings.model.path) if settings.model.path else None
     folder = find_shipped(path) if path else model_folder(settings.model.path)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.get_vocab()
+    if of_model and path and (of_model / "tokenizer.json").is_file():
+        check_same_ids(ids, folder, of_model)
+    if (folder / "config.json").is_file():  # a model's folder, which a server would open with AutoTokenizer
+        warn_of_other_ids(tokenizer, folder)
     size = max(len(tokenizer), max(ids.values()) + 1)  # ids may have gaps
     if size > shape.v:
         raise InputError(f"tokenizer.path: expected at most the model's {shape.v} tokens, got {size} in {folder}")
@@ -196,6 +211,30 @@ def open_vocabulary(settings: Config, shape: Shape) -> Vocabulary:
             raise InputError(f"rollout.stop: expected tokens of {folder}, got {stop!r}")
     stop_ids = tuple(ids[stop] for stop in settings.rollout.stop)
     return Vocabulary(folder, tokenizer, stop_ids, effective_table(folder / "tokenizer.json", shape.v))
+
+
+def check_same_ids(ids: Mapping[str, int], folder: Path, of_model: Path) -> None:
+    """Refuses a tokenizer that gives a token another id than the one in the model's own folder does: the model would
+    read noise."""
+    own = read_vocabulary(of_model / "tokenizer.json")
+    other = next((token for token, number in ids.items() if own.get(token, number) != number), None)
+    if other is not None:
+        raise InputError(
+            f"tokenizer.path: expected the ids of model.path={of_model}, got {ids[other]} instead of {own[other]} for "
+            f"{brief(other)} in {folder}; tokenizer.path= takes the model's own"
+        )
+
+
+def warn_of_other_ids(tokenizer: "Tokenizer", folder: Path) -> None:
+    """One line where AutoTokenizer makes other ids of a text than the folder's tokenizer.json, which is used here."""
+    difference = first_difference(tokenizer, tokenizer_of_class("AutoTokenizer", folder))
+    if difference and jax.process_index() == 0:
+        print(
+            f"{folder}: transformers' AutoTokenizer does not read this tokenizer.json as it is, which is done here: "
+            f"in {brief(difference.text)} it makes {brief(difference.other)} of {brief(difference.ids)}; "
+            "exports of this run will read the same in both",
+            file=sys.stderr,
+        )
 
 
 def find_shipped(path: str) -> Path:

@@ -27,6 +27,9 @@ MAY_CHANGE = (
     "reward.workers",
     "reward.time_limit",
     "run.compile_cache",
+    # which questions it takes, of which inputs.json has a digest
+    "data.part",
+    "data.max_dropped_share",
     # when it saves, evaluates and warns
     "*.save_every",
     "run.eval_every",
