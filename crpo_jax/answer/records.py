@@ -12,6 +12,9 @@ from crpo_jax.data.readers import question_of
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError
 
+SAMPLE_FIELDS = ("step", "sample", "prompt", "tokens", "stopped", "advantage", "trained")
+"""What a run's samples.jsonl says of a response besides its question, its text and its score."""
+
 RESPONSE_FIELDS = ("sample", "response", "token_ids", "tokens", "stopped")
 
 

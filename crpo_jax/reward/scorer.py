@@ -34,6 +34,18 @@ from crpo_jax.reward.worker import PartScorer, ScoringJob, Value, WorkerSetup
 
 Scored = Score | Failure
 
+SCORE_FIELDS = (
+    "accuracy",
+    "format",
+    "cross_reference",
+    "clinical_reasoning",
+    "consistency",
+    "total",
+    "answer_found",
+    "why",
+    "components",
+)
+
 CHUNK = 32  # responses; large enough to make sending them cheap, small enough to spread over the workers
 LOST_IN_A_ROW = 8  # more than a usual group, all of whose responses may hold what one function cannot read
 
@@ -345,6 +357,17 @@ class Scorer:
         components = {name: getattr(value, "total", value) for name, value in values.items() if name in weights}
         total = sum(weight * components[name] for name, weight in self.parts if components[name] is not None)
         return replace(described, total=total, components=components, why=described.why | {"weights": weights})
+
+
+def score_row(scored: Scored) -> dict[str, Any]:
+    """A result as the files hold it: the reward by parts with the reasons, or what kept it from being computed.
+
+    A sum, or a function alone, has the value of each part in `components`.
+    """
+    if isinstance(scored, Failure):
+        return {"error": scored.error, "traceback": scored.traceback}
+    names = SCORE_FIELDS if "weights" in scored.why else SCORE_FIELDS[:-1]
+    return {name: getattr(scored, name) for name in names}
 
 
 def wait_for_functions(process: WorkerProcess) -> None:
