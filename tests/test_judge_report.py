@@ -36,10 +36,11 @@ def evaluated(folder, cites: float, seed: int = 0, judges: bool = False) -> str:
     (inner / "responses" / "vignettes.jsonl").write_text(
         "".join(json.dumps(answer_to_row(answer)) + "\n" for answer in answers), encoding="utf-8"
     )
-    summary = summarize(answers, SETTINGS)
+    summary, questions = summarize(answers, SETTINGS)
     if judges:
         count = {"mean": 2.0, "low": 1.0, "high": 3.0, "judged": 21, "unparsed": 4, "missing": 1}
         summary["judges"] = {"llama": dict.fromkeys(MEASURES, count)}
+    evaluate.write_questions(inner, "vignettes", questions)
     (inner / "summary.json").write_text(json.dumps({"model": "m", "data": {"vignettes": summary}}), encoding="utf-8")
     steps = [
         {

@@ -1,5 +1,7 @@
 """Responses to questions as files hold them, one JSON object per line; no jax."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +37,12 @@ def question_to_row(question: Question) -> dict[str, Any]:
     row = {"id": question.id, "question": question.question, "options": dict(question.options)}
     origin = {"source": question.source, "split": question.split}
     return row | {"answer": question.answer} | {name: value for name, value in origin.items() if value}
+
+
+def question_digest(question: Question) -> str:
+    """Tells whether two questions are the same to a model: their text, their options and the right one."""
+    content = [question.question, sorted(question.options.items()), question.answer]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def answer_to_row(answer: Answer) -> dict[str, Any]:
