@@ -253,7 +253,9 @@ class Scorer:
 
     def _put(self, task: ScoringTask) -> None:
         if task.part in self._in_workers:
-            self._queue.put((task.batch.number, next(self._order), task))
+            order = next(self._order)
+            # A repeated one at once: else every response loses a process before the first of them is given up.
+            self._queue.put((task.batch.number, -order if task.repeated else order, task))
             return
         if task.batch.done.is_set():  # given up
             return
