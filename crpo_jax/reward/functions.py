@@ -47,7 +47,10 @@ def failure_of(error: BaseException) -> Failure:
         text = str(error)
     except Exception:  # noqa: BLE001 (an exception of the user's own, whose text may be broken too)
         text = "(an exception without a readable text)"
-    trace = "".join(traceback.format_exception(error))
+    frames, own = error.__traceback__, {__file__, str(Path(__file__).with_name("worker.py"))}
+    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename in own:  # how the function was called
+        frames = frames.tb_next
+    trace = "".join(traceback.format_exception(type(error), error, frames))
     if len(trace) > LONGEST_TRACEBACK:
         trace = f"{trace[: LONGEST_TRACEBACK // 2]}\n...\n{trace[-LONGEST_TRACEBACK // 2 :]}"
     return Failure(one_line(f"{type(error).__name__}: {text}"), trace)
