@@ -32,7 +32,7 @@ from crpo_jax.data.question import Question
 from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
-from crpo_jax.judge.methods import questions_path
+from crpo_jax.judge.methods import questions_path, read_summary
 from crpo_jax.judge.report import write_report
 from crpo_jax.judge.table import format_summary
 from crpo_jax.runtime.progress import Progress
@@ -174,7 +174,7 @@ def summarize_and_judge(
 ) -> dict[str, Any]:
     """The contents of summary.json: written with the judges' previous results before they are asked, and afterwards."""
     path, dropped_path = workdir / "summary.json", workdir / "responses" / "dropped.json"
-    previous = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() else {}
+    previous = read_summary(workdir)["data"] if path.is_file() else {}
     dropped = json.loads(dropped_path.read_text(encoding="utf-8")) if dropped_path.is_file() else {}
     effective = load_effective_table(settings)
     sets = {}

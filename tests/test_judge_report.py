@@ -189,6 +189,22 @@ def test_evaluations_of_other_questions_are_refused_by_name(tmp_path, change, ex
     assert not (tmp_path / "out").exists()
 
 
+def test_a_summary_that_is_none_is_named(tmp_path):
+    """A damaged one was a traceback, in a report and in an evaluation that goes on."""
+    evaluated(tmp_path / "a", 1.0)
+    responses, workdir = tmp_path / "a" / "evaluation" / "responses" / "vignettes.jsonl", tmp_path / "again"
+    evaluate.main(["--responses", str(responses), "--workdir", str(workdir), "reward.workers=0"])
+    expected = r"again/summary\.json: expected the summary of an evaluation, got something else; remove it, and "
+    for content in ("", "[", "[]", "{}", '{"data": 1}', '{"data": {"d": 1}}'):
+        (workdir / "summary.json").write_text(content)
+        for arguments in (["--report", f"A={workdir}"], ["--workdir", str(workdir), "reward.workers=0"]):
+            with pytest.raises(InputError, match=expected):
+                evaluate.main(arguments)
+    (workdir / "summary.json").unlink()
+    evaluate.main(["--workdir", str(workdir), "reward.workers=0"])
+    evaluate.main(["--report", f"A={workdir}", "--workdir", str(tmp_path)])
+
+
 def test_training_runs_are_compared_by_their_held_out_questions(tmp_path, capsys):
     """A run's workdir was refused, although it holds answers to the same questions as the run beside it."""
     for name, cites in (("grpo", 0.0), ("crpo", 1.0)):
