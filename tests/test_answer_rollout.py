@@ -38,7 +38,7 @@ def rollout(
 
 
 def test_a_response_that_could_not_be_scored_is_in_no_mean():
-    """It counted as a reward of 0: the spread of a step of equal rewards was 5.2, and a group of them had variance."""
+    """It counted as a reward of 0: the spread of a step of equal rewards was 5.7, and a group of them had variance."""
     metrics = rollout_metrics(rollout([RIGHT, FAILED, RIGHT, RIGHT, RIGHT, FAILED], 3))
     assert metrics["reward/std"] == 0
     assert metrics["reward/zero_variance_groups"] == 1

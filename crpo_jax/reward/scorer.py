@@ -235,7 +235,7 @@ class Scorer:
             batch.responses[row] = responses[place]
             batch.token_ids[row] = None if token_ids is None else token_ids[place]
         batch.awaited -= len(rows)
-        for name in sorted(self.names, key=lambda name: name in self._local_functions):  # the workers begin first
+        for name in sorted(self.names, key=lambda name: name not in self._in_workers):  # the workers begin first
             if name in self.function_names:
                 if not batch.awaited and batch.responses:
                     self._put(ScoringTask(batch, name, range(len(batch.responses))))
@@ -332,7 +332,8 @@ class Scorer:
                 batch.missing -= 1
             failed = [row for row in task.rows if isinstance(batch.values[task.part][row], Failure)]
             batch.failed |= {*failed}
-            if failed and len(batch.failed) > self.settings.max_failed_share * len(batch.responses):
+            too_many = len(batch.failed) > self.settings.max_failed_share * len(batch.responses)
+            if failed and too_many and not batch.done.is_set():
                 batch.give_up(self._too_many_failed(batch, task.part, failed[-1]))
             if batch.missing == 0:
                 batch.done.set()
