@@ -195,7 +195,10 @@ class Reward:
         ("think", "answer"), "the two tags of the grpo design; [dx, conclusion] after a cold start shared with crpo"
     )
     cross_reference: CrossReference = section(CrossReference)
-    workers: Count = setting(2, "scoring processes; 0: score in the training process, without time limits")
+    workers: Count = setting(
+        2,
+        "scoring processes; 0: built-in designs are scored in the training process, your functions in one of their own",
+    )
     time_limit: Real = setting(5.0, "time after which scoring a response is given up", unit="seconds", ge=0.001)
     max_failed_share: Share = setting(0.1, "the run stops if a larger share of a batch could not be scored")
 

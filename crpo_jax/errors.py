@@ -13,10 +13,7 @@ class InputError(Exception):
     """
 
     def __init__(self, line: str) -> None:
-        line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
-        if len(line) > LONGEST_LINE:
-            line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-        super().__init__(line)
+        super().__init__(one_line(line))
 
 
 class Fault(Exception):
@@ -24,6 +21,15 @@ class Fault(Exception):
 
     One line with what happened, what is safe and what to do.
     """
+
+
+def one_line(text: str, limit: int = LONGEST_LINE) -> str:
+    """A text as one line that a terminal can show: control characters escaped, the middle of a long one left out."""
+
+    def cut(text: str) -> str:
+        return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+    return cut("".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut(text)))
 
 
 def brief(value: Any, limit: int = 80) -> str:

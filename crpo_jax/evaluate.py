@@ -3,13 +3,14 @@
   --model FOLDER --data NAME_OR_FILE ...   a model answers data sets; if stopped, the same command resumes
   --responses FILE ...                     someone else's responses, JSON lines as crpo_jax.score reads them
   --workdir DIR alone                      the responses in DIR, to be judged or summarized again
-  --report NAME=DIR ...                    the paper's table and figures over evaluated workdirs, into WORKDIR/report
+  --report NAME=DIR ...                    the paper's table and figures over workdirs of evaluations, or of training
+                                           runs with their held-out questions, into WORKDIR/report
 
 All but the first need no model and no jax. A data set is medqa, medmcqa, medxpertqa or vignettes (from the hub, or from
 NAME=PATH), or a file in the project's own format. WORKDIR/responses/NAME.jsonl holds the responses as they are
-generated, WORKDIR/summary.json their statistics. With judge.base_url and judge.model set, a judge counts the eight
-measures; WORKDIR/judge holds its replies, and none is requested twice. judge.second.* names a second judge and adds its
-agreement with the first.
+generated, WORKDIR/summary.json their statistics, WORKDIR/questions/NAME.jsonl those of each question. With
+judge.base_url and judge.model set, a judge counts the eight measures; WORKDIR/judge holds its replies, and none is
+requested twice. judge.second.* names a second judge and adds its agreement with the first.
 """
 
 import argparse
@@ -31,11 +32,12 @@ from crpo_jax.data.question import Question
 from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
+from crpo_jax.judge.methods import questions_path, read_summary
 from crpo_jax.judge.report import write_report
 from crpo_jax.judge.table import format_summary
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import StopRequested, StopSignal
-from crpo_jax.store.files import replace_file, writing
+from crpo_jax.store.files import read_rows, replace_file, replace_rows, writing
 from crpo_jax.store.workdir import open_workdir
 
 EVALUATION_SPLITS = {"medmcqa": "validation"}  # its test split hides the answers; all others: data.eval_split
@@ -111,7 +113,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     lists = {
         "--data": ("NAME_OR_FILE", "data sets for the model to answer"),
         "--responses": ("FILE", "responses to evaluate instead of a model's"),
-        "--report": ("NAME=DIR", "evaluated workdirs; a repeated name adds a seed"),
+        "--report": ("NAME=DIR", "workdirs of evaluations or training runs; a repeated name adds a seed"),
     }
     for flag, (metavar, text) in lists.items():
         parser.add_argument(flag, metavar=metavar, nargs="+", action="extend", default=[], help=text)
@@ -181,20 +183,35 @@ def summarize_and_judge(
 ) -> dict[str, Any]:
     """The contents of summary.json: written with the judges' previous results before they are asked, and afterwards."""
     path, dropped_path = workdir / "summary.json", workdir / "responses" / "dropped.json"
-    previous = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() else {}
+    previous = read_summary(workdir)["data"] if path.is_file() else {}
     dropped = json.loads(dropped_path.read_text(encoding="utf-8")) if dropped_path.is_file() else {}
     effective = load_effective_table(settings)
     sets = {}
     for name, responses in answers.items():
-        sets[name] = summarize(responses, settings, effective) | {"dropped": len(dropped.get(name, {}))}
+        sets[name], rows = summarize(responses, settings, effective)
+        sets[name]["dropped"] = len(dropped.get(name, {}))
         judged = {key: previous.get(name, {}).get(key) for key in ("judges", "agreement", "judges_and_truth")}
         sets[name] |= {key: value for key, value in judged.items() if value is not None}
+        write_questions(workdir, name, rows)
     summary = {"model": settings.model.path, "data": sets}
     write_summary(path, summary)
-    for name, results in run_judges(answers, settings, workdir, stop).items():
+    for name, (results, judged_by) in run_judges(answers, settings, workdir, stop).items():
         sets[name] |= results
+        write_questions(workdir, name, list(read_rows(questions_path(workdir, name))), judged_by)
     write_summary(path, summary)
     return summary
+
+
+def write_questions(
+    workdir: Path, name: str, rows: Sequence[dict[str, Any]], judged_by: Mapping[str, Any] | None = None
+) -> None:
+    """Each question's own means, with the counts of `judged_by`, or those of judges who were asked earlier."""
+    path = questions_path(workdir, name)
+    if judged_by is None:
+        judged_by = {row["id"]: row["judges"] for row in read_rows(path) if "judges" in row}
+    with writing(path, hint=""):
+        path.parent.mkdir(exist_ok=True)
+    replace_rows(path, (row | {"judges": judged_by[row["id"]]} if row["id"] in judged_by else row for row in rows))
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
@@ -216,8 +233,8 @@ def load_effective_table(settings: Config) -> Any:
 
 def run_judges(
     answers: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: StopSignal
-) -> dict[str, dict[str, Any]]:
-    """The judges' part of every data set's summary; empty if no judge is set."""
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """The judges' part of every data set's summary, and their counts by question; empty if no judge is set."""
     judge = settings.judge
     if not judge.base_url and not judge.model:
         return {}
@@ -243,7 +260,13 @@ def run_judges(
             verdicts[label] = measures.judge_responses(
                 selected, endpoint, section, path, progress.write, show, lambda: stop.received
             )
-    return {name: measures.summarize_verdicts(verdicts, name, responses) for name, responses in selected.items()}
+    return {
+        name: (
+            measures.summarize_verdicts(verdicts, name, responses),
+            measures.verdict_rows(verdicts, name, responses),
+        )
+        for name, responses in selected.items()
+    }
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Reward breakdowns of a file of responses; needs no model and no jax.
 
 Each input line is JSON: {"id", "question", "options": {"A": ...}, "answer", "response"}, optionally "token_ids"; other
-keys are columns for a user's function. Each output line, in the same order, is {"id", "accuracy", "format",
-"cross_reference", "clinical_reasoning", "consistency", "total", "answer_found", "why"}, and "components" where the
-design names a user's function or a sum; or {"id", "error", "traceback"} for a response that could not be scored. With
---tokenizer consistency is the share of effective tokens, of "token_ids" where a line has them and otherwise of the
-response encoded again; without it, of effective characters, white space aside: why.consistency.by says which.
+keys are columns for a user's function. The samples.jsonl of a run is such a file. Each output line, in the same order,
+is {"id", "accuracy", "format", "cross_reference", "clinical_reasoning", "consistency", "total", "answer_found", "why"},
+and "components" where the design names a user's function or a sum; or {"id", "error", "traceback"} for a response that
+could not be scored. With --tokenizer consistency is the share of effective tokens, of "token_ids" where a line has them
+and otherwise of the response encoded again; without it, of effective characters, white space aside: why.consistency.by
+says which.
 
 Exit code 0; 1 when more responses than reward.max_failed_share could not be scored; 2 for bad input.
 """
@@ -24,6 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from crpo_jax.answer.records import SAMPLE_FIELDS
 from crpo_jax.cli import build_parser, load_settings
 from crpo_jax.config import Reward
 from crpo_jax.data.files import parse_line
@@ -32,8 +34,8 @@ from crpo_jax.data.readers import QUESTION_FIELDS
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError
 from crpo_jax.reward.effective import effective_table, read_vocabulary
-from crpo_jax.reward.rules import DESIGNS, Score
-from crpo_jax.reward.scorer import Scored, Scorer, ScoringBatch, ScoringError
+from crpo_jax.reward.rules import Score
+from crpo_jax.reward.scorer import SCORE_FIELDS, Scored, Scorer, ScoringBatch, ScoringError, score_row
 
 BATCH_LINES = 256  # a user's function is called with this many responses
 BATCHES_AHEAD = 4  # read before the first of them is written
@@ -91,6 +93,8 @@ def read_response(record: Record, vocab_size: int | None) -> ResponseLine:
         record.fail("options", "an object of texts by letter", options)
     if unknown := [letter for letter in options if len(letter) != 1 or letter not in LETTERS]:
         record.fail("options", "capital letters as keys", unknown[0])
+    # In a run the function got the columns of the question alone, so it gets no more from the run's samples.
+    sampled = (*SAMPLE_FIELDS, *SCORE_FIELDS, "error", "traceback") if record.fields.keys() >= {*SAMPLE_FIELDS} else ()
     question = Question(
         id=str(identity),
         question=record.string("question"),
@@ -98,7 +102,7 @@ def read_response(record: Record, vocab_size: int | None) -> ResponseLine:
         answer=record.letter("answer", options),
         source=str(record.fields.get("source", "")),
         split=str(record.fields.get("split", "")),
-        columns=record.columns(*QUESTION_FIELDS, "response", "token_ids"),
+        columns=record.columns(*QUESTION_FIELDS, "response", "token_ids", *sampled),
     )
     ids = record.fields.get("token_ids")
     if ids is not None:
@@ -112,27 +116,6 @@ def read_response(record: Record, vocab_size: int | None) -> ResponseLine:
             record.fail("token_ids", f"token ids{below}", max(ids))
         ids = np.array(ids, np.int64)
     return ResponseLine(identity, question, record.string("response"), ids)
-
-
-def format_row(line: ResponseLine, scored: Scored, components: bool) -> str:
-    """A line of the output."""
-    if isinstance(scored, Score):
-        row = {
-            "id": line.id,
-            "accuracy": scored.accuracy,
-            "format": scored.format,
-            "cross_reference": scored.cross_reference,
-            "clinical_reasoning": scored.clinical_reasoning,
-            "consistency": scored.consistency,
-            "total": scored.total,
-            "answer_found": scored.answer_found,
-            "why": scored.why,
-        }
-        if components:
-            row["components"] = scored.components
-    else:
-        row = {"id": line.id, "error": scored.error, "traceback": scored.traceback}
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 class Totals:
@@ -149,11 +132,11 @@ class Totals:
             return
         self.failed += 1
         if not self.first_failure:
-            self.first_failure = f"the first, {line.id}: {scored.error}\n{scored.traceback}".rstrip()
+            self.first_failure = f"the first, {line.id}: {scored.error}"
 
 
 def score_lines(
-    settings: Reward,
+    scorer: Scorer,
     tokenizer: ResponseTokenizer | None,
     strict: bool,
     lines: Iterable[bytes],
@@ -162,7 +145,6 @@ def score_lines(
 ) -> Totals:
     """Score every valid line; each bad one is named on standard error, and with `strict` the first ends the run."""
     totals, pending = Totals(), deque[tuple[list[ResponseLine], ScoringBatch]]()
-    components = settings.design not in DESIGNS
 
     def valid_lines() -> Iterator[ResponseLine]:
         for number, line in enumerate(lines, 1):
@@ -178,25 +160,21 @@ def score_lines(
                 if strict:
                     return
 
-    # The share of failures that is too many is of the whole file, so it is judged at the end.
-    settings = replace(settings, max_failed_share=1.0)
-    with Scorer(settings, tokenizer.effective if tokenizer else None) as scorer:
+    def write_batch() -> None:
+        batch_lines, batch = pending.popleft()
+        for line, scored in zip(batch_lines, scorer.collect(batch), strict=True):
+            totals.add(line, scored)
+            sink.write(json.dumps({"id": line.id} | score_row(scored), ensure_ascii=False) + "\n")
 
-        def write_batch() -> None:
-            batch_lines, batch = pending.popleft()
-            for line, scored in zip(batch_lines, scorer.collect(batch), strict=True):
-                totals.add(line, scored)
-                sink.write(format_row(line, scored, components))
-
-        stream = valid_lines()
-        while chunk := list(islice(stream, BATCH_LINES)):
-            ids = tokenizer.token_ids(chunk) if tokenizer else None
-            batch = scorer.submit([line.question for line in chunk], [line.response for line in chunk], ids)
-            pending.append((chunk, batch))
-            if len(pending) > BATCHES_AHEAD:
-                write_batch()
-        while pending:
+    stream = valid_lines()
+    while chunk := list(islice(stream, BATCH_LINES)):
+        ids = tokenizer.token_ids(chunk) if tokenizer else None
+        batch = scorer.submit([line.question for line in chunk], [line.response for line in chunk], ids)
+        pending.append((chunk, batch))
+        if len(pending) > BATCHES_AHEAD:
             write_batch()
+    while pending:
+        write_batch()
     return totals
 
 
@@ -214,9 +192,12 @@ def main(arguments: list[str] | None = None) -> int:
         if args.design:
             args.overrides.append(f"reward.design={args.design}")
         config = load_settings(args, model=False)
-        Scorer(config.reward)  # checks the design before any file is opened
         tokenizer = ResponseTokenizer(args.tokenizer, config.rollout.stop) if args.tokenizer else None
+        # The share of failures that is too many is of the whole file, so it is judged at the end.
+        settings = replace(config.reward, max_failed_share=1.0)
         with ExitStack() as files:
+            # First of all, so that a function that cannot be loaded is found before any file is opened.
+            scorer = files.enter_context(Scorer(settings, tokenizer.effective if tokenizer else None))
             lines, source = sys.stdin.buffer, "line"
             if args.responses != "-":
                 lines, source = files.enter_context(open_file(args.responses, "rb", "--responses")), args.responses
@@ -226,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if args.responses != "-" and Path(args.out).exists() and os.path.samefile(args.responses, args.out):
                     raise InputError(f"--out {args.out}: expected another file than --responses")
                 sink = files.enter_context(open_file(args.out, "w", "--out"))
-            totals = score_lines(config.reward, tokenizer, args.strict, lines, source, sink)
+            totals = score_lines(scorer, tokenizer, args.strict, lines, source, sink)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -53,7 +53,8 @@ def train(
     inputs, traces = open_questions(runtime, questions, held_out), cold_start_traces(runtime, workdir)
     steps = crpo.steps or inputs.batches.steps(crpo.epochs)
     scorer, examiner = open_scorers(runtime, reward_functions)
-    with shared_workdir(runtime, workdir, allow_changes=allow_changes):
+    # The scorers first: a reward function that cannot be loaded is found before anything is written or computed.
+    with scorer, examiner, shared_workdir(runtime, workdir, allow_changes=allow_changes):
         start = cold_start(runtime, workdir, traces, allow_changes=allow_changes)
         if start is None:  # asked to stop during the cold start, which resumes from there
             return
@@ -62,7 +63,7 @@ def train(
         trainer = runtime.trainer("crpo", steps * (crpo.prompts_per_step // crpo.mini_batch_prompts))
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, settings.run.keep_best)
         state = runtime.start_state(trainer, start)
-        with open_run(runtime, workdir, trainer, state, steps, checkpoints) as run, scorer, examiner:
+        with open_run(runtime, workdir, trainer, state, steps, checkpoints) as run:
             del state
             run.progress.write(report.opening(runtime, run.done, steps, inputs, start, workdir))
             for step in run.steps():

@@ -96,7 +96,7 @@ def test_responses_of_another_make_are_numbered_and_bad_ones_named(tmp_path):
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(bare) + "\n" for _ in range(3)), encoding="utf-8")
     result = read_answers(tmp_path / "r.jsonl")
     assert [(answer.sample, answer.tokens) for answer in result] == [(0, None), (1, None), (2, None)]
-    assert summarize(result, SETTINGS)["length"]["unit"] == "words"
+    assert summarize(result, SETTINGS)[0]["length"]["unit"] == "words"
     (tmp_path / "r.jsonl").write_text(json.dumps(bare | {"response": None}) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"r.jsonl:1: response: expected a text, got None"):
         read_answers(tmp_path / "r.jsonl")
@@ -110,7 +110,7 @@ def test_a_summary_counts_what_is_there():
     ]
     right, wrong = ("<dx>d</dx><conclusion>\\boxed{A}</conclusion>", "<dx>d</dx><conclusion>\\boxed{B}</conclusion>")
     responses = [(0, right), (0, right), (1, right), (1, wrong), (2, "?"), (2, right)]
-    result = summarize(
+    result, _ = summarize(
         [
             answer(text, index % 2, questions[n], tokens=4, stopped=index > 0)
             for index, (n, text) in enumerate(responses)

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from importlib import import_module
 
+import numpy as np
 import pytest
 
 from crpo_jax import config
@@ -15,6 +17,7 @@ from crpo_jax.data.vignettes import TeacherNoise, teacher_response, vignettes
 from crpo_jax.errors import InputError
 from crpo_jax.judge import report
 from crpo_jax.judge.measures import MEASURES
+from crpo_jax.judge.methods import Column, Method, Seed, find_best, questions_path
 from crpo_jax.reward import terms
 
 evaluate = import_module("crpo_jax.evaluate")
@@ -36,10 +39,11 @@ def evaluated(folder, cites: float, seed: int = 0, judges: bool = False) -> str:
     (inner / "responses" / "vignettes.jsonl").write_text(
         "".join(json.dumps(answer_to_row(answer)) + "\n" for answer in answers), encoding="utf-8"
     )
-    summary = summarize(answers, SETTINGS)
+    summary, questions = summarize(answers, SETTINGS)
     if judges:
         count = {"mean": 2.0, "low": 1.0, "high": 3.0, "judged": 21, "unparsed": 4, "missing": 1}
         summary["judges"] = {"llama": dict.fromkeys(MEASURES, count)}
+    evaluate.write_questions(inner, "vignettes", questions)
     (inner / "summary.json").write_text(json.dumps({"model": "m", "data": {"vignettes": summary}}), encoding="utf-8")
     steps = [
         {
@@ -91,6 +95,153 @@ def test_a_report_over_seeds_and_methods(tmp_path, capsys):
     assert "judge llama: 336 counts, 64 replies unparsed, 16 missing" in text
     assert text.count("<section>") == report.MAX_CASES
     assert re.search(r"<mark>\w+</mark> <mark>\w+</mark>", text), "cited findings are marked"
+
+
+ACCURACY = Column("accuracy %", ("accuracy",), digits=1, scale=100)
+
+
+def right(count: int) -> str:
+    """The first `count` of a hundred questions."""
+    return "1" * count + "0" * (100 - count)
+
+
+def method(name: str, *seeds: str) -> Method:
+    """A row whose seeds answer questions right (1) and wrong (0), as the texts say."""
+
+    def seed(text: str) -> Seed:
+        rows = [{"id": str(place), "digest": "", "accuracy": float(answer)} for place, answer in enumerate(text)]
+        mean = sum(map(int, text)) / len(text)
+        return Seed(name, {"data": {"d": {"accuracy": {"mean": mean}}}}, {"d": rows}, {}, ())
+
+    return Method(name, [seed(text) for text in seeds])
+
+
+@pytest.mark.parametrize(
+    ("methods", "bold"),
+    [
+        # Bold was whatever had the largest printed mean, by a single question of a hundred too.
+        ([method("a", right(50)), method("b", right(51))], set()),
+        ([method("a", right(20)), method("b", right(60))], {"b"}),
+        ([method("a", "0" * 100), method("b", right(59)), method("c", right(60))], {"b", "c"}),
+        # The same means: on the same questions a difference of ten is none of chance, on others it is.
+        ([method("a", right(50)), method("b", right(60))], {"b"}),
+        ([method("a", right(50)), method("b", "0" * 40 + "1" * 60)], set()),
+        ([method("a", "0" * 5), method("b", "1" * 5)], set()),
+        ([method("a", "0" * 6), method("b", "1" * 6)], {"b"}),
+        ([method("a", "1" * 10)], set()),
+        ([method("a", "01" * 10), method("b", "01" * 10)], set()),
+        # Seeds that differ among themselves by as much as the methods do.
+        (
+            [
+                method("a", "1" * 40 + "0" * 60, right(60)),
+                method("b", right(60), "1" * 64 + "0" * 36),
+            ],
+            set(),
+        ),
+        (
+            [
+                method("a", "1" * 40 + "0" * 60, "1" * 41 + "0" * 59),
+                method("b", right(60), "1" * 61 + "0" * 39),
+            ],
+            {"b"},
+        ),
+    ],
+)
+def test_bold_is_what_chance_does_not_explain(methods, bold):
+    assert find_best(methods, "d", ACCURACY) == bold
+
+
+def test_the_test_behind_bold_against_scipy():
+    """With a seed each it is the paired t test."""
+    from scipy.stats import ttest_rel
+
+    verdicts, random = set(), np.random.default_rng(0)
+    for _ in range(30):
+        ours, theirs = (random.random((2, 60)) < [[0.5], [0.65]]).astype(int)
+        told_apart = bool(ttest_rel(ours, theirs).pvalue < 0.05)
+        methods = [method(name, "".join(map(str, answers))) for name, answers in (("a", ours), ("b", theirs))]
+        assert bool(find_best(methods, "d", ACCURACY)) == told_apart
+        verdicts.add(told_apart)
+    assert verdicts == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rows: rows[:-3], "got 21 questions in A=.*a and 18 in B=.*b: 3 only in A=.*a .such as "),
+        (lambda rows: [{**rows[0], "id": "new"}, *rows[1:]], "1 only in A=.*, 1 only in B=.*b .such as new.$"),
+        (lambda rows: [{**rows[0], "digest": "other"}, *rows[1:]], "1 of another wording .such as "),
+    ],
+)
+def test_evaluations_of_other_questions_are_refused_by_name(tmp_path, change, expected):
+    """They stood in one table, the best of them bold."""
+    folders = [f"{name.upper()}={evaluated(tmp_path / name, 1.0)}" for name in "ab"]
+    path = questions_path(tmp_path / "b" / "evaluation", "vignettes")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)), encoding="utf-8")
+    with pytest.raises(InputError, match=f"expected answers to the same questions of vignettes, .*{expected}"):
+        evaluate.main(["--report", *folders, "--workdir", str(tmp_path / "out")])
+    path.unlink()
+    with pytest.raises(
+        InputError, match=r"--report B=.*expected .*vignettes.jsonl, which earlier .* --workdir .*evaluation`"
+    ):
+        evaluate.main(["--report", *folders, "--workdir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_summary_that_is_none_is_named(tmp_path):
+    """A damaged one was a traceback, in a report and in an evaluation that goes on."""
+    evaluated(tmp_path / "a", 1.0)
+    responses, workdir = tmp_path / "a" / "evaluation" / "responses" / "vignettes.jsonl", tmp_path / "again"
+    evaluate.main(["--responses", str(responses), "--workdir", str(workdir), "reward.workers=0"])
+    expected = r"again/summary\.json: expected the summary of an evaluation, got something else; remove it, and "
+    for content in ("", "[", "[]", "{}", '{"data": 1}', '{"data": {"d": 1}}'):
+        (workdir / "summary.json").write_text(content)
+        for arguments in (["--report", f"A={workdir}"], ["--workdir", str(workdir), "reward.workers=0"]):
+            with pytest.raises(InputError, match=expected):
+                evaluate.main(arguments)
+    (workdir / "summary.json").unlink()
+    evaluate.main(["--workdir", str(workdir), "reward.workers=0"])
+    evaluate.main(["--report", f"A={workdir}", "--workdir", str(tmp_path)])
+
+
+def test_training_runs_are_compared_by_their_held_out_questions(tmp_path, capsys):
+    """A run's workdir was refused, although it holds answers to the same questions as the run beside it."""
+    for name, cites in (("grpo", 0.0), ("crpo", 1.0)):
+        evaluated(tmp_path / name, cites)
+        (tmp_path / name / "report").mkdir()
+        responses = tmp_path / name / "evaluation" / "responses" / "vignettes.jsonl"
+        for step in (0, 20):
+            shutil.copy(responses, tmp_path / name / "report" / f"held_out_{step:06d}.jsonl")
+        shutil.rmtree(tmp_path / name / "evaluation")
+        (tmp_path / name / "config.yaml").write_text("reward: {workers: 0}\n")
+    rows = [f"{name.upper()}={tmp_path / name}" for name in ("grpo", "crpo")]
+    evaluate.main(["--report", *rows, "--workdir", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert re.search(r"^held_out +GRPO +CRPO", output)
+    assert re.search(r"cites % +0\.0 +9\d\.\d \*", output)
+    assert f"GRPO={tmp_path / 'grpo'}: a training run, its held-out questions after step 20." in output
+
+
+def test_judges_counts_by_question_outlive_an_evaluation_without_them(tmp_path):
+    rows = [{"id": "a", "digest": "1", "accuracy": 1.0}, {"id": "b", "digest": "2", "accuracy": 0.0}]
+    evaluate.write_questions(tmp_path, "d", rows, {"a": {"llama": {"subgoal": 2.0}}})
+    evaluate.write_questions(tmp_path, "d", [{**row, "accuracy": 0.5} for row in rows])
+    stored = [json.loads(line) for line in questions_path(tmp_path, "d").read_text(encoding="utf-8").splitlines()]
+    assert stored[0] == {"id": "a", "digest": "1", "accuracy": 0.5, "judges": {"llama": {"subgoal": 2.0}}}
+    assert Column("Subgoal", ("judges", "llama", "subgoal")).of_question(stored[0]) == 2.0
+    assert Column("Subgoal", ("judges", "llama", "subgoal")).of_question(stored[1]) is None
+
+
+def test_lengths_in_tokens_and_in_words_are_two_columns():
+    methods = [method("a", "1"), method("b", "1")]
+    for row, length in zip(methods, ({"unit": "words", "mean": 90.0}, {"unit": "tokens", "mean": 130.0}), strict=True):
+        row.seeds[0].summary["data"]["d"]["length"] = length
+    columns = {column.title: column for column in report.table_columns(methods, "d")}
+    cells = [
+        [report.format_cell(row, "d", columns[f"length, {unit}"]) for row in methods] for unit in ("words", "tokens")
+    ]
+    assert cells == [["90", "-"], ["-", "130"]]
 
 
 def test_text_of_a_model_is_text():

@@ -12,6 +12,7 @@ import textwrap
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from response_table import GOOD, GOUT, ROWS
 
 from crpo_jax.config import Reward
 from crpo_jax.errors import InputError
+from crpo_jax.reward import scorer as scorer_module
 from crpo_jax.reward.functions import Failure, design_name, import_path
 from crpo_jax.reward.rules import Score, score_response
 from crpo_jax.reward.scorer import CHUNK, Scorer, ScoringError, design_parts
@@ -74,6 +76,70 @@ def world(prompts, completions, **columns):
     print("a function may print")
     hidden = os.environ["JAX_PLATFORMS"] == "cpu" and os.environ["CUDA_VISIBLE_DEVICES"] == ""
     return [float(hidden and "jax" not in sys.modules and "transformers" not in sys.modules)] * len(completions)
+
+def wrong(prompts, completions, **columns):
+    # what the first completion names
+    n = len(completions)
+    return {
+        "nothing": lambda: None,
+        "short": lambda: [1.0] * (n - 1),
+        "long": lambda: [1.0] * (n + 1),
+        "endless": lambda: iter(int, 1),
+        "number": lambda: 1.0,
+        "text": lambda: "1" * n,
+        "bytes": lambda: b"1" * n,
+        "dictionary": lambda: dict.fromkeys(range(n), 1.0),
+        "set": lambda: set(range(n)),
+        "coroutine": lambda: later(),
+        "unreadable list": lambda: Unreadable(),
+        "digits": lambda: ["1.0"] * n,
+        "surrogates": lambda: ["\\ud800"] * n,
+        "long text": lambda: ["x" * 10**7] * n,
+        "arrays": lambda: [[1.0]] * n,
+        "complex": lambda: [1j] * n,
+        "not a number": lambda: [float("nan")] * n,
+        "infinite": lambda: [float("-inf")] * n,
+        "immense": lambda: [10**400] * n,
+        "unreadable": lambda: [Unreadable()] * n,
+    }[completions[0]]()
+
+async def later():
+    return [1.0]
+
+class Unreadable(Exception):
+    def __repr__(self):
+        raise RuntimeError("no text\\nat all")
+    __str__ = __float__ = __repr__
+
+class Odd(BaseException):
+    pass
+
+def rogue(prompts, completions, **columns):
+    # does to its process what the completions name
+    for text in completions:
+        if text == "fork and return" and os.fork() == 0:
+            return [7.0] * len(completions)
+        if text.startswith("daemon") and os.fork() == 0:
+            os.setsid()
+            note(f"pids {os.getpid()}")
+            time.sleep(600)
+        while text.startswith("daemon") and not os.path.exists(CALLS):
+            time.sleep(0.01)
+        if text.endswith("exit"):
+            os._exit(0)
+        if text == "hang":
+            re.match(r"(a+)+$", "a" * 64 + "b")
+        if text == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if text == "close":
+            os.closerange(3, 256)
+        if text == "odd":
+            raise Odd("odd")
+        if text == "unreadable":
+            raise Unreadable
+        if text == "memory":
+            raise MemoryError
+    return [1.0] * len(completions)
 
 def where(prompts, completions, **columns):
     return [float(os.getpid())] * len(completions)
@@ -226,14 +292,133 @@ def test_too_many_failures_stop_with_an_explanation(here: Path) -> None:
     )
 
 
+WRONG = {
+    "nothing": "expected a list of 2 rewards, one per completion, got None",
+    "short": "expected 2 rewards, one per completion, got 1",
+    "long": "expected 2 rewards, one per completion, got more",
+    "endless": "expected 2 rewards, one per completion, got more",
+    "number": "expected a list of 2 rewards, one per completion, got 1.0",
+    "text": "expected a list of 2 rewards, one per completion, got '11'",
+    "bytes": "expected a list of 2 rewards, one per completion, got b'11'",
+    "dictionary": "expected a list of 2 rewards, one per completion, got {0: 1.0, 1: 1.0}",
+    "set": "expected a list of 2 rewards, one per completion, got {0, 1}",
+    "coroutine": "expected a list of 2 rewards, one per completion, got the coroutine of an async function",
+    "unreadable list": "expected a list of 2 rewards, one per completion, got <Unreadable instance at",
+    "digits": "expected a number or None as reward, got '1.0'",
+    "surrogates": r"expected a number or None as reward, got '\ud800'",
+    "long text": "expected a number or None as reward, got 'xxx",
+    "arrays": "expected a number or None as reward, got [1.0]",
+    "complex": "expected a number or None as reward, got 1j",
+    "not a number": "expected a finite reward, got nan",
+    "infinite": "expected a finite reward, got -inf",
+    "immense": "expected a number or None as reward, got a whole number of 1329 bits",
+    "unreadable": "expected a number or None as reward, got <Unreadable instance at",
+}
+"""What the function `wrong` returns for two completions, and the line about it."""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_wrong_return_is_one_line_without_a_traceback(
+    here: Path, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A dictionary's keys and a text's digits were rewards; others ended their worker, or came with a traceback."""
+    name = named(here, "wrong")
+    with Scorer(Reward(design=name, workers=workers, max_failed_share=1)) as scorer:
+        for wrong, line in WRONG.items():
+            for scored in scorer.score([GOUT] * 2, [wrong] * 2):
+                assert isinstance(scored, Failure), wrong
+                assert scored.error.startswith(f"{name}: {line}"), wrong
+                assert scored.error.isprintable(), wrong
+                assert len(scored.error) < 300, wrong
+                assert not scored.traceback, wrong
+    with Scorer(Reward(design=name, workers=workers)) as scorer:
+        for wrong in WRONG:
+            with pytest.raises(ScoringError) as error:
+                scorer.score([GOUT] * 2, [wrong] * 2)
+            assert re.fullmatch(
+                rf"2 of a batch's 2 responses could not be scored .* of question gout: {name}: .*", str(error.value)
+            )
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("odd", "Odd: odd"),
+        ("unreadable", "Unreadable: (an exception without a readable text)"),
+        ("memory", "MemoryError: "),
+        ("exit", "the scoring process died: exit code 0"),
+        ("close", "the scoring process died: it closed its connection to the run"),
+        ("hang", "scoring took longer than reward.time_limit=0.5 seconds; its process was killed"),
+        ("stop", "scoring took longer than reward.time_limit=0.5 seconds; its process was killed"),
+    ],
+)
+def test_what_a_function_does_to_its_process_costs_its_response_only(
+    here: Path, word: str, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With reward.workers=0, the default of the tiny config, these ended the run, with exit code 0, or hung it."""
+    began, name = time.monotonic(), named(here, "rogue")
+    found = run(Reward(design=name, workers=0, time_limit=0.5, max_failed_share=0.5), ["a", word, "b"])
+    assert time.monotonic() - began < 60
+    assert [isinstance(scored, Score) for scored in found] == [True, False, True]
+    assert isinstance(found[1], Failure)
+    assert found[1].error == f"{name}: {line}"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_child_that_returns_from_the_function_does_not_answer_for_it(here: Path) -> None:
+    """Both answered: the child's rewards were read as those of the next batch, in silence."""
+    with Scorer(Reward(design=named(here, "rogue"), workers=1)) as scorer:
+        for responses in (["fork and return"], ["a", "b"], ["c"]):
+            scores = scorer.score([GOUT] * len(responses), responses)
+            assert [isinstance(scored, Score) and scored.total for scored in scores] == [1.0] * len(responses)
+
+
+@pytest.mark.parametrize("end", ["", " and exit", " and hang"])
+def test_children_that_leave_the_group_hold_nothing_up_and_are_killed(here: Path, end: str) -> None:
+    """A child in a session of its own keeps the socket open, so that its parent's end was not seen."""
+    settings = Reward(design=named(here, "rogue"), workers=1, time_limit=1 if end == " and hang" else 60)
+    words = ["daemon" + end] if end != " and hang" else ["daemon", "hang"]
+    began = time.monotonic()
+    with Scorer(replace(settings, max_failed_share=1)) as scorer:
+        scores = scorer.score([GOUT] * len(words), words)
+    assert time.monotonic() - began < 60
+    assert isinstance(scores[-1], Score if not end else Failure)
+    pids = [int(line.split()[1]) for line in (here / "calls.txt").read_text().splitlines() if line.startswith("pids")]
+    assert pids
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_stopped_process_that_cannot_take_a_large_batch_is_killed_at_the_limit() -> None:
+    """Its socket is full after some 200 KB: the run waited for ever to hand over the rest."""
+    with Scorer(Reward(workers=1, time_limit=0.5, max_failed_share=0.5)) as scorer:
+        assert scorer.score([GOUT], [GOOD]) == [score_response(GOUT, GOOD, Reward())]
+        os.kill(scorer._processes[0].process.pid, signal.SIGSTOP)
+        began, long = time.monotonic(), GOOD + " x" * 500_000
+        stopped, after = scorer.score([GOUT] * 2, [long] * 2)
+        assert time.monotonic() - began < 60
+    assert isinstance(stopped, Failure)
+    assert stopped.error == "scoring took longer than reward.time_limit=0.5 seconds; its process was killed"
+    assert after == score_response(GOUT, long, Reward())
+
+
+def test_a_function_that_never_answers_is_given_up_after_some_responses(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one of 256 responses waited out its limit, half an hour with the defaults."""
+    monkeypatch.setattr(scorer_module, "LOST_IN_A_ROW", 3)
+    found = run(Reward(design=named(here, "rogue"), workers=2, time_limit=0.2, max_failed_share=1), ["hang"] * 100)
+    errors = [scored.error.partition(": ")[2] for scored in found if isinstance(scored, Failure)]
+    assert len(errors) == 100
+    assert errors.count("not called: none of the 3 before it was answered") >= 95
+
+
 @pytest.mark.parametrize(
     ("function", "explanation"),
     [
         ("short", "expected 2 rewards, one per completion, got 1"),
         ("infinite", "expected a finite reward, got nan"),
         ("words", "expected a number or None as reward, got 'good'"),
-        ("absent", "AttributeError: module 'mine_"),
-        ("CALLS", "is no function but 'calls.txt'"),
     ],
 )
 def test_bad_functions_are_explained(here: Path, function: str, explanation: str) -> None:
@@ -241,10 +426,42 @@ def test_bad_functions_are_explained(here: Path, function: str, explanation: str
     assert all(isinstance(one, Failure) and explanation in one.error for one in found)
 
 
-def test_a_module_that_cannot_be_imported() -> None:
-    found = run(Reward(design="no_such_module:f", workers=1, max_failed_share=1), ["a"])
-    assert isinstance(found[0], Failure)
-    assert "No module named 'no_such_module'" in found[0].error
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("function", "explanation"),
+    [
+        ("lenght", "AttributeError: module 'mine_.*' has no attribute 'lenght'; similar: length$"),
+        ("CALLS", "is no function but 'calls.txt'$"),
+        ("length.absent", "AttributeError: 'function' object has no attribute 'absent'"),
+    ],
+)
+def test_a_function_that_is_not_there_is_known_before_anything_is_scored(
+    here: Path, workers: int, function: str, explanation: str
+) -> None:
+    path = named(here, function)
+    with pytest.raises(InputError, match=rf"reward\.design: expected a function {path}, got .*{explanation}"):
+        run(Reward(design=f"crpo+{path}", workers=workers), [])
+
+
+@pytest.mark.parametrize(
+    ("source", "explanation"),
+    [
+        (None, "expected a function broken:f, got ModuleNotFoundError: No module named 'broken'$"),
+        ("x = 1\n1 / 0", r"got ZeroDivisionError: division by zero \(.*broken\.py, line 2\)$"),
+        ("def f(:", r"got SyntaxError: .* \(.*broken\.py, line 1\)$"),
+        ("import broken_too", "got ModuleNotFoundError: No module named 'broken_too' .*line 1"),
+        ("raise BaseException('no')", "got BaseException: no"),
+        ("import os; os._exit(0)", "importing broken:f ended the scoring process: exit code 0$"),
+    ],
+)
+def test_a_module_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str | None, explanation: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if source:
+        (tmp_path / "broken.py").write_text(source)
+    with pytest.raises(InputError, match=explanation):
+        run(Reward(design="broken:f", workers=0), [])
 
 
 def test_functions_get_whole_batches_and_columns(here: Path) -> None:
@@ -345,7 +562,7 @@ def test_an_object_that_can_be_imported_goes_to_the_workers(here: Path, workers:
     with Scorer(Reward(design=name, workers=workers), functions={name: user_function(here, "where")}) as scorer:
         (scored,) = scorer.score([GOUT], ["a"])
     assert isinstance(scored, Score)
-    assert (scored.total == os.getpid()) == (workers == 0)
+    assert scored.total != os.getpid(), "a user's function may hang or exit, so it never runs in this process"
 
 
 def test_a_module_beside_the_users_script_is_found_by_the_workers(

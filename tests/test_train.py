@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from crpo_jax.errors import InputError
 from crpo_jax.store.logs import read_metrics
 
 export = import_module("crpo_jax.export")
+score = import_module("crpo_jax.score")
 train = import_module("crpo_jax.train")
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -366,3 +368,42 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments):
 
 def test_devices_are_the_eight_of_the_suite():
     assert jax.device_count() == 8
+
+
+REWARDS = """
+def brevity(prompts, completions, **columns):
+    return [float("nan") if number == 3 else -len(text) / 100 for number, text in enumerate(completions)]
+"""
+
+
+def test_a_users_function_in_a_run_and_the_score_of_its_samples(whole, tmp_path, monkeypatch, capfd):
+    """Its part stands in the samples by name, a response that it cannot score is named, and `score` reads the file."""
+    (tmp_path / "users_own.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    design = "reward.design=crpo+users_own:brevity*0.5"
+    with pytest.raises(InputError, match=r"users_own:brevty, got AttributeError: .* similar: brevity$"):
+        run(tmp_path / "run", f"model.path={whole / 'coldstart'}", "reward.design=crpo+users_own:brevty")
+    assert not (tmp_path / "run").exists(), "found before anything is written"
+    metrics = run(tmp_path / "run", f"model.path={whole / 'coldstart'}", design, "crpo.steps=1")
+    printed = capfd.readouterr().err
+    assert re.search(
+        r"step 0: 1 of 16 responses could not be scored and carry no gradient; the first, of question train-\d+: "
+        r"users_own:brevity: expected a finite reward, got nan\n",
+        printed,
+    )
+    assert "Traceback" not in printed
+    rows = samples(tmp_path / "run")
+    scored = [row for row in rows if "error" not in row]
+    assert len(scored) == 15
+    assert metrics[0]["reward/failed"] == pytest.approx(1 / 16)
+    assert metrics[0]["reward/std"] == pytest.approx(np.std([row["total"] for row in scored]))
+    assert all(row["components"]["users_own:brevity"] == -len(row["response"]) / 100 for row in scored)
+    assert all(row["question"] and row["question"] in row["prompt"] for row in rows)
+
+    out = tmp_path / "scores.jsonl"
+    flags = ["--tokenizer", str(whole / "coldstart"), design, "reward.max_failed_share=1"]
+    assert score.main(["--responses", str(tmp_path / "run" / "samples.jsonl"), "--out", str(out), *flags]) == 0
+    again = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    exact = ("accuracy", "format", "cross_reference", "clinical_reasoning", "answer_found")
+    for ours, theirs in zip(again, rows, strict=True):
+        assert "error" in theirs or {key: ours[key] for key in exact} == {key: theirs[key] for key in exact}

@@ -1,20 +1,15 @@
 """Held-out questions answered by the policy and scored, and the means of what was measured."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import numpy as np
 
-from crpo_jax.answer.records import question_to_row
-from crpo_jax.answer.rollout import respond, score_fields
+from crpo_jax.answer.rollout import Responses, mean, respond, response_row
 from crpo_jax.data.prompts import Fitting
-from crpo_jax.data.question import Question
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.reward.rules import Score
-from crpo_jax.reward.scorer import Scored, Scorer
+from crpo_jax.reward.scorer import Scored, Scorer, score_row
 from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.report import step_line
 from crpo_jax.runtime.run import TrainingRun
@@ -22,14 +17,6 @@ from crpo_jax.store.files import replace_rows, writing
 
 EVALUATION = 2**31 - 1
 """Stands for the step in the keys of held-out evaluations: all of them draw the same random numbers."""
-
-
-class Evaluated(NamedTuple):
-    """A held-out question, the policy's response and its score."""
-
-    question: Question
-    response: str
-    score: Scored
 
 
 def evaluate_held_out(
@@ -45,20 +32,20 @@ def evaluate_held_out(
     texts, scores = responses.scores()
     means = {**reward_means(scores), **response_means(responses.responses)}
     if run.runtime.writes:
-        rows = [Evaluated(*parts) for parts in zip(responses.questions, texts, scores, strict=True)]
-        write_evaluation(run.workdir, step, rows)
+        write_evaluation(run.workdir, step, responses, texts, scores)
     run.progress.write(f"step {step}/{run.total}  {len(texts)} held-out questions: {step_line(means)}")
     return {f"eval/{name.split('/')[1]}": value for name, value in means.items()}
 
 
-def write_evaluation(workdir: Path, step: int, rows: Sequence[Evaluated]) -> None:
+def write_evaluation(
+    workdir: Path, step: int, responses: Responses, texts: Sequence[str], scores: Sequence[Scored]
+) -> None:
     """The held-out responses after `step` steps, in report/held_out_<step>.jsonl."""
     path = workdir / "report" / f"held_out_{step:06d}.jsonl"
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-    replace_rows(
-        path, (question_to_row(row.question) | {"response": row.response} | score_fields(row.score) for row in rows)
-    )
+    rows = zip(responses.questions, responses.responses, texts, scores, strict=True)
+    replace_rows(path, (response_row(*row[:3]) | score_row(row[3]) for row in rows))
 
 
 def reward_means(scores: Sequence[Scored]) -> dict[str, float]:
@@ -79,7 +66,3 @@ def response_means(responses: Sequence[Response]) -> dict[str, float]:
         "response/length": mean([len(response.tokens) for response in responses]),
         "response/truncated": mean([not response.stopped for response in responses]),
     }
-
-
-def mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else math.nan

@@ -1,5 +1,7 @@
 """Responses to questions as files hold them, one JSON object per line; no jax."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +13,9 @@ from crpo_jax.data.question import Question
 from crpo_jax.data.readers import question_of
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError
+
+SAMPLE_FIELDS = ("step", "sample", "prompt", "tokens", "stopped", "advantage", "trained")
+"""What a run's samples.jsonl says of a response besides its question, its text and its score."""
 
 RESPONSE_FIELDS = ("sample", "response", "token_ids", "tokens", "stopped")
 
@@ -32,6 +37,12 @@ def question_to_row(question: Question) -> dict[str, Any]:
     row = {"id": question.id, "question": question.question, "options": dict(question.options)}
     origin = {"source": question.source, "split": question.split}
     return row | {"answer": question.answer} | {name: value for name, value in origin.items() if value}
+
+
+def question_digest(question: Question) -> str:
+    """Tells whether two questions are the same to a model: their text, their options and the right one."""
+    content = [question.question, sorted(question.options.items()), question.answer]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def answer_to_row(answer: Answer) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Samples responses and scores those that have ended while longer ones are still being decoded."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,12 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from crpo_jax.answer.records import question_to_row
 from crpo_jax.data.question import Question
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.parallel.processes import gather_from_processes, process_share
+from crpo_jax.reward.functions import Failure
 from crpo_jax.reward.overlong import punish_overlong
 from crpo_jax.reward.rules import Score
-from crpo_jax.reward.scorer import Scored, Scorer
+from crpo_jax.reward.scorer import Scored, Scorer, score_row
 from crpo_jax.rollout.engine import Response, RolloutProgress
 from crpo_jax.runtime.inputs import TrainingQuestions
 from crpo_jax.runtime.run import TrainingRun
@@ -79,9 +82,10 @@ class ScoredRollout(NamedTuple):
 
     questions: list[Question]  # of each response
     responses: list[Response]
+    prompts: dict[str, str]  # as the model read them, by the question's id
     texts: list[str]
     scores: list[Scored]
-    rewards: Float[np.ndarray, "p g"]  # 0 where a response could not be scored
+    rewards: Float[np.ndarray, "p g"]  # nan where a response could not be scored: no mean may count it
     valid: Bool[np.ndarray, "p g"]  # whether it could be
     trained: Int[np.ndarray, " t"]  # the responses that go into mini-batches, in order
     seconds: dict[str, float]
@@ -146,7 +150,7 @@ def sample_rollout(
         repeated, responses = repeated + new.questions, responses + new.responses
         texts, scores = texts + new_texts, scores + new_scores
         valid = np.array([isinstance(score, Score) for score in scores]).reshape(-1, crpo.group_size)
-        totals = [score.total if isinstance(score, Score) else 0.0 for score in scores]
+        totals = [score.total if isinstance(score, Score) else math.nan for score in scores]
         rewards = np.array(totals).reshape(-1, crpo.group_size)
         groups, varied = choose_groups(rewards, valid, crpo.prompts_per_step)
         seconds["rollout"] += sampled - began
@@ -154,50 +158,66 @@ def sample_rollout(
         if varied == crpo.prompts_per_step or turn == crpo.dynamic_sampling:
             break
         turn += 1
+    if line := describe_failures(repeated, scores):
+        run.progress.write(f"step {step}: {line}")
     trained = (groups[:, None] * crpo.group_size + np.arange(crpo.group_size)).reshape(-1)
-    return ScoredRollout(repeated, responses, texts, scores, rewards, valid, trained, seconds)
+    decode, distinct = runtime.vocabulary.tokenizer.decode, {question.id for question in repeated}
+    prompts = {id_: str(decode(questions.prompt_of[id_], skip_special_tokens=False)) for id_ in distinct}
+    return ScoredRollout(repeated, responses, prompts, texts, scores, rewards, valid, trained, seconds)
+
+
+def describe_failures(questions: Sequence[Question], scores: Sequence[Scored]) -> str:
+    """How many responses could not be scored, and why the first could not; empty where all were."""
+    failed = [
+        (question, score) for question, score in zip(questions, scores, strict=True) if isinstance(score, Failure)
+    ]
+    if not failed:
+        return ""
+    question, failure = failed[0]
+    assert isinstance(failure, Failure)
+    count = f"{len(failed)} of {len(scores)} responses could not be scored and carry no gradient"
+    return f"{count}; the first, of question {question.id}: {failure.error}"
 
 
 def rollout_metrics(rollout: ScoredRollout) -> dict[str, float]:
-    """What the rewards of a step's groups say besides their means: spread, and how much conclusions cite and repeat."""
+    """What the rewards of a step's groups say besides their means: spread, and how much conclusions cite and repeat.
+
+    All of it is of the responses that could be scored; a group with fewer than two of them has no variance to speak of.
+    """
     scores = [score for score in rollout.scores if isinstance(score, Score)]
     reasons = [score.why.get("cross_reference") for score in scores]
     cited = [why for why in reasons if why and "cited" in why]
+    groups = [rewards[valid] for rewards, valid in zip(rollout.rewards, rollout.valid, strict=True)]
     return {
-        "reward/std": float(np.std(rollout.rewards)),
-        "reward/zero_variance_groups": float(np.mean(np.ptp(rollout.rewards, axis=1) == 0)),
-        "reward/cited_terms": float(np.mean([len(why["cited"]) for why in cited])) if cited else 0.0,
-        "reward/repeated_terms": float(np.mean([why["repeats"] for why in cited])) if cited else 0.0,
+        "reward/std": float(np.std(np.concatenate(groups))) if scores else math.nan,
+        "reward/zero_variance_groups": mean([np.ptp(group) == 0 for group in groups if len(group) > 1]),
+        "reward/cited_terms": mean([len(why["cited"]) for why in cited]),
+        "reward/repeated_terms": mean([why["repeats"] for why in cited]),
     }
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean; nan, which the logs write as null, where there is nothing to average."""
+    return float(np.mean(values)) if values else math.nan
+
+
 def sample_rows(step: int, rollout: ScoredRollout, advantages: np.ndarray) -> list[dict[str, Any]]:
-    """What samples.jsonl records of a step: every response with its reward, or with the error that left it out.
+    """What samples.jsonl records of a step: every response to its question, with its reward or the error that left it
+    out; `crpo_jax.score` reads it too.
 
     `trained` says whether it was in a mini-batch: all are, unless dynamic sampling replaced their group.
     """
     trained, rows = set(rollout.trained.tolist()), []
     responses = zip(rollout.questions, rollout.responses, rollout.texts, rollout.scores, strict=True)
     for place, (question, response, text, score) in enumerate(responses):
-        row: dict[str, Any] = {"step": step, "id": question.id, "sample": response.sample}
-        row |= {"tokens": len(response.tokens), "stopped": response.stopped}
+        row = response_row(question, response, text) | {"step": step, "sample": response.sample}
+        row |= {"prompt": rollout.prompts[question.id]}
         row |= {"advantage": round(float(advantages[place]), 5), "trained": place in trained}
-        rows.append(row | {"answer": question.answer, "response": text} | score_fields(score))
+        rows.append(row | score_row(score))
     return rows
 
 
-def score_fields(score: Scored) -> dict[str, Any]:
-    if not isinstance(score, Score):
-        return {"error": score.error, "traceback": score.traceback}
-    names = (
-        "total",
-        "accuracy",
-        "format",
-        "cross_reference",
-        "clinical_reasoning",
-        "consistency",
-        *(("components",) if len(score.components) > 1 else ()),
-        "answer_found",
-        "why",
-    )
-    return {name: getattr(score, name) for name in names}
+def response_row(question: Question, response: Response, text: str) -> dict[str, Any]:
+    """A response after its question, with the columns that a reward function may read."""
+    row = question_to_row(question) | dict(question.columns)
+    return row | {"response": text, "tokens": len(response.tokens), "stopped": response.stopped}

@@ -8,15 +8,16 @@ narrow it only as far as they differ, and a share of 0 or 1 still has a width.
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from crpo_jax.answer.records import Answer
+from crpo_jax.answer.records import Answer, question_digest
 from crpo_jax.answer.truth import EXACT_MEASURES, count_exactly, has_truth
 from crpo_jax.config import Config
+from crpo_jax.data.question import Question
 from crpo_jax.reward.parse import parse_response
 from crpo_jax.reward.rules import Score, find_answer
 from crpo_jax.reward.scorer import Scored, Scorer
@@ -88,8 +89,10 @@ def score_answers(
     return scores, "tokens" if by_tokens else "characters"
 
 
-def summarize(answers: Sequence[Answer], settings: Config, effective: np.ndarray | None = None) -> dict[str, Any]:
-    """A data set's entry in summary.json, as plain values."""
+def summarize(
+    answers: Sequence[Answer], settings: Config, effective: np.ndarray | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A data set's entry in summary.json, and each question's own means, by which models are compared; plain values."""
     groups = group_by_question(answers)
     letters = [extract_letter(answer, settings) for answer in answers]
     right = [letter == answer.question.answer for letter, answer in zip(letters, answers, strict=True)]
@@ -101,30 +104,54 @@ def summarize(answers: Sequence[Answer], settings: Config, effective: np.ndarray
         return [[float(values[index]) for index in group] for group in groups]
 
     def reward_part(name: str) -> list[list[float]]:
-        rows = [[float(getattr(scored[index], name)) for index in group if index in scored] for group in groups]
-        return [row for row in rows if row]
+        return [[float(getattr(scored[index], name)) for index in group if index in scored] for group in groups]
+
+    shares = {
+        "accuracy": by_question(right),
+        "valid": by_question([letter is not None for letter in letters]),
+        "majority": [[float(vote)] for vote in votes],
+    }
+    rewards = reward_part("total")
+    parts = {name: reward_part(name) for name in ("format", "cross_reference", "consistency")} if scored else {}
+    exact: dict[str, list[list[float]]] = {}
+    if all(has_truth(answers[group[0]].question) for group in groups):
+        counts = [count_exactly(answer.question, answer.response) for answer in answers]
+        exact = {name: by_question([count[name] for count in counts]) for name in EXACT_MEASURES}
 
     summary: dict[str, Any] = {
         "questions": len(groups),
         "samples": max(map(len, groups)),
         "responses": len(answers),
-        "accuracy": estimate_share(by_question(right)),
-        "valid": estimate_share(by_question([letter is not None for letter in letters])),
-        "majority": estimate_share([[float(vote)] for vote in votes]),
+        **{name: estimate_share(values) for name, values in shares.items()},
         "unscored": len(answers) - len(scored),
+        **{name: estimate_share(list(filter(None, values))) for name, values in parts.items()},
     }
     if scored:
-        summary |= {name: estimate_share(reward_part(name)) for name in ("format", "cross_reference", "consistency")}
-        summary |= {"consistency_by": consistency_by, "reward": estimate_count(reward_part("total"))}
+        summary |= {"consistency_by": consistency_by, "reward": estimate_count(list(filter(None, rewards)))}
         summary["reward_of"] = settings.reward.k + 2
     summary["length"] = summarize_lengths(answers)
     summary["subjects"] = summarize_subjects(answers, groups, right, settings)
-    if all(has_truth(answers[group[0]].question) for group in groups):
-        counts = [count_exactly(answer.question, answer.response) for answer in answers]
-        summary["exact"] = {
-            name: estimate_count(by_question([count[name] for count in counts])) for name in EXACT_MEASURES
-        }
-    return summary
+    if exact:
+        summary["exact"] = {name: estimate_count(values) for name, values in exact.items()}
+    questions = [answers[group[0]].question for group in groups]
+    return summary, question_rows(questions, {**shares, **parts, "reward": rewards}, exact)
+
+
+def question_rows(
+    questions: Sequence[Question],
+    values: Mapping[str, Sequence[Sequence[float]]],
+    exact: Mapping[str, Sequence[Sequence[float]]],
+) -> list[dict[str, Any]]:
+    """A line per question with its mean of every measure; without those of which it has no value."""
+
+    def means(table: Mapping[str, Sequence[Sequence[float]]], place: int) -> dict[str, float]:
+        return {name: statistics.fmean(groups[place]) for name, groups in table.items() if groups[place]}
+
+    rows = []
+    for place, question in enumerate(questions):
+        row = {"id": question.id, "digest": question_digest(question)} | means(values, place)
+        rows.append(row | ({"exact": means(exact, place)} if exact else {}))
+    return rows
 
 
 def summarize_lengths(answers: Sequence[Answer]) -> dict[str, Any]:

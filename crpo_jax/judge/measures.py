@@ -6,6 +6,7 @@ unparsed: it stays on disk, is counted, and is left out of the mean instead of b
 
 import math
 import re
+import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,6 +188,20 @@ def summarize_verdicts(verdicts: Mapping[str, Verdicts], name: str, responses: S
         first, second = (verdict.counts[name] for verdict in verdicts.values())
         summary["agreement"] = {measure: measure_agreement(first[measure], second[measure]) for measure in MEASURES}
     return summary | {"judges_and_truth": {j: compare_to_truth(v, name, responses) for j, v in verdicts.items()}}
+
+
+def verdict_rows(verdicts: Mapping[str, Verdicts], name: str, responses: Sequence[Answer]) -> dict[str, Any]:
+    """By the id of each question its mean counts by judge and measure, of the replies that have one."""
+    rows: dict[str, Any] = {}
+    for group in group_by_question(responses):
+        judged = rows.setdefault(responses[group[0]].question.id, {})
+        for judge, verdict in verdicts.items():
+            parsed = {
+                measure: [count for index in group if (count := counts[index]) is not None]
+                for measure, counts in verdict.counts[name].items()
+            }
+            judged[judge] = {measure: statistics.fmean(counts) for measure, counts in parsed.items() if counts}
+    return rows
 
 
 def summarize_counts(verdicts: Verdicts, name: str, responses: Sequence[Answer]) -> dict[str, Any]:

@@ -5,10 +5,8 @@ A method evaluated with several seeds has means over seeds with their standard d
 
 import base64
 import html
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,86 +15,13 @@ from crpo_jax.answer.truth import EXACT_MEASURES
 from crpo_jax.config import Reward
 from crpo_jax.errors import InputError
 from crpo_jax.judge.measures import MEASURES
+from crpo_jax.judge.methods import Column, Method, data_set_names, find_best, read_methods
 from crpo_jax.judge.table import format_columns
 from crpo_jax.reward import terms
 from crpo_jax.reward.rules import Score, score_response
-from crpo_jax.store.files import read_rows
 
 MAX_CASES = 3  # questions shown side by side
 SMOOTHING = 5  # steps of training metrics averaged into one point
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of Table 1: for every seed its summary.json, its training metrics if any, and its responses by data set."""
-
-    name: str
-    summaries: Sequence[Mapping[str, Any]]
-    metrics: Sequence[Sequence[Mapping[str, Any]]]
-    responses: Sequence[Mapping[str, Path]]
-
-    def results(self, data: str) -> list[Mapping[str, Any]]:
-        """The summary of a data set by seed, without the seeds that did not answer it."""
-        return [summary["data"][data] for summary in self.summaries if data in summary["data"]]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of Table 1: the keys of its estimate in a data set's summary, and how it is printed."""
-
-    label: str
-    keys: tuple[str, ...]
-    digits: int = 2
-    scale: float = 1.0
-    more_is_better: bool | None = True  # None: neither
-
-    @property
-    def title(self) -> str:
-        return self.label + ("↓" if self.more_is_better is False else "")
-
-    def estimate(self, result: Mapping[str, Any]) -> Mapping[str, float] | None:
-        """The mean, with its interval if it has one; None if it was not measured."""
-        for key in self.keys:
-            result = result.get(key, {})
-        return result if result.get("mean") is not None else None
-
-    def values(self, method: Method, data: str) -> list[float]:
-        """The value of every seed that has one, in the column's unit."""
-        estimates = map(self.estimate, method.results(data))
-        return [self.scale * estimate["mean"] for estimate in estimates if estimate]
-
-
-def read_methods(specifications: Sequence[str]) -> list[Method]:
-    """The methods of NAME=FOLDER, in the order given; a repeated name adds a seed.
-
-    A folder is an evaluation's, or that of a run which holds one in `evaluation`.
-    """
-    folders: dict[str, list[Path]] = {}
-    for text in specifications:
-        name, equals, path = text.partition("=")
-        if not equals or not name.strip():
-            raise InputError(f"--report {text}: expected NAME=FOLDER")
-        folder = Path(path)
-        folder = folder if (folder / "summary.json").is_file() else folder / "evaluation"
-        if not (folder / "summary.json").is_file():
-            expected = "the workdir of a finished evaluation"
-            raise InputError(f"--report {text}: expected {expected}, got no summary.json in it")
-        folders.setdefault(name.strip(), []).append(folder)
-    return [read_method(name, seeds) for name, seeds in folders.items()]
-
-
-def read_method(name: str, seeds: Sequence[Path]) -> Method:
-    summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in seeds]
-    metrics = []
-    for folder in seeds:
-        logs = [path for path in (folder / "metrics.jsonl", folder.parent / "metrics.jsonl") if path.is_file()]
-        metrics.append(list(read_rows(logs[0])) if logs else [])
-    responses = [{path.stem: path for path in sorted((folder / "responses").glob("*.jsonl"))} for folder in seeds]
-    return Method(name, summaries, metrics, responses)
-
-
-def data_set_names(methods: Sequence[Method]) -> list[str]:
-    return list(dict.fromkeys(name for method in methods for summary in method.summaries for name in summary["data"]))
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -123,7 +48,8 @@ def table_columns(methods: Sequence[Method], data: str) -> list[Column]:
         "cross_reference": "cites %",
     }
     columns += [Column(label, (name,), digits=1, scale=100) for name, label in shares.items()]
-    return [*columns, Column("length", ("length",), digits=0, more_is_better=None)]
+    units = sorted({result["length"]["unit"] for result in results})
+    return columns + [Column(f"length, {unit}", ("length",), 0, more_is_better=None, unit=unit) for unit in units]
 
 
 def format_cell(method: Method, data: str, column: Column) -> str:
@@ -132,16 +58,6 @@ def format_cell(method: Method, data: str, column: Column) -> str:
         return "-"
     spread = f" ± {statistics.stdev(values):.{column.digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{column.digits}f}{spread}"
-
-
-def find_best(methods: Sequence[Method], data: str, column: Column) -> set[str]:
-    """The methods whose printed value is the best of the column; none if all are equal."""
-    values = {method.name: column.values(method, data) for method in methods}
-    means = {name: round(statistics.fmean(seeds), column.digits) for name, seeds in values.items() if seeds}
-    if column.more_is_better is None or len(set(means.values())) < 2:
-        return set()
-    best = (max if column.more_is_better else min)(means.values())
-    return {name for name, mean in means.items() if mean == best}
 
 
 def format_methods(methods: Sequence[Method]) -> str:
@@ -154,9 +70,11 @@ def format_methods(methods: Sequence[Method]) -> str:
             cells = (format_cell(method, data, column) + (" *" if method.name in best else "  ") for method in methods)
             rows.append([column.title, *cells])
         blocks.append(format_columns(rows))
-    seeds = max(len(method.summaries) for method in methods)
-    note = f"*: best. ±: standard deviation over up to {seeds} seeds." if seeds > 1 else "*: best."
-    return "\n\n".join([*blocks, note])
+    seeds = max(len(method.seeds) for method in methods)
+    notes = ["*: best, or not to be told from it (95%, paired by question); none where no method can be told apart."]
+    notes += [f"±: standard deviation over up to {seeds} seeds."] if seeds > 1 else []
+    notes += [seed.note for method in methods for seed in method.seeds if seed.note]
+    return "\n\n".join([*blocks, "\n".join(notes)])
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -180,7 +98,7 @@ def draw_figures(methods: Sequence[Method], folder: Path) -> dict[str, str]:
         if columns:
             caption = f"Reasoning by method, instances per response: {data} (figure 1)"
             figures[caption] = (f"reasoning_{data}.png", draw_reasoning(plt, methods, colours, data, columns))
-    if any(any(seed) for method in methods for seed in method.metrics):
+    if any(seed.metrics for method in methods for seed in method.seeds):
         caption = (
             "Response length and every part of the reward against the step (figure 5). Lines: training batches, scored "
             "by the run's own design; dots: held-out questions, all scored by the crpo design."
@@ -252,7 +170,7 @@ def add_legend(figure: Any, axis: Any) -> None:
 
 def draw_training(plt: Any, methods: Sequence[Method], colours: Mapping[str, Any]) -> Any:
     """A panel per quantity, a line per method: the mean over seeds, its band their range."""
-    logged = {name for method in methods for seed in method.metrics for step in seed for name in step}
+    logged = {name for method in methods for seed in method.seeds for step in seed.metrics for name in step}
     parts = ("mean", "accuracy", "format", "cross_reference", "consistency")
     names = [name for name in ("response/length", *(f"reward/{part}" for part in parts)) if name in logged]
     names += sorted(name for name in logged if name.startswith("reward/component/"))
@@ -261,11 +179,11 @@ def draw_training(plt: Any, methods: Sequence[Method], colours: Mapping[str, Any
         held_out = f"eval/{name.split('/', 1)[1]}"
         for method in methods:
             style = {"color": colours[method.name], "label": method.name, "linewidth": 1.3}
-            for steps, values in align_seeds([smooth(read_curve(seed, name)) for seed in method.metrics]):
+            for steps, values in align_seeds([smooth(read_curve(seed.metrics, name)) for seed in method.seeds]):
                 axis.plot(steps, list(map(statistics.fmean, values)), **style)
                 low, high = list(map(min, values)), list(map(max, values))
                 axis.fill_between(steps, low, high, color=colours[method.name], alpha=0.15, linewidth=0)
-            for steps, values in align_seeds([read_curve(seed, held_out) for seed in method.metrics]):
+            for steps, values in align_seeds([read_curve(seed.metrics, held_out) for seed in method.seeds]):
                 axis.plot(steps, list(map(statistics.fmean, values)), "o", color=colours[method.name], markersize=4)
         axis.set(title=name, xlabel="RL step", ylabel="tokens" if name == "response/length" else "")
     add_legend(figure, axes[0, 0])
@@ -307,7 +225,7 @@ def select_cases(methods: Sequence[Method]) -> list[tuple[str, list[Sample]]]:
         return []
     pair, cases = methods[-2:], []
     for data in data_set_names(methods):
-        files = [method.responses[0][data] for method in pair if data in method.responses[0]]
+        files = [method.seeds[0].responses[data] for method in pair if data in method.seeds[0].responses]
         if len(files) < 2:
             continue
         firsts = [{a.question.id: a for a in read_answers(file) if a.sample == 0} for file in files]
@@ -388,8 +306,10 @@ def table_html(methods: Sequence[Method], data: str) -> str:
 def list_notes(methods: Sequence[Method]) -> list[str]:
     """What a reader must know to trust the numbers: sizes, intervals, judges, and what could not be read."""
     notes = [
-        "Bold: best of its column. ↓: less is better. "
-        "Whiskers: range over seeds, or the 95% interval over questions of a single one."
+        "Bold: best of its column, and whatever cannot be told from the best: their difference, paired by question and "
+        "with the spread over seeds, is within its 95% interval. Nothing is bold where no method can be told apart. "
+        "↓: less is better. Whiskers: range over seeds, or the 95% interval over questions of a single one.",
+        *(seed.note for method in methods for seed in method.seeds if seed.note),
     ]
     for data in data_set_names(methods):
         results = [(method.name, result) for method in methods for result in method.results(data)]

@@ -3,26 +3,36 @@
 reward.design names them as `module:function`; from Python they may also be given as objects.
 """
 
+import difflib
 import importlib
+import inspect
 import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from crpo_jax.data.question import Question
+from crpo_jax.errors import brief, one_line
 from crpo_jax.reward.rules import TokenIds
 
 RewardFunction = Callable[..., Iterable[float | None]]
 
+LONGEST_TRACEBACK = 20_000  # characters
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a response has no score; such a response carries no gradient."""
+    """Why a response has no score, in one line; such a response carries no gradient.
+
+    Only where a function raised is there a traceback: it points into that function.
+    """
 
     error: str
     traceback: str = ""
@@ -33,7 +43,17 @@ class BadRewards(Exception):
 
 
 def failure_of(error: BaseException) -> Failure:
-    return Failure(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 (an exception of the user's own, whose text may be broken too)
+        text = "(an exception without a readable text)"
+    frames, own = error.__traceback__, {__file__, str(Path(__file__).with_name("worker.py"))}
+    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename in own:  # how the function was called
+        frames = frames.tb_next
+    trace = "".join(traceback.format_exception(type(error), error, frames))
+    if len(trace) > LONGEST_TRACEBACK:
+        trace = f"{trace[: LONGEST_TRACEBACK // 2]}\n...\n{trace[-LONGEST_TRACEBACK // 2 :]}"
+    return Failure(one_line(f"{type(error).__name__}: {text}"), trace)
 
 
 def import_path(function: RewardFunction) -> str | None:
@@ -58,21 +78,32 @@ def design_name(function: RewardFunction) -> str:
 
 def load_function(path: str) -> RewardFunction | Failure:
     """The function at `module:function`, also in the working directory; a Failure where it cannot be loaded."""
-    module, _, name = path.partition(":")
+    module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function: RewardFunction = attrgetter(name)(importlib.import_module(module))
-        if not callable(function):
-            raise TypeError(f"{path} is no function but {function!r}")
-    except (Exception, SystemExit) as error:  # noqa: BLE001 (an import runs any code)
-        return failure_of(error)
-    return function
+        module = importlib.import_module(module_name)
+    except BaseException as error:  # noqa: BLE001 (an import runs any code)
+        return Failure(f"{failure_of(error).error}{raised_at(error)}")
+    try:
+        function: RewardFunction = attrgetter(name)(module)
+    except AttributeError as error:
+        similar = difflib.get_close_matches(name, (key for key, value in vars(module).items() if callable(value)))
+        return Failure(failure_of(error).error + (f"; similar: {', '.join(similar)}" if similar else ""))
+    return function if callable(function) else Failure(one_line(f"{path} is no function but {brief(function)}"))
+
+
+def raised_at(error: BaseException) -> str:
+    """The line of the user's code that an import failed in, where it was not the import itself."""
+    if isinstance(error, SyntaxError):
+        return f" ({error.filename}, line {error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
+    ours = {__file__, importlib.__file__}
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames[-1].filename not in ours else ""
 
 
 def call_function(
     function: RewardFunction,
-    name: str,
     questions: Sequence[Question],
     responses: Sequence[str],
     token_ids: Sequence[TokenIds] | None,
@@ -90,19 +121,30 @@ def call_function(
     columns.pop("completion_ids", None)
     if token_ids is not None:
         columns["completion_ids"] = [list(map(int, ids)) for ids in token_ids]
-    rewards = function(**columns)
+    rewards, expected = function(**columns), f"{len(responses)} rewards, one per completion"
+    if inspect.iscoroutine(rewards):
+        rewards.close()
+        raise BadRewards(f"expected a list of {expected}, got the coroutine of an async function")
     try:
-        rewards = list(rewards)
+        # To iterate over these would give numbers that are no rewards: keys, or the digits of a text.
+        iterator = None if isinstance(rewards, str | bytes | bytearray | Mapping | Set) else iter(rewards)
     except TypeError:
-        raise BadRewards(f"{name}: expected a list of {len(responses)} rewards, got {rewards!r}") from None
-    if len(rewards) != len(responses):
-        raise BadRewards(f"{name}: expected {len(responses)} rewards, one per completion, got {len(rewards)}")
-    return [None if reward is None else check_reward(reward, name) for reward in rewards]
+        iterator = None
+    if iterator is None:
+        raise BadRewards(one_line(f"expected a list of {expected}, got {brief(rewards)}"))
+    values = list(islice(iterator, len(responses) + 1))  # a generator may have no end
+    if len(values) != len(responses):
+        raise BadRewards(f"expected {expected}, got {len(values) if len(values) < len(responses) else 'more'}")
+    return [None if reward is None else check_reward(reward) for reward in values]
 
 
-def check_reward(reward: Any, name: str) -> float | Failure:
+def check_reward(reward: Any) -> float | Failure:
+    """The reward as a float; a text is no number, even where it spells one."""
     try:
-        value = float(reward)
-    except (TypeError, ValueError):
-        return Failure(f"{name}: expected a number or None as reward, got {reward!r}")
-    return value if math.isfinite(value) else Failure(f"{name}: expected a finite reward, got {value}")
+        is_number = not isinstance(reward, str | bytes | bytearray) and getattr(reward, "shape", ()) == ()
+        value = float(reward) if is_number else None
+    except Exception:  # noqa: BLE001 (an object of any type)
+        value = None
+    if value is None:
+        return Failure(one_line(f"expected a number or None as reward, got {brief(reward)}"))
+    return value if math.isfinite(value) else Failure(f"expected a finite reward, got {value}")

@@ -1,46 +1,54 @@
 """Scores of many responses in worker processes, while the caller does other work.
 
-A response never scores 0 because of an error: where scoring raises, or exceeds `reward.time_limit`, the result is a
-Failure with the traceback, and more failures than `reward.max_failed_share` end the run with an explanation.
+A response never scores 0 because of an error: where scoring raises, exceeds `reward.time_limit`, loses its process or
+returns no number, the result is a Failure, and more failures than `reward.max_failed_share` end the run with an
+explanation.
 
 Built-in designs go to the workers in small chunks, a user's function gets each submitted batch whole. A chunk or batch
 that exceeds the limit or loses its worker is repeated response by response, each with the whole limit to itself: so one
 that hangs costs only itself, and a function that needs longer than the limit for a whole batch still gets its answers.
+One that answers none of LOST_IN_A_ROW responses is not called for the rest of the batch.
 """
 
-import contextlib
 import logging
 import math
-import os
 import queue
 import re
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
-import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from multiprocessing import Pipe
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
-from crpo_jax.errors import InputError
+from crpo_jax.errors import InputError, one_line
 from crpo_jax.reward.functions import Failure, RewardFunction, import_path
 from crpo_jax.reward.overlong import OVERLONG
+from crpo_jax.reward.process import START_LIMIT, Overrun, WorkerProcess
 from crpo_jax.reward.rules import DESIGNS, Score, TokenIds
 from crpo_jax.reward.worker import PartScorer, ScoringJob, Value, WorkerSetup
 
 Scored = Score | Failure
 
+SCORE_FIELDS = (
+    "accuracy",
+    "format",
+    "cross_reference",
+    "clinical_reasoning",
+    "consistency",
+    "total",
+    "answer_found",
+    "why",
+    "components",
+)
+
 CHUNK = 32  # responses; large enough to make sending them cheap, small enough to spread over the workers
-START_LIMIT = 300.0  # seconds for a worker to import a user's module, which may be a large library
+LOST_IN_A_ROW = 8  # more than a usual group, all of whose responses may hold what one function cannot read
 
 
 class ScoringError(RuntimeError):
@@ -89,6 +97,7 @@ class ScoringBatch:
     number: int
     awaited: int  # responses
     failed: set[int] = field(default_factory=set)
+    lost: Counter[str] = field(default_factory=Counter)  # by part, single responses in a row without an answer
     error: ScoringError | None = None
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -113,100 +122,16 @@ class ScoringTask:
     repeated: bool = False  # its worker died before: once may be bad luck, twice is the response's doing
 
 
-class Overrun(Exception):
-    """A worker did not answer in time; the text is its stack."""
-
-
-class WorkerProcess:
-    """A worker process, the pipe to it, and the pipe that closes when this process dies, which ends the worker."""
-
-    def __init__(self, setup: WorkerSetup) -> None:
-        self.connection, theirs = Pipe()
-        alive, self.lifeline = os.pipe()
-        self.stacks = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `end`)
-        fds = (theirs.fileno(), alive, self.stacks.fileno())
-        root = str(Path(__file__).parents[2])
-        code = "import sys; from crpo_jax.reward.worker import main; main(*map(int, sys.argv[1:]))"
-        environment = {
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-            "JAX_PLATFORMS": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, fds)],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what a user's function prints must not mix with a command's output
-            process_group=0,  # killed with all processes it started; Ctrl-C reaches only the parent, which handles it
-            env=environment,
-        )
-        theirs.close()
-        os.close(alive)
-        self.ready, self.ending = False, threading.Lock()
-        self.connection.send(setup)
-
-    def wait_until_ready(self) -> None:
-        """Starting and importing count against START_LIMIT, not against any response's time."""
-        if not self.ready:
-            if not self.connection.poll(START_LIMIT):
-                raise ScoringError(f"a scoring process was not ready after {START_LIMIT:g} seconds")
-            try:
-                self.connection.recv()
-            except (EOFError, OSError):
-                self.end()
-                raise ScoringError(
-                    f"a scoring process ended while starting: {self.fate()}; see its message on standard error"
-                ) from None
-            self.ready = True
-
-    def score(self, job: ScoringJob, limit: float) -> Sequence[Value | Failure] | Failure:
-        """The values of a job; Overrun after `limit` seconds, EOFError or OSError where the process died."""
-        self.connection.send(job)
-        if not self.connection.poll(limit):
-            raise Overrun(self.stack())
-        return self.connection.recv()
-
-    def stack(self) -> str:
-        """The process's stack, which it writes on a signal even where its code never releases the interpreter."""
-        os.kill(self.process.pid, signal.SIGUSR1)
-        for _ in range(50):
-            time.sleep(0.01)
-            self.stacks.seek(0)
-            if text := self.stacks.read().decode(errors="replace"):
-                return text
-        return ""
-
-    def end(self) -> None:
-        """Kill the process and all it started, and wait for its end; may be called more than once."""
-        with self.ending:
-            if self.process.returncode is not None:
-                return
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.connection.close()
-            self.stacks.close()
-            os.close(self.lifeline)
-
-    def fate(self) -> str:
-        code = self.process.returncode
-        if code is None or code >= 0:
-            return f"exit code {code}"
-        return f"killed by signal {-code} ({signal.Signals(-code).name})"
-
-
 class Scorer:
-    """Scores under `settings.design`, in `settings.workers` processes; a context manager.
+    """Scores under `settings.design`, in `settings.workers` processes, at least one for a user's functions; a context
+    manager, which raises InputError where a function cannot be loaded.
 
     Weighted sums and a user's functions have the parts of a built-in design in every Score too, for the logs: those of
     the first built-in named, or of `crpo`. Only the named parts are in `total` and in `components` (before weighting).
 
     `functions` are Python objects by the names that the design gives them. One that can be imported again runs in the
     workers like any other; a lambda, a closure or a function of a notebook is called in this process, by the `submit`
-    or `add` that completes its batch, and has no time limit.
+    or `add` that completes its batch, and has no time limit: if it hangs or exits, so does this process.
     """
 
     def __init__(
@@ -224,9 +149,11 @@ class Scorer:
         self.names = tuple(dict.fromkeys((self.described_by, *(name for name, _ in self.parts))))
         self.function_names = tuple(name for name in self.names if name not in DESIGNS)
         paths = {name: import_path(functions[name]) if name in functions else name for name in self.function_names}
-        imported = {name: path for name, path in paths.items() if path and (settings.workers or name not in functions)}
+        imported = {name: path for name, path in paths.items() if path}
         self.setup = WorkerSetup(settings, effective, imported, tuple(sys.path))
         self._local_functions = {name: functions[name] for name in paths if name not in imported}
+        self._workers = settings.workers or min(1, len(imported))
+        self._in_workers = {name for name in self.names if name in imported or (name in DESIGNS and settings.workers)}
         self._local: PartScorer | None = None
         self._queue: queue.PriorityQueue[tuple[float, int, ScoringTask | None]] = queue.PriorityQueue()
         self._order = count()
@@ -237,12 +164,17 @@ class Scorer:
 
     def __enter__(self) -> "Scorer":
         self._open = True
-        for number in range(self.settings.workers):
+        for number in range(self._workers):
             self._processes[number] = WorkerProcess(self.setup)
-            self._threads.append(
-                threading.Thread(target=self._serve, args=(number,), name=f"scoring-{number}", daemon=True)
-            )
-        for thread in self._threads:
+        try:
+            if self.setup.paths:  # whether a function can be loaded is to be known before anything else begins
+                wait_for_functions(self._processes[0])
+        except BaseException:
+            self.close()
+            raise
+        for number in self._processes:
+            thread = threading.Thread(target=self._serve, args=(number,), name=f"scoring-{number}", daemon=True)
+            self._threads.append(thread)
             thread.start()
         return self
 
@@ -304,7 +236,7 @@ class Scorer:
             batch.responses[row] = responses[place]
             batch.token_ids[row] = None if token_ids is None else token_ids[place]
         batch.awaited -= len(rows)
-        for name in sorted(self.names, key=lambda name: name in self._local_functions):  # the workers begin first
+        for name in sorted(self.names, key=lambda name: name not in self._in_workers):  # the workers begin first
             if name in self.function_names:
                 if not batch.awaited and batch.responses:
                     self._put(ScoringTask(batch, name, range(len(batch.responses))))
@@ -321,21 +253,22 @@ class Scorer:
         return [self._combine(batch, row) for row in range(len(batch.responses))]
 
     def _put(self, task: ScoringTask) -> None:
-        if self.settings.workers and task.part not in self._local_functions:
-            self._queue.put((task.batch.number, next(self._order), task))
+        if task.part in self._in_workers:
+            order = next(self._order)
+            # A repeated one at once: else every response loses a process before the first of them is given up.
+            self._queue.put((task.batch.number, -order if task.repeated else order, task))
             return
         if task.batch.done.is_set():  # given up
             return
         if self._local is None:
-            setup = replace(self.setup, paths={}) if self.settings.workers else self.setup
-            self._local = PartScorer(setup, self._local_functions)
+            self._local = PartScorer(replace(self.setup, paths={}), self._local_functions)
         self._record(task, self._local.score(task.batch.job(task.part, task.rows)))
 
     def _one_by_one(self, task: ScoringTask, why: str) -> None:
         """Score the rows of a task singly: a failure of several responses does not tell which of them failed."""
         if task.part in self.function_names:
             logging.getLogger(__name__).warning(
-                "%s, on a batch of %d; now it is called with one response at a time", why, len(task.rows)
+                "%s: %s, on a batch of %d; now it is called with one response at a time", task.part, why, len(task.rows)
             )
         for row in task.rows:
             self._put(ScoringTask(task.batch, task.part, (row,)))
@@ -349,33 +282,40 @@ class Scorer:
             if task.batch.done.is_set():  # given up
                 continue
             try:
-                if self._processes[number].process.returncode is not None:
+                if self._processes[number].ended:
                     self._processes[number] = WorkerProcess(self.setup)
                 self._work(task, self._processes[number])
             except Exception as error:  # noqa: BLE001 (`collect` waits for this batch and must raise it)
                 if self._open:
-                    if not isinstance(error, ScoringError):
+                    if isinstance(error, InputError):  # a function that could be loaded when the run began
+                        error = ScoringError(str(error))
+                    elif not isinstance(error, ScoringError):
                         error = ScoringError(f"scoring broke down: {type(error).__name__}: {error}")
                     task.batch.give_up(error)
 
     def _work(self, task: ScoringTask, process: WorkerProcess) -> None:
-        process.wait_until_ready()
-        limit = self.settings.time_limit
+        limit, lost = self.settings.time_limit, task.batch.lost
+        if lost[task.part] >= LOST_IN_A_ROW:
+            return self._record(task, Failure(f"not called: none of the {LOST_IN_A_ROW} before it was answered"))
+        wait_for_functions(process)
         try:
             values = process.score(task.batch.job(task.part, task.rows), limit)
+            lost[task.part] = 0
         except Overrun as overrun:
             process.end()
             values = Failure(
-                f"{task.part} took longer than reward.time_limit={limit:g} seconds; its process was killed",
-                str(overrun),
+                f"scoring took longer than reward.time_limit={limit:g} seconds; its process was killed", str(overrun)
             )
+            lost[task.part] += len(task.rows) == 1
         except (EOFError, OSError):
+            fate = process.fate()
             process.end()
             if not self._open:
                 return
             if len(task.rows) == 1 and not task.repeated:
                 return self._put(replace(task, repeated=True))
-            values = Failure(f"{task.part}: the scoring process died: {process.fate()}")
+            values = Failure(f"the scoring process died: {fate}")
+            lost[task.part] += len(task.rows) == 1
         self._record(task, values)
 
     def _record(self, task: ScoringTask, values: Sequence[Value | Failure] | Failure) -> None:
@@ -384,29 +324,36 @@ class Scorer:
             if len(task.rows) > 1:
                 return self._one_by_one(task, values.error)
             values = [values]
-        batch, n, share = task.batch, len(task.batch.responses), self.settings.max_failed_share
+        batch = task.batch
         with batch.lock:
             for row, value in zip(task.rows, values, strict=True):
+                if isinstance(value, Failure) and len(self.names) > 1:
+                    value = replace(value, error=f"{task.part}: {value.error}")
                 batch.values[task.part][row] = value
                 batch.missing -= 1
-                if not isinstance(value, Failure):
-                    continue
-                batch.failed.add(row)
-                if len(batch.failed) > share * n and not batch.done.is_set():
-                    why = (
-                        f"{len(batch.failed)} of a batch's {n} responses could not be scored so far, more than "
-                        f"reward.max_failed_share={share:g} allows. The last one, of question "
-                        f"{batch.questions[row].id}: {value.error}\n{value.traceback}"
-                    )
-                    batch.give_up(ScoringError(why.rstrip()))
+            failed = [row for row in task.rows if isinstance(batch.values[task.part][row], Failure)]
+            batch.failed |= {*failed}
+            too_many = len(batch.failed) > self.settings.max_failed_share * len(batch.responses)
+            if failed and too_many and not batch.done.is_set():
+                batch.give_up(self._too_many_failed(batch, task.part, failed[-1]))
             if batch.missing == 0:
                 batch.done.set()
 
+    def _too_many_failed(self, batch: ScoringBatch, part: str, row: int) -> ScoringError:
+        failure = batch.values[part][row]
+        assert isinstance(failure, Failure)
+        line = (
+            f"{len(batch.failed)} of a batch's {len(batch.responses)} responses could not be scored so far, more than "
+            f"reward.max_failed_share={self.settings.max_failed_share:g} allows. The last one, of question "
+            f"{batch.questions[row].id}: {failure.error}"
+        )
+        return ScoringError(f"{one_line(line)}\n{failure.traceback}".rstrip())
+
     def _combine(self, batch: ScoringBatch, row: int) -> Scored:
         values: dict[str, Any] = {name: batch.values[name][row] for name in self.names}
-        for name, value in values.items():
+        for value in values.values():
             if isinstance(value, Failure):
-                return Failure(f"{name}: {value.error}" if len(self.names) > 1 else value.error, value.traceback)
+                return value
         described: Score = values[self.described_by]
         if self.parts == ((self.described_by, 1.0),):
             return described
@@ -414,3 +361,33 @@ class Scorer:
         components = {name: getattr(value, "total", value) for name, value in values.items() if name in weights}
         total = sum(weight * components[name] for name, weight in self.parts if components[name] is not None)
         return replace(described, total=total, components=components, why=described.why | {"weights": weights})
+
+
+def score_row(scored: Scored) -> dict[str, Any]:
+    """A result as the files hold it: the reward by parts with the reasons, or what kept it from being computed.
+
+    A sum, or a function alone, has the value of each part in `components`.
+    """
+    if isinstance(scored, Failure):
+        return {"error": scored.error, "traceback": scored.traceback}
+    names = SCORE_FIELDS if "weights" in scored.why else SCORE_FIELDS[:-1]
+    return {name: getattr(scored, name) for name in names}
+
+
+def wait_for_functions(process: WorkerProcess) -> None:
+    """Wait until a process has started; InputError where it cannot load a user's function."""
+    paths = ", ".join(process.setup.paths.values())
+    try:
+        problems = process.wait_until_ready()
+    except Overrun:
+        process.end()
+        loading = f"importing {paths}" if paths else "starting"
+        raise ScoringError(f"a scoring process was still {loading} after {START_LIMIT:g} seconds") from None
+    except (EOFError, OSError):
+        fate = process.fate()
+        process.end()
+        if paths:
+            raise InputError(f"reward.design: importing {paths} ended the scoring process: {fate}") from None
+        raise ScoringError(f"a scoring process did not start: {fate}; see its message on standard error") from None
+    for name, problem in problems.items():
+        raise InputError(f"reward.design: expected a function {process.setup.paths[name]}, got {problem}")

@@ -6,12 +6,15 @@ The process imports the reward modules and the user's functions and nothing else
 
 import faulthandler
 import os
+import pickle
 import signal
+import socket
+import struct
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +44,12 @@ class ScoringJob:
     token_ids: Sequence[TokenIds] | None
 
 
+HEADER = struct.Struct("!Q")
+"""Before each message to the run: its length in bytes."""
+
+SOCKET_CLOSED = 98
+"""The exit code of a scoring process whose function closed the socket to the run."""
+
 Value = Score | float | None  # a built-in's score, or a function's reward; None: not applicable, TRL's convention
 
 
@@ -52,6 +61,10 @@ class PartScorer:
         sys.path.extend(folder for folder in setup.search if folder not in sys.path)
         self.functions = {name: load_function(path) for name, path in setup.paths.items()} | dict(functions or {})
 
+    def problems(self) -> dict[str, str]:
+        """What is wrong with the functions that could not be loaded, by name."""
+        return {name: loaded.error for name, loaded in self.functions.items() if isinstance(loaded, Failure)}
+
     def score(self, job: ScoringJob) -> Sequence[Value | Failure] | Failure:
         """A value per response; a single Failure where a function raised on a batch of several."""
         if job.part not in self.functions:
@@ -60,10 +73,12 @@ class PartScorer:
         if isinstance(function, Failure):
             return [function] * len(job.responses)
         try:
-            return call_function(function, job.part, job.questions, job.responses, job.token_ids)
+            return call_function(function, job.questions, job.responses, job.token_ids)
         except BadRewards as error:  # one by one it would be no better, or only seem so
-            return [failure_of(error)] * len(job.responses)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 (a function may raise anything; it is recorded, never hidden)
+            return [Failure(str(error))] * len(job.responses)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 (a function may raise anything; it is recorded, never hidden)
             return failure_of(error) if len(job.responses) > 1 else [failure_of(error)]
 
     def score_each(self, job: ScoringJob) -> Sequence[Value | Failure]:
@@ -97,16 +112,30 @@ def die_with_parent(lifeline: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def main(connection_fd: int, lifeline_fd: int, stack_fd: int) -> None:
-    """Receive a WorkerSetup, answer "ready", then answer every ScoringJob with its values until the parent hangs up."""
+def main(socket_fd: int, lifeline_fd: int, stack_fd: int) -> None:
+    """Receive a WorkerSetup, answer with its problems, then answer every ScoringJob with its values until the run hangs
+    up."""
+    for fd in (socket_fd, lifeline_fd, stack_fd):
+        os.set_inheritable(fd, False)  # a program that a function starts has no business with them
+    process = os.getpid()
     die_with_parent(lifeline_fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when an interrupted run ends its workers
     faulthandler.register(signal.SIGUSR1, file=stack_fd, all_threads=False)  # the stack of code that took too long
-    connection = Connection(connection_fd)
+    stream = socket.socket(fileno=socket_fd).makefile("rwb")
+
+    def answer(message: Any) -> None:
+        if os.getpid() != process:  # a child that a function forked and let return: its parent answers
+            os._exit(0)
+        data = pickle.dumps(message)
+        stream.write(HEADER.pack(len(data)) + data)
+        stream.flush()
+
     try:
-        part_scorer = PartScorer(connection.recv())
-        connection.send("ready")
+        part_scorer = PartScorer(pickle.load(stream))  # noqa: S301 (from the run)
+        answer(part_scorer.problems())
         while True:
-            connection.send(part_scorer.score(connection.recv()))
-    except (EOFError, ConnectionError):
-        return
+            answer(part_scorer.score(pickle.load(stream)))  # noqa: S301
+    except EOFError:  # the run has hung up
+        os._exit(0)
+    except OSError:
+        os._exit(SOCKET_CLOSED)

@@ -45,7 +45,9 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 def encode_rows(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """JSON lines in UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes its JSON escape."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+    # A question's column may hold what JSON cannot, such as the date of a table.
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
