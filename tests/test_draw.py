@@ -13,14 +13,21 @@ from scipy.stats import chisquare
 
 from crpo_jax.model.decode import Shard
 from crpo_jax.parallel.mesh import MODEL
-from crpo_jax.rollout.draw import Sampling, draw_tokens, find_threshold, invert_cumulative, row_keys
+from crpo_jax.rollout.draw import (
+    Sampling,
+    block_sums,
+    block_widths,
+    choose,
+    draw_tokens,
+    filter_mass,
+    high_product,
+    invert_cumulative,
+    row_keys,
+)
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
 
 WHOLE, PLAIN = Shard(None), Sampling()
-invert = jax.jit(
-    lambda mass, uniform, vocabulary: invert_cumulative(mass, uniform, WHOLE, vocabulary), static_argnums=2
-)
 
 
 @functools.cache
@@ -100,28 +107,112 @@ def test_a_token_of_no_probability_is_never_drawn():
     assert not np.any(logprobs)
 
 
-@pytest.mark.parametrize("uniform", [0.0, np.float32(2**-24), 0.5, np.float32(1 - 2**-24), 1.0])
-def test_the_ends_of_the_unit_interval(uniform: float):
-    """Uniform 0 must not choose a leading token of mass 0, nor rounding at 1 one behind the last of positive mass."""
+# --- the words --------------------------------------------------------------------------------------------------------
+
+QWEN = 151_936
+choices = jax.jit(choose)
+
+
+def word_counts(mass: np.ndarray) -> np.ndarray:
+    """How many of all 2^32 words choose each of n indices: bisects for the first word with at least each index."""
+    rows, low, high = np.tile(mass, (len(mass), 1)), np.zeros(len(mass), np.int64), np.full(len(mass), 2**32)
+    for _ in range(33):
+        middle = np.minimum((low + high) // 2, 2**32 - 1)
+        reached = (np.asarray(choices(rows, middle.astype(np.uint32))) >= np.arange(len(mass))) | (low == high)
+        low, high = np.where(reached, low, middle + 1), np.where(reached, np.minimum(middle, high), high)
+    return np.diff(low, append=2**32)
+
+
+def level_masses() -> dict[str, np.ndarray]:
+    """Masses of 64 blocks, as a level may have them."""
     random = np.random.default_rng(0)
-    for vocabulary in (7, 40, 48):
-        for _ in range(20):
-            mass = np.float32(random.uniform(size=(1, vocabulary)) ** 8)
-            mass[0, random.permutation(vocabulary)[: vocabulary // 2]] = 0
-            mass[0, [0, -1]] = 0
-            token = int(invert(jnp.asarray(mass), jnp.float32([uniform]), vocabulary)[0])
-            assert mass[0, token] > 0
-            assert uniform or token == np.flatnonzero(mass[0])[0]
+    gaps = random.uniform(0.5, 1.5, 64) * 10.0 ** -random.integers(0, 20, 64)
+    return {
+        "flat": random.uniform(0.9, 1.1, 64),
+        "gaps": gaps,
+        "gaps and zeros": np.where(random.uniform(size=64) < 0.5, gaps, 0),
+        "smallest first": np.r_[2e-16, np.ones(63)],
+        "zeros at the ends": np.r_[np.zeros(20), random.uniform(size=24), np.zeros(20)],
+        "only the last": np.r_[np.zeros(63), 1e-9],
+    }
 
 
-def test_inversion_is_the_cumulative_sum():
-    """Exact for every token in every block: the middle of a token's share of the cumulative mass draws that token."""
-    for vocabulary in (9, 40, 128):
-        mass = np.random.default_rng(vocabulary).uniform(0.5, 1.5, size=vocabulary)
-        upper = np.cumsum(mass) / mass.sum()
-        middle = upper - mass / mass.sum() / 2
-        tokens = invert(jnp.float32(np.tile(mass, (vocabulary, 1))), jnp.float32(middle), vocabulary)
-        np.testing.assert_array_equal(tokens, np.arange(vocabulary))
+@pytest.mark.parametrize("name", level_masses())
+def test_all_words_choose_by_the_share_of_mass(name: str):
+    """Of all 2^32 words none chooses mass 0, and rounding does not make a rare index common.
+
+    With cumulative sums in float32 a uniform number fell on removed tokens about once in a million draws, and 0 itself
+    drew the first token however rare it was.
+    """
+    mass = level_masses()[name].astype(np.float32)
+    counts, shares = word_counts(mass), mass / mass.sum(dtype=np.float64)
+    assert counts.sum() == 2**32
+    assert not counts[mass == 0].any()
+    assert not counts[shares < 1e-10].any()
+    np.testing.assert_allclose(counts / 2**32, shares, rtol=1e-6, atol=2**-30)
+
+
+@pytest.mark.parametrize("name", level_masses())
+def test_a_greater_word_never_chooses_a_smaller_index(name: str):
+    """The whole range in steps of 2^16, and every word in its middle and at its ends."""
+    rows = functools.partial(np.tile, level_masses()[name].astype(np.float32))
+    few = np.arange(2**10)
+    for words in (np.arange(0, 2**32, 2**16), 2**31 + few, few, 2**32 - 1 - few[::-1]):
+        assert np.all(np.diff(np.asarray(choices(rows((len(words), 1)), words.astype(np.uint32)))) >= 0)
+
+
+def test_the_product_of_words_is_exact():
+    random = np.random.default_rng(0)
+    edges = [0, 1, 0xFFFF, 0x10000, 0x10001, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
+    numbers = np.concatenate([np.array(edges, np.uint64), random.integers(0, 2**32, 200, np.uint64)])
+    x, y = (grid.reshape(-1) for grid in np.meshgrid(numbers, numbers))
+    product = jax.jit(high_product)(jnp.asarray(x, jnp.uint32), jnp.asarray(y, jnp.uint32))
+    np.testing.assert_array_equal(product, (x * y) >> np.uint64(32))
+
+
+def words_of(mass: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Words [tokens, levels] that lead to each token: at every level the middle of its block's share."""
+    levels, start, parts = [], np.zeros(len(tokens), int), np.tile(mass.astype(np.float64), (len(tokens), 1))
+    for width in block_widths(len(mass)):
+        parts = np.pad(parts, ((0, 0), (0, -parts.shape[1] % width))).reshape(len(tokens), -1, width)
+        blocks = (tokens - start) // width
+        upper = np.cumsum(parts.sum(axis=2), axis=1)
+        of_block = np.arange(len(tokens)), blocks
+        middle = (upper[of_block] - parts.sum(axis=2)[of_block] / 2) / upper[:, -1]
+        levels.append((middle * 2**32).astype(np.uint32))
+        start, parts = start + blocks * width, parts[of_block]
+    return np.stack(levels, axis=1)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 40, 64, 4160, QWEN, QWEN + 1])
+def test_words_lead_to_every_token(vocabulary: int):
+    """The middle of a token's share at every level draws that token; the widths of levels need not divide."""
+    random = np.random.default_rng(vocabulary)
+    mass = random.uniform(0.5, 1.5, size=vocabulary).astype(np.float32)
+    tokens = np.unique(np.r_[0, vocabulary - 1, random.integers(0, vocabulary, 30)])
+    widths = block_widths(vocabulary)
+
+    @jax.jit
+    def invert(mass: jax.Array, words: jax.Array) -> jax.Array:
+        rows = jnp.broadcast_to(mass, (len(words), vocabulary))
+        return invert_cumulative(rows, block_sums(rows, widths[0], WHOLE), words, widths, WHOLE)
+
+    np.testing.assert_array_equal(invert(mass, words_of(mass, tokens)), tokens)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 40, 48, 4160, QWEN])
+def test_the_first_and_last_words_draw_tokens_of_positive_mass(vocabulary: int):
+    random, widths = np.random.default_rng(0), block_widths(vocabulary)
+    mass = random.uniform(size=vocabulary).astype(np.float32)
+    mass[random.permutation(vocabulary)[: vocabulary // 2]] = 0
+    mass[[0, -1]] = 0
+    ends = np.uint32([0, 2**31, 2**32 - 1])
+    words = np.stack(np.meshgrid(*[ends] * len(widths)), axis=-1).reshape(-1, len(widths))
+    rows = jnp.broadcast_to(mass, (len(words), vocabulary))
+    tokens = invert_cumulative(rows, block_sums(rows, widths[0], WHOLE), jnp.asarray(words), widths, WHOLE)
+    assert np.all(mass[tokens] > 0)
+    assert tokens[0] == np.flatnonzero(mass)[0]
+    assert tokens[-1] == np.flatnonzero(mass)[-1]
 
 
 # --- log-probs --------------------------------------------------------------------------------------------------------
@@ -157,35 +248,122 @@ def test_greedy():
     assert np.array_equal(tokens, draw(logits, Sampling(temperature=0, top_p=0.3, top_k=2), seed=1, position=5)[0])
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45, 1e-300])
+def test_a_temperature_near_0_draws_among_the_most_probable(temperature: float):
+    """Dividing the logits themselves gave inf - inf."""
+    logits = np.round(random_logits(60, 40))
+    tokens, logprobs = draw(logits, Sampling(temperature))
+    ties = logits == logits.max(axis=1, keepdims=True)
+    assert np.all(ties[np.arange(60), tokens])
+    np.testing.assert_allclose(logprobs, -np.log(ties.sum(axis=1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.0), Sampling(0.8, 0.9, 5)], ids=str)
+@pytest.mark.parametrize("shards", [1, 4])
+def test_logits_that_are_not_numbers_give_an_id_of_the_vocabulary(sampling: Sampling, shards: int):
+    """A diverged policy must be found by the limits of the run, not by an embedding row that does not exist."""
+    tokens, logprobs = draw(np.full((3, 40), np.nan), sampling, shards=shards)
+    assert np.all((tokens >= 0) & (tokens < 40))
+    assert np.all(np.isnan(logprobs))
+
+
 # --- top-k and top-p --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 2, 7, 39])
-def test_top_k_keeps_what_sorting_keeps(k: int):
-    logits = random_logits(100, 40)
-    mass = np.exp(logits - logits.max(axis=1, keepdims=True))
-    lowest = np.asarray(find_threshold(jnp.asarray(mass), float(k), WHOLE, by_count=True))
-    np.testing.assert_array_equal(mass >= lowest[:, None], mass >= np.sort(mass, axis=1)[:, [-k]])
+@functools.cache
+def filter_program(sampling: Sampling, vocabulary: int, shards: int) -> Any:
+    def filter_on_shard(logits: jax.Array) -> jax.Array:
+        shard = Shard(MODEL if shards > 1 else None)
+        mass = jnp.exp(logits - shard.max(jnp.max(logits, axis=-1))[:, None])
+        return filter_mass(mass, logits, sampling, block_widths(vocabulary)[0], shard)
+
+    spec = P(None, MODEL)
+    return jax.jit(
+        jax.shard_map(filter_on_shard, mesh=mesh_of(1, shards), in_specs=spec, out_specs=spec, check_vma=False)
+    )
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.99])
-def test_top_p_keeps_what_sorting_keeps(p: float):
-    """The fewest most probable tokens that reach p together."""
-    logits = random_logits(100, 40)
-    mass = np.exp(logits - logits.max(axis=1, keepdims=True))
-    order = np.argsort(-mass, axis=1)
-    ranked = np.take_along_axis(mass.astype(np.float64), order, 1)
-    before = np.cumsum(ranked, axis=1) - ranked
-    expected = np.zeros(mass.shape, bool)
-    np.put_along_axis(expected, order, before < p * mass.astype(np.float64).sum(axis=1, keepdims=True), 1)
-    lowest = np.asarray(find_threshold(jnp.asarray(mass), jnp.asarray(p * mass.sum(axis=1)), WHOLE, by_count=False))
-    np.testing.assert_array_equal(mass >= lowest[:, None], expected)
+def kept(logits: np.ndarray, sampling: Sampling, shards: int = 1) -> np.ndarray:
+    """Which entries may be drawn."""
+    return np.asarray(filter_program(sampling, logits.shape[1], shards)(jnp.float32(logits))) > 0
+
+
+def kept_by_sorting(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """In float64: the k largest, then the fewest that leave at most 1 - p; all that equal the smallest of them."""
+    logits = logits.astype(np.float64)
+    if sampling.top_k:
+        lowest = np.sort(logits, axis=1)[:, [-min(sampling.top_k, logits.shape[1])]]
+        logits = np.where(logits >= lowest, logits, -np.inf)
+    ascending = np.sort(np.exp(log_softmax(logits)), axis=1)
+    place = np.minimum((np.cumsum(ascending, axis=1) <= 1 - sampling.top_p).sum(axis=1), logits.shape[1] - 1)
+    lowest = np.sort(logits, axis=1)[np.arange(len(logits)), place if sampling.top_p < 1 else 0]
+    return (logits >= lowest[:, None]) & np.isfinite(logits)
+
+
+def hard_logits() -> np.ndarray:
+    """Rows at which a search for a threshold can go wrong."""
+    random = np.random.default_rng(0)
+    normal, place = random.normal(size=40) * 3, np.arange(40)
+    rows = [
+        normal,
+        np.round(normal),  # ties
+        random.permutation(-2.0 * place),  # the 20th mass is far below 2^-32
+        np.where(place == 11, 60.0, normal),
+        np.where(place % 9 == 4, normal, -np.inf),
+        np.where(place == 17, 2.5, -np.inf),
+        np.where(place == 17, 2.5, -80.0),
+        np.zeros(40),
+        np.where(place % 2, 0.0, -0.0),
+        normal - 3e4,
+    ]
+    return np.stack(rows).astype(np.float32)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("k", [1, 2, 7, 25, 39, 40, 99])
+def test_top_k_keeps_what_sorting_keeps(k: int, shards: int):
+    """Also where the k-th mass is below 2^-32 of the largest: a search that halved masses kept everything there."""
+    for logits in (random_logits(100, 40), hard_logits()):
+        sampling = Sampling(top_k=k)
+        np.testing.assert_array_equal(kept(logits, sampling, shards), kept_by_sorting(logits, sampling))
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("p", [1e-9, 0.05, 0.5, 0.9, 0.99, 1 - 1e-6, 1 - 1e-12])
+def test_top_p_keeps_what_sorting_keeps(p: float, shards: int):
+    """The fewest most probable tokens that leave at most 1 - p, also where float32 does not tell p from 1."""
+    for logits in (random_logits(100, 40), hard_logits()):
+        sampling = Sampling(top_p=p)
+        np.testing.assert_array_equal(kept(logits, sampling, shards), kept_by_sorting(logits, sampling))
+
+
+@pytest.mark.parametrize("k", [2, 25])
+def test_top_p_follows_top_k(k: int):
+    sampling = Sampling(top_p=0.8, top_k=k)
+    np.testing.assert_array_equal(kept(hard_logits(), sampling), kept_by_sorting(hard_logits(), sampling))
 
 
 def test_ties_are_kept_together():
-    mass = jnp.float32([[1, 0.5, 0.5, 0.5, 0.1]])
-    assert float(find_threshold(mass, 2.0, WHOLE, by_count=True)[0]) == pytest.approx(0.5)
-    assert float(find_threshold(mass, jnp.float32([1.2]), WHOLE, by_count=False)[0]) == pytest.approx(0.5)
+    logits = np.log(np.float32([[1, 0.5, 0.5, 0.5, 0.1]]))
+    expected = [[True, True, True, True, False]]
+    np.testing.assert_array_equal(kept(logits, Sampling(top_k=2)), expected)
+    np.testing.assert_array_equal(kept(logits, Sampling(top_p=0.5)), expected)
+
+
+def test_kept_tokens_are_those_of_transformers():
+    """Its top-p breaks ties by the order of its sort, so only rows without them are compared."""
+    torch = pytest.importorskip("torch", reason="needs torch, pip install 'crpo_jax[parity]'")
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    rows = hard_logits()
+    untied = np.array([len(np.unique(row[np.isfinite(row)])) == np.isfinite(row).sum() for row in rows])
+    ids = torch.zeros((len(rows), 1), dtype=torch.long)
+    for k in (1, 7, 25, 99):
+        warped = TopKLogitsWarper(k)(ids, torch.tensor(rows)).isfinite().numpy()
+        np.testing.assert_array_equal(kept(rows, Sampling(top_k=k)), warped)
+    for p in (1e-9, 0.5, 0.9, 1 - 1e-6):
+        warped = TopPLogitsWarper(p)(ids, torch.tensor(rows, dtype=torch.float64)).isfinite().numpy()
+        np.testing.assert_array_equal(kept(rows, Sampling(top_p=p))[untied], warped[untied])
 
 
 @pytest.mark.parametrize(
@@ -255,14 +433,18 @@ SETTINGS = [Sampling(0.6), Sampling(temperature=0), Sampling(0.8, top_p=0.8), Sa
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-@pytest.mark.parametrize(("vocabulary", "shards"), [(40, 2), (40, 8), (1152, 4)])
+@pytest.mark.parametrize(("vocabulary", "shards"), [(40, 2), (40, 8), (1152, 4), (4160, 8)])
 def test_a_split_vocabulary_draws_the_same_tokens(sampling: Sampling, vocabulary: int, shards: int):
-    """1,152 is 64 blocks of 18; 40 is 8 of 5, one per device at most."""
+    """1,152 is 64 blocks of 18; 40 is 8 of 5, one per device at most; 4,160 has a third level.
+
+    Log-probs are equal to the last bit, because sums over blocks are added up in the same order, but for (40, 8): the
+    compiler adds up a device's only block in an order of its own.
+    """
     logits = np.round(random_logits(300, vocabulary), 1)  # ties, also between devices
     tokens, logprobs = draw(logits, sampling, position=3)
     split_tokens, split_logprobs = draw(logits, sampling, position=3, shards=shards)
     np.testing.assert_array_equal(split_tokens, tokens)
-    np.testing.assert_allclose(split_logprobs, logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(split_logprobs, logprobs, rtol=0, atol=1e-6 if shards == vocabulary // 5 else 0)
     assert len(set(tokens.tolist())) > 20
 
 
