@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,13 +28,14 @@ from crpo_jax.config import Config, Endpoint
 from crpo_jax.data.files import HUB_DATASETS
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import read_questions
+from crpo_jax.disk import make_folder, replace_file
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
 from crpo_jax.judge.report import write_report
 from crpo_jax.judge.table import format_summary
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import StopRequested, StopSignal
-from crpo_jax.store.files import replace_file, writing
+from crpo_jax.store.files import writing
 from crpo_jax.store.workdir import open_workdir
 
 EVALUATION_SPLITS = {"medmcqa": "validation"}  # its test split hides the answers; all others: data.eval_split
@@ -163,8 +163,9 @@ def copy_responses(paths: Sequence[str], folder: Path) -> None:
         copy = folder / f"{path.stem}.jsonl"
         if copy.exists() and copy.read_bytes() != path.read_bytes():
             raise InputError(f"--responses {path}: expected the responses in {copy}, got others; use another --workdir")
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        with writing(copy, hint=""):
+            make_folder(folder)
+            replace_file(copy, path.read_bytes())
 
 
 def summarize_and_judge(

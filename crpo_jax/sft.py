@@ -14,6 +14,7 @@ from crpo_jax.runtime.faults import faults_end_in_one_line
 from crpo_jax.runtime.fine_tuning import fine_tune
 from crpo_jax.runtime.inputs import open_traces
 from crpo_jax.runtime.runtime import open_runtime
+from crpo_jax.store.workdir import has_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workdir = Path(args.workdir or f"runs/{name}-sft")
         folder = workdir / "coldstart"
         runtime = open_runtime(settings)
-        if not folder.is_dir():
+        if not has_folder(workdir, folder.name):
             fine_tune(runtime, workdir, folder, open_traces(runtime), allow_changes=args.allow_changes)
         elif runtime.writes:
             print(

@@ -261,6 +261,21 @@ def disturb_runs(folder: Path, steps: int) -> dict[str, Any]:
     return results
 
 
+def set_up_compilation(folder: Path) -> None:
+    """Quick compiles, cached in `folder` unless the environment says where."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def run_whole(folder: Path, steps: int, *overrides: str) -> None:
+    """The run that nothing happens to, in folder/whole."""
+    if not (folder / "whole").exists():
+        result = Child(folder / "whole", steps, *overrides).end()
+        assert result["code"] == 0, result["said"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
@@ -269,13 +284,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--faults", action="store_true", help="the other faults as well, into FOLDER/faults.json")
     args = parser.parse_args()
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(args.folder / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_disable_most_optimizations", True)
-    if not (args.folder / "whole").exists():
-        result = Child(args.folder / "whole", args.steps).end()
-        assert result["code"] == 0, result["said"]
+    set_up_compilation(args.folder)
+    run_whole(args.folder, args.steps)
     if args.faults:
         (args.folder / "faults.json").write_text(json.dumps(disturb_runs(args.folder, args.steps), indent=2))
     if args.kills:

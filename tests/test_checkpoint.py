@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
 def test_a_checkpoint_whose_log_lines_are_lost_is_passed_over(
     trained: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """After a power failure the checkpoint may be there and the lines of its steps not: resuming would leave a hole."""
+    """Resuming from it would leave a hole in the metrics; from an earlier one the run writes those lines again."""
     with Log(tmp_path) as log, Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         for step in (1, 2):
             log.step(step - 1, {"a": 1.0})
@@ -243,7 +243,7 @@ def test_a_checkpoint_whose_log_lines_are_lost_is_passed_over(
         saved = checkpoints.find_resume_point()
     assert saved == ResumePoint(1, {"metrics.jsonl": 22, "samples.jsonl": 0})
     assert (
-        "metrics.jsonl beside it has 43 bytes instead of at least 44: lines of its steps are missing"
+        "checkpoint of step 2 is passed over: metrics.jsonl has no line of its last step; the run resumes from step 1"
         in capsys.readouterr().err
     )
 

@@ -15,6 +15,7 @@ from crpo_jax.answer.statistics import extract_letter
 from crpo_jax.config import Config, replaced
 from crpo_jax.data.prompts import Fitting, fit_prompts
 from crpo_jax.data.question import Question
+from crpo_jax.disk import replace_file
 from crpo_jax.errors import InputError
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.model.huggingface import model_folder
@@ -23,7 +24,7 @@ from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime, open_runtime
 from crpo_jax.runtime.signals import StopRequested, StopSignal
-from crpo_jax.store.files import replace_file, writing
+from crpo_jax.store.files import writing
 from crpo_jax.store.journal import Journal
 
 

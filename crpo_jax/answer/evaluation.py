@@ -12,6 +12,7 @@ from crpo_jax.answer.records import question_to_row
 from crpo_jax.answer.rollout import respond, score_fields
 from crpo_jax.data.prompts import Fitting
 from crpo_jax.data.question import Question
+from crpo_jax.disk import make_folder
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
@@ -55,7 +56,7 @@ def write_evaluation(workdir: Path, step: int, rows: Sequence[Evaluated]) -> Non
     """The held-out responses after `step` steps, in report/held_out_<step>.jsonl."""
     path = workdir / "report" / f"held_out_{step:06d}.jsonl"
     with writing(path):
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
     replace_rows(
         path, (question_to_row(row.question) | {"response": row.response} | score_fields(row.score) for row in rows)
     )

@@ -235,7 +235,7 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
     figure.suptitle("Lines: training batches. Dots: held-out questions.", fontsize=9)
     path = workdir / "report" / "curve.png"
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

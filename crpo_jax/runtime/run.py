@@ -55,6 +55,7 @@ class TrainingRun:
         for step in range(self.done, self.total + 1):
             if self.finished or self.stopping:
                 return
+            self.log.check_in_place()
             yield step
 
     @property
@@ -83,6 +84,7 @@ class TrainingRun:
         samples: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Logs a step, holds it to the run's limits and saves a checkpoint where one is due."""
+        self.log.check_in_place()
         self.log.samples(samples)
         self.log.step(step, {**measures, "time/compilations": self._compilations.count_new()})
         self.progress.update(step + 1, line)
@@ -96,6 +98,7 @@ class TrainingRun:
     def save(self) -> None:
         """A checkpoint, written in the background; nothing where this step has one."""
         if self.done != self._saved:
+            self.log.check_in_place()
             self.checkpoints.save(self.done, self.state._replace(frozen=None))
             self._saved = self.done
 

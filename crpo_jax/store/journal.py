@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from crpo_jax.disk import make_folder, sync_folder
 from crpo_jax.errors import InputError
-from crpo_jax.store.files import DiskFull, encode_rows, read_rows, write_all, writing
+from crpo_jax.store.files import DiskFull, check_in_place, encode_rows, read_rows, write_all, writing
 
 DISK_PATIENCE = 600.0
 """Seconds for which a reply that was paid for waits for room on a full disk."""
@@ -30,8 +31,9 @@ class Journal:
         self._mutex = threading.Lock()
         with contextlib.ExitStack() as opened:
             with writing(path, InputError, hint=""):
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 self._file = opened.enter_context(path.open("a+b", buffering=0))
+                sync_folder(path.parent)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file is closed
             except OSError:
@@ -47,6 +49,7 @@ class Journal:
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Appends all of the rows; DiskFull where they could not be written, and then none of them is there."""
         data = encode_rows(rows)
+        check_in_place(self.path, self._file.fileno())
         with self._mutex, writing(self.path, DiskFull, "all earlier rows are kept"):
             try:
                 write_all(self._file.fileno(), data)
