@@ -60,6 +60,7 @@ def train(
     from crpo_jax.store.logs import read_metrics
     from crpo_jax.train import train as run_training
 
+    workdir = local_path("workdir", workdir)
     design, functions = reward_design(reward)
     chosen = choose_settings(config, settings, {"model.path": model, "reward.design": design}, jax.default_backend())
     training = None if questions is None else as_questions(questions)
@@ -68,13 +69,13 @@ def train(
         training, evaluation = hold_out(training, HELD_OUT_SHARE)
     run_training(
         open_runtime(chosen),
-        local_path("workdir", workdir),
+        workdir,
         questions=training,
         held_out=evaluation,
         reward_functions=functions,
         allow_changes=allow_changes,
     )
-    return read_metrics(local_path("workdir", workdir))
+    return read_metrics(workdir)
 
 
 def fine_tune(
@@ -98,11 +99,12 @@ def fine_tune(
     from crpo_jax.runtime.runtime import open_runtime
     from crpo_jax.store.workdir import has_folder
 
+    workdir = local_path("workdir", workdir)
     runtime = open_runtime(choose_settings(config, settings, {"model.path": model}, jax.default_backend()))
-    folder = local_path("workdir", workdir) / "coldstart"
-    if not has_folder(local_path("workdir", workdir), folder.name):
+    folder = workdir / "coldstart"
+    if not has_folder(workdir, folder.name):
         opened = open_traces(runtime, None if traces is None else as_questions(traces))
-        run_fine_tuning(runtime, local_path("workdir", workdir), folder, opened, allow_changes=allow_changes)
+        run_fine_tuning(runtime, workdir, folder, opened, allow_changes=allow_changes)
     return folder if folder.is_dir() else None
 
 
@@ -167,7 +169,8 @@ def evaluate(
     from crpo_jax.evaluate import evaluate as run_evaluation
     from crpo_jax.evaluate import load_data_sets
 
-    platform, previous = "cpu", local_path("workdir", workdir) / "config.yaml"
+    workdir = local_path("workdir", workdir)
+    platform, previous = "cpu", workdir / "config.yaml"
     if model is None and data:
         raise InputError("evaluate: expected a model to answer the data sets, got none")
     if model is not None:
@@ -180,7 +183,7 @@ def evaluate(
         sets = {name: as_questions(questions) for name, questions in data.items()}
     else:
         sets = load_data_sets(data, chosen)
-    return run_evaluation(chosen, local_path("workdir", workdir), sets, allow_changes=allow_changes)
+    return run_evaluation(chosen, workdir, sets, allow_changes=allow_changes)
 
 
 def export(workdir: str | Path, folder: str | Path, *, step: int | None = None, dtype: str = "bfloat16") -> Path:
@@ -188,13 +191,8 @@ def export(workdir: str | Path, folder: str | Path, *, step: int | None = None, 
     folder."""
     from crpo_jax.export import export as run_export
 
-    run_export(
-        load_config(local_path("workdir", workdir) / "config.yaml"),
-        local_path("workdir", workdir),
-        folder,
-        step=step,
-        dtype=dtype,
-    )
+    workdir = local_path("workdir", workdir)
+    run_export(load_config(workdir / "config.yaml"), workdir, folder, step=step, dtype=dtype)
     return Path(folder)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from crpo_jax import cli, config
-from crpo_jax.answer.records import Answer, read_answers
+from crpo_jax.answer.records import Answer, read_answers, read_dropped, read_summary
 from crpo_jax.answer.statistics import summarize
 from crpo_jax.config import Config, Endpoint
 from crpo_jax.data.files import HUB_DATASETS
@@ -172,9 +172,9 @@ def summarize_and_judge(
     answers: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: StopSignal
 ) -> dict[str, Any]:
     """The contents of summary.json: written with the judges' previous results before they are asked, and afterwards."""
-    path, dropped_path = workdir / "summary.json", workdir / "responses" / "dropped.json"
-    previous = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() else {}
-    dropped = json.loads(dropped_path.read_text(encoding="utf-8")) if dropped_path.is_file() else {}
+    path = workdir / "summary.json"
+    previous = read_summary(path)["data"] if path.exists() else {}
+    dropped = read_dropped(workdir / "responses")
     effective = load_effective_table(settings)
     sets = {}
     for name, responses in answers.items():

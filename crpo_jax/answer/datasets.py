@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from crpo_jax.answer.records import Answer, answer_to_row
+from crpo_jax.answer.records import Answer, answer_to_row, read_dropped
 from crpo_jax.answer.statistics import extract_letter
 from crpo_jax.config import Config, replaced
 from crpo_jax.data.prompts import Fitting, fit_prompts
@@ -52,7 +52,7 @@ def answer_data_sets(
     tokenizer, weights = runtime.vocabulary.tokenizer, None
     prompted = {name: fit_prompts(questions, settings.data, tokenizer) for name, questions in data_sets.items()}
     for name, questions in prompted.items():
-        with Journal(folder / f"{name}.jsonl") as journal:
+        with Journal(folder / f"{name}.jsonl", {"id": str, "question": str, "sample": int}) as journal:
             on_disk = samples_on_disk(journal, questions)
             answered = [len(on_disk.get(question.id, ())) >= evaluate.samples for question in questions.questions]
             missing = np.flatnonzero(~np.array(answered, bool))
@@ -63,7 +63,7 @@ def answer_data_sets(
             status.end()
     if any(questions.dropped for questions in prompted.values()):
         path = folder / "dropped.json"
-        dropped = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        dropped = read_dropped(folder)
         with writing(path):
             replace_file(path, json.dumps(dropped | {name: fits.dropped for name, fits in prompted.items()}))
 
@@ -110,7 +110,7 @@ def samples_on_disk(journal: Journal, questions: Fitting) -> dict[str, set[int]]
                 f"{journal.path}: expected responses to the questions of --data, got a response to {row.get('id')!r}; "
                 "take another --workdir"
             )
-        samples.setdefault(question.id, set()).add(int(row["sample"]))
+        samples.setdefault(question.id, set()).add(row["sample"])
     return samples
 
 

@@ -5,14 +5,13 @@ A method evaluated with several seeds has means over seeds with their standard d
 
 import base64
 import html
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crpo_jax.answer.records import Answer, read_answers
+from crpo_jax.answer.records import Answer, read_answers, read_summary
 from crpo_jax.answer.truth import EXACT_MEASURES
 from crpo_jax.config import Reward
 from crpo_jax.disk import make_folder, replace_file
@@ -87,7 +86,7 @@ def read_methods(specifications: Sequence[str]) -> list[Method]:
 
 
 def read_method(name: str, seeds: Sequence[Path]) -> Method:
-    summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in seeds]
+    summaries = [read_summary(folder / "summary.json") for folder in seeds]
     metrics = []
     for folder in seeds:
         logs = [path for path in (folder / "metrics.jsonl", folder.parent / "metrics.jsonl") if path.is_file()]

@@ -158,6 +158,7 @@ class Checkpoints:
             make_folder(self._folder)
             self._saver.save(unfinished, args=ocp.args.StandardSave(arrays), force=True)
         except (OSError, ValueError) as error:
+            self._discard(steps_done)
             raise self._fault(steps_done, error) from None
         self._last_step = steps_done
         arguments = unfinished, ResumePoint(steps_done, logs), types
@@ -187,6 +188,8 @@ class Checkpoints:
 
     def _discard(self, step: int) -> None:
         """Removes what a failed save left, also the folders that it made anew where the workdir was moved away."""
+        if not self._first_process:
+            return
         with contextlib.suppress(OSError):
             for path in self._folder.glob(f"{step}.unfinished*"):
                 remove(path)

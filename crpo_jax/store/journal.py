@@ -23,10 +23,11 @@ class Journal:
     """Appends JSON objects and syncs them to the disk; a context manager.
 
     Opening the file cuts off a torn last line, which a power failure can leave, and keeps other processes out. `rows`
-    are those that the file held then. `append` may be called from several threads.
+    are those that the file held then; InputError names one without the `fields`, or with another type in one of them.
+    `append` may be called from several threads.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fields: Mapping[str, type]) -> None:
         self.path = path
         self._mutex = threading.Lock()
         with contextlib.ExitStack() as opened:
@@ -41,6 +42,13 @@ class Journal:
                     f"{path}: another process is writing to it; wait until it ends, or choose another --workdir"
                 ) from None
             self.rows = list(read_rows(path))
+            for number, row in enumerate(self.rows, start=1):
+                for name, kind in fields.items():
+                    if not isinstance(row.get(name), kind):
+                        raise InputError(
+                            f"{path}:{number}: {name}: expected {kind.__name__}, got {row.get(name)!r:.60}; "
+                            "remove the line, or choose another --workdir"
+                        )
             with path.open("rb") as lines:
                 self._end = sum(len(line) for line in lines if line.endswith(b"\n"))
             self._file.truncate(self._end)

@@ -107,12 +107,12 @@ def has_folder(workdir: Path, name: str) -> bool:
 def write_config(workdir: Path, settings: Config, *, allow_changes: bool) -> None:
     """Writes config.yaml; where one differs in what may not change, keeps a copy of it, or refuses."""
     path = workdir / "config.yaml"
-    if path.exists() and (changed := refused_changes(path, settings)):
+    if os.path.lexists(path) and (changed := refused_changes(path, settings)):
         if not allow_changes:
             raise InputError(f"--workdir {workdir}: expected the config of the run it holds, got {changed}. {WAYS_OUT}")
         copies = (workdir / f"config.{number}.yaml" for number in itertools.count(1))
         copy = next(copy for copy in copies if not copy.exists())
-        replace_file(copy, path.read_bytes())
+        replace_file(copy, path.read_bytes() if path.exists() else b"")
         print(f"--allow-changes: {changed}; the previous config is in {copy.name}", file=sys.stderr)
     replace_file(path, config.dump_config(settings))
 
@@ -123,7 +123,7 @@ def refused_changes(path: Path, settings: Config) -> str:
         if not path.read_bytes().strip():
             return f"an empty {path.name}"
         before = config.load_config(path, model=False)  # it was checked when it was written
-    except InputError as damage:
+    except (InputError, OSError) as damage:
         return f"a damaged {path.name}: {str(damage).removeprefix('--config ')}"
     patterns = (*MAY_CHANGE, *RUN_LENGTH) if before.optimizer.schedule == "constant" else MAY_CHANGE
     return "; ".join(
