@@ -57,11 +57,14 @@ def sync_tree(folder: Path) -> None:
 # ---- making and replacing --------------------------------------------------------------------------------------------
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder and the parents that it lacks, and forces their names to the disk."""
+def make_folder(folder: Path, *, parents: bool = False) -> None:
+    """Makes a folder that is not there, on demand with its parents, and forces each name to the disk.
+
+    Without parents nothing is made where the folder around it was moved away.
+    """
     if not folder.is_dir():
-        if not folder.parent.exists():
-            make_folder(folder.parent)
+        if parents and not folder.parent.exists():
+            make_folder(folder.parent, parents=True)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
 
@@ -90,7 +93,7 @@ def written_at_once(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.unfinished")
     try:
         remove(temporary)  # left by a process that was killed
-        make_folder(temporary)
+        make_folder(temporary, parents=True)
         with removed_on_error(temporary):
             yield temporary
             replace_folder(temporary, folder)

@@ -18,6 +18,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from crpo_jax import cli
 
 train = import_module("crpo_jax.train")
 
+ODD_NAME = "-odd {a,b} $HOME ~ 'b' \"c\" %d 100% ü\nx"
 LOOP = "CRPO, reward design"  # the run's opening words, printed right before its loop
 SETTINGS = [
     *("--mesh", "1x1"),
@@ -252,7 +254,20 @@ def disturb_runs(folder: Path, steps: int) -> dict[str, Any]:
     results["SIGINT twice"] = twice.end()
     results["disk full"] = Child(folder / "twice", steps, largest_file=100_000).end()
     results["disk free again"] = Child(folder / "twice", steps).end()
-    results["same"] = {name: outcome(folder / name) == outcome(folder / "whole") for name in ("stopped", "twice")}
+
+    odd = folder / ODD_NAME
+    moved = Child(odd, steps)
+    moved.wait_for_output(LOOP)
+    odd.rename(folder / "moved")
+    results["moved"] = moved.end() | {"left": odd.exists()}
+    (folder / "moved").rename(odd)
+    results["moved back"] = Child(odd, steps).end()
+    ended = {"stopped": folder / "stopped", "twice": folder / "twice", "moved back": odd}
+    results["same"] = {name: outcome(workdir) == outcome(folder / "whole") for name, workdir in ended.items()}
+    deleted = Child(folder / "deleted", steps)
+    deleted.wait_for_output(LOOP)
+    shutil.rmtree(folder / "deleted")
+    results["deleted"] = deleted.end() | {"left": (folder / "deleted").exists()}
 
     diverging = [f"model.path={folder / 'whole' / 'coldstart'}", "optimizer.learning_rate=1e30"]
     results["not finite"] = Child(folder / "astray", steps, *diverging).end()

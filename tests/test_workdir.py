@@ -17,6 +17,7 @@ from crpo_jax.model.huggingface import free_folder
 from crpo_jax.runtime.compilations import enable_compilation_cache
 from crpo_jax.runtime.fine_tuning import is_cold_start
 from crpo_jax.runtime.report import before_and_after
+from crpo_jax.store.checkpoint import refuse_patterns
 from crpo_jax.store.journal import Journal
 from crpo_jax.store.logs import Log, read_metrics
 from crpo_jax.store.workdir import FILES, FOLDERS, check_inputs, has_folder, open_workdir
@@ -196,6 +197,16 @@ def test_a_url_is_refused_wherever_it_would_make_a_folder(path: str, tmp_path: P
     ):
         assert "expected a folder or file on a mounted disk, got a URL" in outcome(action)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a*", "is it?", "[1]"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also one that is relative to such a folder. What has no checkpoints may be there."""
+    (tmp_path / name).mkdir()
+    assert "--workdir run: expected a path without *, ? and [" in outcome(
+        lambda: (monkeypatch.chdir(tmp_path / name), refuse_patterns(Path("run")))
+    )
+    open_workdir(Path("run"), settings()).close()
 
 
 def test_a_home_is_expanded_where_the_shell_does_not(monkeypatch: pytest.MonkeyPatch):

@@ -45,6 +45,7 @@ def evaluate_held_out(
     responses = respond(run.runtime, weights, questions.questions, questions.prompts, scorer, key, progress=progress)
     texts, scores = responses.scores()
     means = {**reward_means(scores), **response_means(responses.responses)}
+    run.log.check_in_place()
     if run.runtime.writes:
         rows = [Evaluated(*parts) for parts in zip(responses.questions, texts, scores, strict=True)]
         write_evaluation(run.workdir, step, rows)

@@ -444,7 +444,7 @@ def write_report(specifications: Sequence[str], folder: Path) -> str:
     """Writes the report on NAME=FOLDER methods into `folder`; the terminal's table, and the page's path."""
     methods = read_methods(specifications)
     with writing(folder, InputError, hint=""):
-        make_folder(folder)
+        make_folder(folder, parents=True)
         page = page_html(methods, draw_figures(methods, folder), folder)
         replace_file(folder / "index.html", page.encode("utf-8", "replace"))
     return f"{format_methods(methods)}\n\nreport  {folder / 'index.html'}"

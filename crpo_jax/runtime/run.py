@@ -14,7 +14,7 @@ from crpo_jax.runtime.limits import LimitWatch
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.runtime.signals import StopSignal
-from crpo_jax.store.checkpoint import Checkpoints
+from crpo_jax.store.checkpoint import Checkpoints, refuse_patterns
 from crpo_jax.store.logs import Log
 from crpo_jax.store.workdir import open_workdir
 from crpo_jax.update.losses import Batch
@@ -130,6 +130,7 @@ def open_run(
 def shared_workdir(runtime: Runtime, workdir: Path, *, allow_changes: bool) -> Iterator[None]:
     """Locks the workdir for this run; InputError where it holds a run of another config, or a process does not see
     it."""
+    refuse_patterns(workdir)
     with open_workdir(workdir, runtime.settings, writer=runtime.writes, allow_changes=allow_changes):
         barrier("the workdir is open")
         if not (workdir / "config.yaml").exists():

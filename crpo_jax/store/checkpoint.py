@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -55,6 +56,15 @@ class Seal(NamedTuple):
 
 class Damaged(Exception):
     """What is wrong with a checkpoint."""
+
+
+def refuse_patterns(workdir: Path) -> None:
+    """InputError where orbax would take the folder's path for a pattern: its checkpoints would hold no arrays."""
+    if glob.has_magic(path := str(workdir.resolve())):
+        raise InputError(
+            f"--workdir {workdir}: expected a path without *, ? and [, for in such a folder orbax writes checkpoints "
+            f"that cannot be read, got {path}"
+        )
 
 
 class Checkpoints:

@@ -41,7 +41,7 @@ class Log:
         if not writer:
             return
         with writing(workdir):
-            make_folder(workdir / "tb")
+            make_folder(workdir / "tb", parents=True)
             for name in LOGS:
                 path, expected = workdir / name, (sizes or {}).get(name, 0)
                 self._files[name] = path.open("ab", buffering=0)

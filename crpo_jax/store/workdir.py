@@ -169,7 +169,7 @@ def read_inputs(workdir: Path) -> Mapping[str, str]:
 
 def lock_workdir(workdir: Path) -> BinaryIO:
     """Takes the folder for this process until the file is closed; InputError names the process that has it."""
-    make_folder(workdir)
+    make_folder(workdir, parents=True)
     file = (workdir / ".lock").open("a+b")
     try:
         fcntl.flock(
