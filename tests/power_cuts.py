@@ -74,6 +74,7 @@ def cut_runs(folder: Path, count: int, steps: int, seed: int, overrides: list[st
             failures += [f"{held}: {failure}"] if failure else []
             tally[f"{held}, {'NOT ' if failure else ''}resumed as if never stopped"] += 1
             copy.unlink()
+            print(f"cut {tally.total()} of {count}: {held}: {failure or 'resumed as if never stopped'}", flush=True)
     print(f"{count} cuts with {' '.join(overrides) or 'the default settings'}")
     for name, times in sorted(tally.items()):
         print(f"{times:4d}  {name}")
