@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from crpo_jax.errors import InputError
@@ -48,10 +49,11 @@ def sync_folder(folder: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Forces every file and folder below to the disk, and the folder itself."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync_file(Path(parent, name))
-        sync_folder(Path(parent))
+    walked = list(os.walk(folder))
+    files = [Path(parent, name) for parent, _, names in walked for name in names]
+    with ThreadPoolExecutor(16) as threads:  # the file system then writes its journal once for several of them
+        list(threads.map(sync_file, files))
+        list(threads.map(sync_folder, [Path(parent) for parent, _, _ in walked]))
 
 
 # ---- making and replacing --------------------------------------------------------------------------------------------
