@@ -211,8 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", metavar="FILE", type=path_of("--out"), default="-", help="JSON lines; - is standard output (default)"
     )
     p.add_argument("--strict", action="store_true", help="stop at the first bad line")
-    args = p.parse_args(arguments)
     try:
+        args = p.parse_args(arguments)
         if args.design:
             args.overrides.append(f"reward.design={args.design}")
         config = load_settings(args, model=False)

@@ -17,6 +17,7 @@ from crpo_jax.model.huggingface import free_folder
 from crpo_jax.runtime.compilations import enable_compilation_cache
 from crpo_jax.runtime.fine_tuning import is_cold_start
 from crpo_jax.runtime.report import before_and_after
+from crpo_jax.score import main as score_main
 from crpo_jax.store.checkpoint import refuse_patterns
 from crpo_jax.store.journal import Journal
 from crpo_jax.store.logs import Log, read_metrics
@@ -190,12 +191,13 @@ def test_a_url_is_refused_wherever_it_would_make_a_folder(path: str, tmp_path: P
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     for action in (
-        lambda: path_of("--out")(path),
+        lambda: path_of("--workdir")(path),
         lambda: open_workdir(Path(path), settings()),
         lambda: free_folder(path),
         lambda: enable_compilation_cache(path),
     ):
         assert "expected a folder or file on a mounted disk, got a URL" in outcome(action)
+    assert score_main(["--responses", "-", "--out", path]) == 2
     assert not list(tmp_path.iterdir())
 
 
