@@ -21,6 +21,7 @@ from crpo_jax.answer.records import question_to_row
 from crpo_jax.config import Config, ConfigFiles, check_config, default_config_path, load_config, replaced
 from crpo_jax.data.question import Question, hold_out
 from crpo_jax.data.readers import questions_from
+from crpo_jax.disk import local_path
 from crpo_jax.errors import InputError
 from crpo_jax.reward.functions import RewardFunction, design_name
 from crpo_jax.reward.scorer import Scorer
@@ -59,6 +60,7 @@ def train(
     from crpo_jax.store.logs import read_metrics
     from crpo_jax.train import train as run_training
 
+    workdir = local_path("workdir", workdir)
     design, functions = reward_design(reward)
     chosen = choose_settings(config, settings, {"model.path": model, "reward.design": design}, jax.default_backend())
     training = None if questions is None else as_questions(questions)
@@ -67,13 +69,13 @@ def train(
         training, evaluation = hold_out(training, HELD_OUT_SHARE)
     run_training(
         open_runtime(chosen),
-        Path(workdir),
+        workdir,
         questions=training,
         held_out=evaluation,
         reward_functions=functions,
         allow_changes=allow_changes,
     )
-    return read_metrics(Path(workdir))
+    return read_metrics(workdir)
 
 
 def fine_tune(
@@ -95,12 +97,14 @@ def fine_tune(
     from crpo_jax.runtime.fine_tuning import fine_tune as run_fine_tuning
     from crpo_jax.runtime.inputs import open_traces
     from crpo_jax.runtime.runtime import open_runtime
+    from crpo_jax.store.workdir import has_folder
 
+    workdir = local_path("workdir", workdir)
     runtime = open_runtime(choose_settings(config, settings, {"model.path": model}, jax.default_backend()))
-    folder = Path(workdir) / "coldstart"
-    if not folder.is_dir():
+    folder = workdir / "coldstart"
+    if not has_folder(workdir, folder.name):
         opened = open_traces(runtime, None if traces is None else as_questions(traces))
-        run_fine_tuning(runtime, Path(workdir), folder, opened, allow_changes=allow_changes)
+        run_fine_tuning(runtime, workdir, folder, opened, allow_changes=allow_changes)
     return folder if folder.is_dir() else None
 
 
@@ -165,7 +169,8 @@ def evaluate(
     from crpo_jax.evaluate import evaluate as run_evaluation
     from crpo_jax.evaluate import load_data_sets
 
-    platform, previous = "cpu", Path(workdir) / "config.yaml"
+    workdir = local_path("workdir", workdir)
+    platform, previous = "cpu", workdir / "config.yaml"
     if model is None and data:
         raise InputError("evaluate: expected a model to answer the data sets, got none")
     if model is not None:
@@ -178,7 +183,7 @@ def evaluate(
         sets = {name: as_questions(questions) for name, questions in data.items()}
     else:
         sets = load_data_sets(data, chosen)
-    return run_evaluation(chosen, Path(workdir), sets, allow_changes=allow_changes)
+    return run_evaluation(chosen, workdir, sets, allow_changes=allow_changes)
 
 
 def export(workdir: str | Path, folder: str | Path, *, step: int | None = None, dtype: str = "bfloat16") -> Path:
@@ -186,7 +191,8 @@ def export(workdir: str | Path, folder: str | Path, *, step: int | None = None, 
     folder."""
     from crpo_jax.export import export as run_export
 
-    run_export(load_config(Path(workdir) / "config.yaml"), Path(workdir), folder, step=step, dtype=dtype)
+    workdir = local_path("workdir", workdir)
+    run_export(load_config(workdir / "config.yaml"), workdir, folder, step=step, dtype=dtype)
     return Path(folder)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from crpo_jax.config import Config, closest_settings, default_config_path, load_config, setting_fields
+from crpo_jax.disk import local_path
 from crpo_jax.errors import Fault, InputError
 
 MODEL = ("model", "tokenizer", "parallel")
@@ -124,9 +125,19 @@ def build_parser(command: str, doc: str, default: Callable[[str], Path | None] =
         "replaces what it names",
     )
     p.add_argument("--mesh", metavar="DxM", help="data x model, in devices, such as 8x1 (sets parallel.mesh)")
-    p.add_argument("--workdir", metavar="DIR", help="folder of the run; started again in it, a run resumes")
+    p.add_argument(
+        "--workdir",
+        metavar="DIR",
+        type=path_of("--workdir"),
+        help="folder of the run; started again in it, a run resumes",
+    )
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return p
+
+
+def path_of(flag: str) -> Callable[[str], str]:
+    """The type of a flag that names what is to be written: a local path, with ~ expanded also after `--flag=`."""
+    return lambda text: str(local_path(flag, text))
 
 
 def given_model(overrides: Sequence[str]) -> str:

@@ -51,6 +51,8 @@ REWRITE = (
     "Instruction:\n{instruction}\n\nQuestion:\n{question}\n\nNotes:\n{notes}"
 )
 
+TRACE_FIELDS = {"key": str, "right": bool, "attempt": int, "teacher": str, "content": str, "reasoning": str}
+
 
 class Trace(NamedTuple):
     """A teacher's reply to a question; reasoning and answer are None if the reasoning was cut off."""
@@ -130,7 +132,7 @@ def ask_teacher(
     turns = {question.id: build_teacher_turn(question, settings) for question in selected}
     parameters = request_parameters(settings.distill)
     keys = {identity: [request_key(parameters, turn, n) for n in range(attempts)] for identity, turn in turns.items()}
-    with Journal(workdir / "traces.jsonl") as journal, Client(settings.distill, "distill") as client:
+    with Journal(workdir / "traces.jsonl", TRACE_FIELDS) as journal, Client(settings.distill, "distill") as client:
         right = {row["key"]: bool(row["right"]) for row in journal.rows}
         replies = f"{len(journal.rows)} replies on disk: {journal.path}"
         progress.write(f"{len(selected)} questions for {settings.distill.model}; {replies}")
@@ -179,7 +181,7 @@ def trace_to_row(question: Question, attempt: int, key: str, reply: Reply, setti
 
 def read_traces(workdir: Path) -> list[Trace]:
     traces = []
-    with Journal(workdir / "traces.jsonl") as journal:
+    with Journal(workdir / "traces.jsonl", TRACE_FIELDS) as journal:
         for row in journal.rows:
             question = question_of(Record(row, "traces.jsonl"))
             parts = split_reasoning(row["content"], row["reasoning"]) or (None, None)
@@ -271,7 +273,8 @@ def rewrite_traces(
         conversions.append(Conversion(None, reason or "not rewritten yet"))
     parameters = request_parameters(settings.distill)
     keys = {index: request_key(parameters, turn) for index, turn in turns.items()}
-    with Journal(workdir / "rewrites.jsonl") as journal, Client(settings.distill, "distill") as client:
+    fields = {"key": str, "content": str, "reasoning": str}
+    with Journal(workdir / "rewrites.jsonl", fields) as journal, Client(settings.distill, "distill") as client:
         rows: dict[str, Mapping[str, Any]] = {row["key"]: row for row in journal.rows}
 
         def on_reply(index: int, reply: Reply | GivenUp) -> None:

@@ -17,27 +17,27 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from crpo_jax import cli, config
-from crpo_jax.answer.records import Answer, read_answers
+from crpo_jax.answer.records import Answer, read_answers, read_dropped, read_summary
 from crpo_jax.answer.statistics import summarize
 from crpo_jax.config import Config, Endpoint
 from crpo_jax.data.files import HUB_DATASETS
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import read_questions
+from crpo_jax.disk import make_folder, replace_file
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
-from crpo_jax.judge.methods import questions_path, read_summary
+from crpo_jax.judge.methods import questions_path
 from crpo_jax.judge.report import write_report
 from crpo_jax.judge.table import format_summary
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import StopRequested, StopSignal
-from crpo_jax.store.files import read_rows, replace_file, replace_rows, writing
+from crpo_jax.store.files import read_rows, replace_rows, writing
 from crpo_jax.store.workdir import open_workdir
 
 EVALUATION_SPLITS = {"medmcqa": "validation"}  # its test split hides the answers; all others: data.eval_split
@@ -174,17 +174,18 @@ def copy_responses(paths: Sequence[str], folder: Path) -> None:
         copy = folder / f"{path.stem}.jsonl"
         if copy.exists() and copy.read_bytes() != path.read_bytes():
             raise InputError(f"--responses {path}: expected the responses in {copy}, got others; use another --workdir")
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        with writing(copy, hint=""):
+            make_folder(folder)
+            replace_file(copy, path.read_bytes())
 
 
 def summarize_and_judge(
     answers: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: StopSignal
 ) -> dict[str, Any]:
     """The contents of summary.json: written with the judges' previous results before they are asked, and afterwards."""
-    path, dropped_path = workdir / "summary.json", workdir / "responses" / "dropped.json"
-    previous = read_summary(workdir)["data"] if path.is_file() else {}
-    dropped = json.loads(dropped_path.read_text(encoding="utf-8")) if dropped_path.is_file() else {}
+    path = workdir / "summary.json"
+    previous = read_summary(path)["data"] if path.exists() else {}
+    dropped = read_dropped(workdir / "responses")
     effective = load_effective_table(settings)
     sets = {}
     for name, responses in answers.items():

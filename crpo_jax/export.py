@@ -24,7 +24,9 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = cli.build_parser("export", __doc__ or "")
-    parser.add_argument("--out", metavar="FOLDER", required=True, help="a new or empty folder")
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=cli.path_of("--out"), required=True, help="a new or empty folder"
+    )
     parser.add_argument(
         "--step",
         type=int,

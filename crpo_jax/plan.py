@@ -31,7 +31,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", action="store_true", help=search)
     parser.add_argument("--fast", action="store_true", help=fast)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", metavar="FILE.png", help=plot)
+    parser.add_argument("--plot", metavar="FILE.png", type=cli.path_of("--plot"), help=plot)
     args = parser.parse_intermixed_args(arguments)
     if args.layout:
         args.overrides.append(f"parallel.layout={args.layout}")

@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from crpo_jax.answer.records import SAMPLE_FIELDS
-from crpo_jax.cli import build_parser, load_settings
+from crpo_jax.cli import build_parser, load_settings, path_of
 from crpo_jax.config import Reward
 from crpo_jax.data.files import parse_line
 from crpo_jax.data.question import LETTERS, Question
@@ -185,7 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--design", metavar="NAME", help="crpo, grpo, released, module:function or a weighted sum (sets reward.design)"
     )
     p.add_argument("--tokenizer", metavar="DIR", help="a folder with tokenizer.json, for consistency by tokens")
-    p.add_argument("--out", metavar="FILE", default="-", help="JSON lines; - is standard output (default)")
+    p.add_argument(
+        "--out", metavar="FILE", type=path_of("--out"), default="-", help="JSON lines; - is standard output (default)"
+    )
     p.add_argument("--strict", action="store_true", help="stop at the first bad line")
     try:
         args = p.parse_args(arguments)

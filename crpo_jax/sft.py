@@ -16,6 +16,7 @@ from crpo_jax.runtime.fine_tuning import fine_tune
 from crpo_jax.runtime.inputs import open_traces
 from crpo_jax.runtime.runtime import open_runtime
 from crpo_jax.runtime.same_inputs import require_same_workdir
+from crpo_jax.store.workdir import has_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = workdir / "coldstart"
         runtime = open_runtime(settings)
         require_same_workdir(workdir)
-        if not folder.is_dir():
+        if not has_folder(workdir, folder.name):
             fine_tune(runtime, workdir, folder, open_traces(runtime), allow_changes=args.allow_changes)
         elif runtime.writes:
             print(

@@ -18,6 +18,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from crpo_jax import cli
 
 train = import_module("crpo_jax.train")
 
+ODD_NAME = "-odd {a,b} $HOME ~ 'b' \"c\" %d 100% ü\nx"
 LOOP = "CRPO, reward design"  # the run's opening words, printed right before its loop
 SETTINGS = [
     *("--mesh", "1x1"),
@@ -252,13 +254,41 @@ def disturb_runs(folder: Path, steps: int) -> dict[str, Any]:
     results["SIGINT twice"] = twice.end()
     results["disk full"] = Child(folder / "twice", steps, largest_file=100_000).end()
     results["disk free again"] = Child(folder / "twice", steps).end()
-    results["same"] = {name: outcome(folder / name) == outcome(folder / "whole") for name in ("stopped", "twice")}
+
+    odd = folder / ODD_NAME
+    moved = Child(odd, steps)
+    moved.wait_for_output(LOOP)
+    odd.rename(folder / "moved")
+    results["moved"] = moved.end() | {"left": odd.exists()}
+    (folder / "moved").rename(odd)
+    results["moved back"] = Child(odd, steps).end()
+    ended = {"stopped": folder / "stopped", "twice": folder / "twice", "moved back": odd}
+    results["same"] = {name: outcome(workdir) == outcome(folder / "whole") for name, workdir in ended.items()}
+    deleted = Child(folder / "deleted", steps)
+    deleted.wait_for_output(LOOP)
+    shutil.rmtree(folder / "deleted")
+    results["deleted"] = deleted.end() | {"left": (folder / "deleted").exists()}
 
     diverging = [f"model.path={folder / 'whole' / 'coldstart'}", "optimizer.learning_rate=1e30"]
     results["not finite"] = Child(folder / "astray", steps, *diverging).end()
     results["replay"] = Child(folder / "astray", steps, *diverging, "--replay", "0").end()
     results["no replay"] = Child(folder / "astray", steps, *diverging, "--replay", "77").end()
     return results
+
+
+def set_up_compilation(folder: Path) -> None:
+    """Quick compiles, cached in `folder` unless the environment says where."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def run_whole(folder: Path, steps: int, *overrides: str) -> None:
+    """The run that nothing happens to, in folder/whole."""
+    if not (folder / "whole").exists():
+        result = Child(folder / "whole", steps, *overrides).end()
+        assert result["code"] == 0, result["said"]
 
 
 def main() -> None:
@@ -269,13 +299,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--faults", action="store_true", help="the other faults as well, into FOLDER/faults.json")
     args = parser.parse_args()
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(args.folder / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_disable_most_optimizations", True)
-    if not (args.folder / "whole").exists():
-        result = Child(args.folder / "whole", args.steps).end()
-        assert result["code"] == 0, result["said"]
+    set_up_compilation(args.folder)
+    run_whole(args.folder, args.steps)
     if args.faults:
         (args.folder / "faults.json").write_text(json.dumps(disturb_runs(args.folder, args.steps), indent=2))
     if args.kills:

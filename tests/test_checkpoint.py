@@ -1,11 +1,15 @@
 """Checkpoints: bit by bit, onto another mesh, by the names of their arrays, and damaged in every way."""
 
+import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,7 +237,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
 def test_a_checkpoint_whose_log_lines_are_lost_is_passed_over(
     trained: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """After a power failure the checkpoint may be there and the lines of its steps not: resuming would leave a hole."""
+    """Resuming from it would leave a hole in the metrics; from an earlier one the run writes those lines again."""
     with Log(tmp_path) as log, Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         for step in (1, 2):
             log.step(step - 1, {"a": 1.0})
@@ -243,7 +247,7 @@ def test_a_checkpoint_whose_log_lines_are_lost_is_passed_over(
         saved = checkpoints.find_resume_point()
     assert saved == ResumePoint(1, {"metrics.jsonl": 22, "samples.jsonl": 0})
     assert (
-        "metrics.jsonl beside it has 43 bytes instead of at least 44: lines of its steps are missing"
+        "checkpoint of step 2 is passed over: metrics.jsonl has no line of its last step; the run resumes from step 1"
         in capsys.readouterr().err
     )
 
@@ -268,6 +272,136 @@ def test_a_checkpoint_that_cannot_be_written_is_a_fault(
         ):
             checkpoints.wait()
         assert checkpoints.steps() == [1]
+
+
+def test_a_seal_of_another_shape_is_damage(trained: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Also where its digest is right: another program, or a person, wrote it."""
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(1, trained)
+        checkpoints.save(2, trained)
+    for line in (
+        "[]",
+        "7",
+        "{}",
+        '{"step": "x"}',
+        '{"step": 2, "logs": {}, "files": {"_METADATA": 3}}',
+        "[[[[",
+        "\xff",
+    ):
+        data = line.encode("latin1")
+        (folder / "2" / SEAL).write_bytes(data + b"\n" + hashlib.sha256(data).hexdigest().encode() + b"\n")
+        with Checkpoints(folder, keep=2) as checkpoints:
+            assert checkpoints.find_resume_point().step == 1, line
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"checkpoint of step 2 is damaged and passed over: seal\.json: [^\n]+\n", said), said
+
+
+def test_files_in_the_place_of_folders_are_damage_or_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What a killed process left is removed, whatever it is; what a person named is left alone."""
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(1, parts())
+    for name in ("2", "3.unfinished", "4.old", "best.old", "notes.unfinished"):
+        (folder / name).write_text("")
+    with Checkpoints(folder, keep=2) as checkpoints:
+        assert checkpoints.find_resume_point().step == 1
+        assert "step 2 is damaged and passed over: seal.json cannot be read: Not a directory" in capsys.readouterr().err
+        checkpoints.save(2, parts())
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "best.old", "notes.unfinished"]
+    assert (folder / "2").is_dir()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_logs_that_were_deleted_damage_no_checkpoint(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with Log(tmp_path) as log, Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        for step in (1, 2):
+            log.samples([{"step": step - 1}])
+            log.step(step - 1, {"a": 1.0})
+            checkpoints.save(step, parts())
+    (tmp_path / name).unlink()
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        point = checkpoints.find_resume_point()
+    assert point.step == 2
+    Log(tmp_path, *point).__exit__(None)
+    assert f"{tmp_path / name}: 0 bytes instead of" in capsys.readouterr().err
+
+
+def test_a_bad_line_of_the_metrics_is_named_before_anything_is_done(tmp_path: Path):
+    """The scores of earlier checkpoints are read from them after every save: too late to say it then."""
+    with Log(tmp_path) as log, Checkpoints(tmp_path / "checkpoints", keep=1, keep_best=1) as checkpoints:
+        for step in (1, 2, 3):
+            log.step(step - 1, {"eval/mean": 1.0})
+            checkpoints.save(step, parts())
+        checkpoints.wait()
+        lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        for bad in (
+            b'{"step": 0, "eval/mean": "\xff"}\n',
+            b"[]\n",
+            b'{"eval/mean": 1.0}\n',
+            b'{"step": 0, "a": "b"}\n',
+        ):
+            (tmp_path / "metrics.jsonl").write_bytes(bad + b"".join(lines[1:]))
+            with pytest.raises(InputError, match=r"metrics\.jsonl:1: expected .*; remove the line, or choose another"):
+                checkpoints.find_resume_point()
+        checkpoints.save(4, parts())
+        with pytest.raises(
+            Fault, match=r"checkpoint of step 4 is whole, but older ones could not be .*metrics\.jsonl:1"
+        ):
+            checkpoints.wait()
+        (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[1:]))  # as the line said
+        assert checkpoints.find_resume_point().step == 3
+
+
+def fill(disk: Path, refusal: str) -> None:
+    """Leaves a mounted file system in a state in which it refuses a checkpoint."""
+    if refusal == "no space":
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    elif refusal == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    else:
+        for number in range(os.statvfs(disk).f_ffree - (4 if refusal == "few inodes" else 0)):
+            (disk / f"filler{number}").touch()
+
+
+def save_and_wait(checkpoints: Checkpoints) -> None:
+    checkpoints.save(2, parts())
+    checkpoints.wait()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: only root can mount a file system that refuses")
+@pytest.mark.parametrize("refusal", ["no space", "no inodes", "few inodes", "read-only"])
+def test_a_disk_that_refuses_is_one_line_at_once(refusal: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Without orbax's tracebacks beside it, its 300 seconds of waiting, or a leftover that takes room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=64", "tmpfs", str(disk)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with Checkpoints(disk / "checkpoints", keep=2) as checkpoints:
+            checkpoints.save(1, parts())
+            checkpoints.wait()
+            fill(disk, refusal)
+            began = time.monotonic()
+            with pytest.raises(Fault) as caught:
+                save_and_wait(checkpoints)
+        assert time.monotonic() - began < 10
+        reason = "Read-only file system" if refusal == "read-only" else "No space left on device"
+        line = f"could not write the checkpoint of step 2: {reason}; the checkpoint of step 1 is whole, and"
+        assert line in str(caught.value)
+        assert capfd.readouterr().err == ""
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        for path in disk.glob("filler*"):
+            path.unlink()
+        with Checkpoints(disk / "checkpoints", keep=2) as checkpoints:
+            assert checkpoints.find_resume_point().step == 1
+            assert [path.name for path in (disk / "checkpoints").iterdir()] == ["1"]
+            save_and_wait(checkpoints)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 # ---- arrays by name --------------------------------------------------------------------------------------------------

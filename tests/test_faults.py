@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import pytest
+from ext4_image import missing_means
 
 from crpo_jax import config
 from crpo_jax.config import Config
@@ -67,6 +68,24 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(folder: Path):
 
 
 @pytest.mark.slow
+def test_a_run_resumes_after_a_power_cut(folder: Path):
+    """Bitwise, from what an ext4 image held at random moments; CRPO_JAX_KILLS=40 takes ten times as many."""
+    if lack := missing_means():
+        pytest.skip(f"cannot mount images here: {lack}")
+    command = [sys.executable, str(Path(__file__).with_name("power_cuts.py")), "--folder", str(folder / "cuts")]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
+    done = subprocess.run(
+        [*command, "--cuts", str(KILLS), "--steps", "6", "run.keep=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_nothing_compiles_after_the_first_epoch(folder: Path):
     """31 questions, 8 a step: by the fourth step every shape was seen."""
     compiled = [row["time/compilations"] for row in read_metrics(folder / "whole") if "time/compilations" in row]
@@ -114,6 +133,22 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(ended: dict[str, A
     )
     assert ended["disk free again"]["code"] == 0
     assert ended["same"]["twice"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["moved", "deleted"])
+def test_a_workdir_moved_or_deleted_ends_the_run_at_its_next_step(how: str, ended: dict[str, Any]):
+    """It would train on, and everything after that moment would be lost."""
+    assert ended[how]["code"] == 1, ended[how]["said"]
+    assert "moved or deleted while it was being written" in ended[how]["said"].splitlines()[-1]
+    assert "Traceback" not in ended[how]["said"]
+    assert not ended[how]["left"], "something was written where the folder had been"
+
+
+@pytest.mark.slow
+def test_a_workdir_of_any_name_resumes_where_it_is(ended: dict[str, Any]):
+    assert ended["moved back"]["code"] == 0, ended["moved back"]["said"]
+    assert ended["same"]["moved back"]
 
 
 @pytest.mark.slow

@@ -10,11 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from crpo_jax.answer.records import Answer, answer_to_row
+from crpo_jax.answer.records import Answer, answer_to_row, read_dropped
 from crpo_jax.answer.statistics import extract_letter
 from crpo_jax.config import Config, replaced
 from crpo_jax.data.prompts import Fitting, check_dropped, fit_prompts
 from crpo_jax.data.question import Question
+from crpo_jax.disk import replace_file
 from crpo_jax.errors import InputError
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.model.huggingface import model_folder
@@ -23,7 +24,7 @@ from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime, open_runtime
 from crpo_jax.runtime.signals import StopRequested, StopSignal
-from crpo_jax.store.files import replace_file, writing
+from crpo_jax.store.files import writing
 from crpo_jax.store.journal import Journal
 
 
@@ -53,7 +54,7 @@ def answer_data_sets(
     for name, questions in prompted.items():
         check_dropped(questions.dropped.values(), len(data_sets[name]), f"questions of {name}", settings.data)
     for name, questions in prompted.items():
-        with Journal(folder / f"{name}.jsonl") as journal:
+        with Journal(folder / f"{name}.jsonl", {"id": str, "question": str, "sample": int}) as journal:
             on_disk = samples_on_disk(journal, questions)
             answered = [len(on_disk.get(question.id, ())) >= evaluate.samples for question in questions.questions]
             missing = np.flatnonzero(~np.array(answered, bool))
@@ -65,7 +66,7 @@ def answer_data_sets(
             status.end()
     if any(questions.dropped for questions in prompted.values()):
         path = folder / "dropped.json"
-        dropped = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        dropped = read_dropped(folder)
         with writing(path):
             replace_file(path, json.dumps(dropped | {name: fits.dropped for name, fits in prompted.items()}))
 
@@ -112,7 +113,7 @@ def samples_on_disk(journal: Journal, questions: Fitting) -> dict[str, set[int]]
                 f"{journal.path}: expected responses to the questions of --data, got a response to {row.get('id')!r}; "
                 "take another --workdir"
             )
-        samples.setdefault(question.id, set()).add(int(row["sample"]))
+        samples.setdefault(question.id, set()).add(row["sample"])
     return samples
 
 

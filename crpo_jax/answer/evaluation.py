@@ -7,6 +7,7 @@ import jax
 
 from crpo_jax.answer.rollout import Responses, mean, respond, response_row
 from crpo_jax.data.prompts import Fitting
+from crpo_jax.disk import make_folder
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer, score_row
@@ -31,6 +32,7 @@ def evaluate_held_out(
     responses = respond(run.runtime, weights, questions.questions, questions.prompts, scorer, key, progress=progress)
     texts, scores = responses.scores()
     means = {**reward_means(scores), **response_means(responses.responses)}
+    run.log.check_in_place()
     if run.runtime.writes:
         write_evaluation(run.workdir, step, responses, texts, scores)
     run.progress.write(f"step {step}/{run.total}  {len(texts)} held-out questions: {step_line(means)}")
@@ -43,7 +45,7 @@ def write_evaluation(
     """The held-out responses after `step` steps, in report/held_out_<step>.jsonl."""
     path = workdir / "report" / f"held_out_{step:06d}.jsonl"
     with writing(path):
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
     rows = zip(responses.questions, responses.responses, texts, scores, strict=True)
     replace_rows(path, (response_row(*row[:3]) | score_row(row[3]) for row in rows))
 

@@ -12,7 +12,8 @@ from crpo_jax.data.files import json_records
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import question_of
 from crpo_jax.data.record import Record
-from crpo_jax.errors import InputError
+from crpo_jax.errors import InputError, brief
+from crpo_jax.store.files import read_object
 
 SAMPLE_FIELDS = ("step", "sample", "prompt", "tokens", "stopped", "advantage", "trained")
 """What a run's samples.jsonl says of a response besides its question, its text and its score."""
@@ -63,6 +64,25 @@ def read_answers(path: str | Path, flag: str = "--responses") -> list[Answer]:
     if not answers:
         raise InputError(f"{flag} {path}: expected at least one response, got an empty file")
     return answers
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The content of an evaluation's summary.json."""
+    way_out = "delete it, and crpo_jax.evaluate --workdir writes it again"
+    summary = read_object(path, "the summary of an evaluation", way_out)
+    data = summary.get("data")
+    if not isinstance(data, dict) or not all(isinstance(results, dict) for results in data.values()):
+        raise InputError(f"{path}: data: expected results by data set, got {brief(data)}; {way_out}")
+    return summary
+
+
+def read_dropped(folder: Path) -> dict[str, Any]:
+    """The ids of the questions that were too long, by data set, from dropped.json; none where there is no such file."""
+    path, way_out = folder / "dropped.json", "delete it, and an evaluation with --model writes it again"
+    dropped = read_object(path, "the questions that were dropped", way_out) if path.exists() else {}
+    if not all(isinstance(ids, list | dict) for ids in dropped.values()):
+        raise InputError(f"{path}: expected questions by data set, got {brief(dropped)}; {way_out}")
+    return dropped
 
 
 def read_answer(record: Record, samples: Mapping[str, int]) -> Answer:

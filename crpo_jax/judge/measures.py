@@ -140,7 +140,7 @@ def judge_responses(
         for index, answer in enumerate(answers)
     }
     keys = {place: request_key(section, request_parameters(endpoint), turn) for place, turn in prompts.items()}
-    with Journal(path) as journal, Client(endpoint, section) as client:
+    with Journal(path, {"key": str, "content": str}) as journal, Client(endpoint, section) as client:
         replies = {row["key"]: str(row["content"]) for row in journal.rows}
         unasked = {keys[place]: place for place in prompts if keys[place] not in replies}  # equal responses share a key
         given_up = 0

@@ -1,6 +1,5 @@
 """The methods that a report compares: what their workdirs hold, and which of them differ by more than chance."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crpo_jax.answer.records import read_answers
+from crpo_jax.answer.records import read_answers, read_summary
 from crpo_jax.answer.statistics import summarize
 from crpo_jax.config import load_config
 from crpo_jax.errors import InputError
@@ -109,7 +108,7 @@ def read_seed(text: str, folder: Path) -> Seed:
     metrics = list(read_rows(logs[0])) if logs else []
     if not (evaluated / "summary.json").is_file():
         return read_training_run(text, folder, metrics)
-    summary = read_summary(evaluated)
+    summary = read_summary(evaluated / "summary.json")
     for name in summary["data"]:
         if not questions_path(evaluated, name).is_file():
             raise InputError(
@@ -132,22 +131,6 @@ def read_training_run(text: str, folder: Path, metrics: Sequence[Mapping[str, An
     summary, rows = summarize(read_answers(files[-1], "--report"), settings)
     note = f"{text}: a training run, its held-out questions after step {step}."
     return Seed(text, {"data": {HELD_OUT: summary}}, {HELD_OUT: rows}, {HELD_OUT: files[-1]}, metrics, note)
-
-
-def read_summary(workdir: Path) -> dict[str, Any]:
-    """summary.json of an evaluation; InputError where it is something else."""
-    path, summary = workdir / "summary.json", {}
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        is_summary = all(isinstance(results, dict) for results in summary["data"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        is_summary = False
-    if not is_summary:
-        raise InputError(
-            f"{path}: expected the summary of an evaluation, got something else; remove it, and "
-            f"`python -m crpo_jax.evaluate --workdir {workdir}` writes it again"
-        )
-    return summary
 
 
 def questions_path(workdir: Path, data: str) -> Path:

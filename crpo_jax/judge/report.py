@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from crpo_jax.answer.records import Answer, read_answers
 from crpo_jax.answer.truth import EXACT_MEASURES
 from crpo_jax.config import Reward
+from crpo_jax.disk import make_folder, replace_file
 from crpo_jax.errors import InputError
 from crpo_jax.judge.measures import MEASURES
 from crpo_jax.judge.methods import Column, Method, data_set_names, find_best, read_methods
 from crpo_jax.judge.table import format_columns
 from crpo_jax.reward import terms
 from crpo_jax.reward.rules import Score, score_response
+from crpo_jax.store.files import writing
 
 MAX_CASES = 3  # questions shown side by side
 SMOOTHING = 5  # steps of training metrics averaged into one point
@@ -363,10 +365,8 @@ def page_html(methods: Sequence[Method], figures: Mapping[str, str], folder: Pat
 def write_report(specifications: Sequence[str], folder: Path) -> str:
     """Writes the report on NAME=FOLDER methods into `folder`; the terminal's table, and the page's path."""
     methods = read_methods(specifications)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, InputError, hint=""):
+        make_folder(folder, parents=True)
         page = page_html(methods, draw_figures(methods, folder), folder)
-        (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write: {error.strerror}") from None
+        replace_file(folder / "index.html", page.encode("utf-8", "replace"))
     return f"{format_methods(methods)}\n\nreport  {folder / 'index.html'}"

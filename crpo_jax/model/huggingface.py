@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
+from crpo_jax.disk import local_path, written_at_once
 from crpo_jax.errors import InputError
 from crpo_jax.model.architecture import ARCHITECTURES, Weight
 from crpo_jax.model.shape import SIZE_KEYS, Shape, read_mapping, read_shape
@@ -390,24 +391,9 @@ def gather_tensors(model: Transformer, dtype: str) -> Callable[[Tensor], jax.Arr
     return values
 
 
-@contextlib.contextmanager
-def written_at_once(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder` that is renamed to it at the end, or removed if writing fails."""
-    temporary = folder.with_name(f".{folder.name}.unfinished")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def free_folder(folder: str | Path) -> Path:
     """The absolute path of a folder to write; every process raises InputError if the first one finds files in it."""
-    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    folder = Path(os.path.abspath(local_path("folder", folder)))
     writer = jax.process_index() == 0
     occupied = writer and os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
     if multihost_utils.broadcast_one_to_all(np.int32(occupied)):  # all stop, or the others would wait for the writer

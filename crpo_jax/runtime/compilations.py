@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from crpo_jax.disk import local_path
+
 
 def enable_compilation_cache(folder: str) -> None:
     """Caches compiled programs in `folder`; does nothing if it is "" or JAX_COMPILATION_CACHE_DIR is set.
@@ -22,7 +24,7 @@ def enable_compilation_cache(folder: str) -> None:
         lines = []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     kind = hashlib.sha256(f"{platform.machine()} {platform.processor()} {flags}".encode()).hexdigest()[:12]
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser() / kind))
+    jax.config.update("jax_compilation_cache_dir", str(local_path("run.compile_cache", folder) / kind))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -1,6 +1,5 @@
 """The cold start: supervised fine-tuning on teacher traces, the loss on the response alone (paper section 4.3)."""
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from crpo_jax.runtime.inputs import Traces, model_digests, open_traces, trace_di
 from crpo_jax.runtime.run import TrainingRun, open_run, shared_workdir
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.checkpoint import Checkpoints
-from crpo_jax.store.workdir import check_inputs
+from crpo_jax.store.workdir import check_inputs, has_folder, read_inputs
 from crpo_jax.update.batches import Row, supervised_batches
 from crpo_jax.update.trainer import Trainer, TrainState
 
@@ -31,7 +30,7 @@ PREVIEW = 2**31 - 1
 
 def cold_start_traces(runtime: Runtime, workdir: Path) -> Traces | None:
     """The traces of a CRPO run that has no start model yet: bad ones are refused before anything is written."""
-    ready = runtime.settings.model.path or (workdir / "coldstart").is_dir()
+    ready = runtime.settings.model.path or has_folder(workdir, "coldstart")
     return None if ready else open_traces(runtime)
 
 
@@ -149,5 +148,4 @@ def patience_is_over(losses: Mapping[int, float], patience: int) -> bool:
 
 def is_cold_start(workdir: Path) -> bool:
     """Whether the run in a workdir is one of fine-tuning, by what it recorded of its inputs."""
-    path = workdir / "inputs.json"
-    return path.is_file() and TRACES in json.loads(path.read_text(encoding="utf-8"))
+    return TRACES in read_inputs(workdir)

@@ -8,6 +8,7 @@ from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.inputs import Traces
 from crpo_jax.runtime.report import model_and_devices
 from crpo_jax.runtime.runtime import Runtime, Vocabulary
+from crpo_jax.store.files import writing
 from crpo_jax.store.logs import read_metrics
 from crpo_jax.update.batches import Row
 from crpo_jax.update.trainer import Update
@@ -146,7 +147,8 @@ def draw_loss_curve(
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     path = workdir / "report" / "curve.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

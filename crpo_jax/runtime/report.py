@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from crpo_jax.config import Config, Lora
+from crpo_jax.errors import InputError
 from crpo_jax.hardware import peak_flops
 from crpo_jax.model.lora import trained_shapes
 from crpo_jax.model.shape import Shape, backward_flops, forward_flops
@@ -208,17 +209,23 @@ def closing(workdir: Path, count: int) -> str:
 
 def before_and_after(workdir: Path, first: int, last: int) -> str:
     """The held-out question whose reward rose most, with both responses."""
-    rows = [list(read_rows(workdir / "report" / f"held_out_{step:06d}.jsonl")) for step in (first, last)]
-    pairs = [(old, new) for old, new in zip(*rows, strict=True) if "total" in old and "total" in new]
-    if not pairs:
-        return ""
-    old, new = max(pairs, key=lambda pair: pair[1]["total"] - pair[0]["total"])
-    options = "\n".join(f"{letter}) {text}" for letter, text in new["options"].items())
-    return (
-        f"{new['question']}\n{options}\n(answer {new['answer']})\n\n"
-        f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n"
-        f"-- after, reward {new['total']:.2f}:\n{new['response']}"
-    )
+    try:
+        scored = [
+            {row["id"]: row for row in read_rows(workdir / "report" / f"held_out_{step:06d}.jsonl") if "total" in row}
+            for step in (first, last)
+        ]
+        pairs = [(old, scored[1][name]) for name, old in scored[0].items() if name in scored[1]]
+        if not pairs:
+            raise InputError("none is scored in both files")
+        old, new = max(pairs, key=lambda pair: pair[1]["total"] - pair[0]["total"])
+        options = "\n".join(f"{letter}) {text}" for letter, text in new["options"].items())
+        return (
+            f"{new['question']}\n{options}\n(answer {new['answer']})\n\n"
+            f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n"
+            f"-- after, reward {new['total']:.2f}:\n{new['response']}"
+        )
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as damage:  # of files that are only shown
+        return f"no held-out question can be shown before and after from {workdir / 'report'}: {damage}"
 
 
 def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
@@ -257,7 +264,7 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
     figure.suptitle("Lines: training batches. Dots: held-out questions.", fontsize=9)
     path = workdir / "report" / "curve.png"
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

@@ -15,7 +15,7 @@ from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.runtime.same_inputs import require_same_workdir
 from crpo_jax.runtime.signals import StopSignal
-from crpo_jax.store.checkpoint import Checkpoints
+from crpo_jax.store.checkpoint import Checkpoints, refuse_patterns
 from crpo_jax.store.logs import Log
 from crpo_jax.store.workdir import open_workdir
 from crpo_jax.update.losses import Batch
@@ -56,6 +56,7 @@ class TrainingRun:
         for step in range(self.done, self.total + 1):
             if self.finished or self.stopping:
                 return
+            self.log.check_in_place()
             yield step
 
     @property
@@ -84,6 +85,7 @@ class TrainingRun:
         samples: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Logs a step, holds it to the run's limits and saves a checkpoint where one is due."""
+        self.log.check_in_place()
         self.log.samples(samples)
         self.log.step(step, {**measures, "time/compilations": self._compilations.count_new()})
         self.progress.update(step + 1, line)
@@ -97,6 +99,7 @@ class TrainingRun:
     def save(self) -> None:
         """A checkpoint, written in the background; nothing where this step has one."""
         if self.done != self._saved:
+            self.log.check_in_place()
             self.checkpoints.save(self.done, self.state._replace(frozen=None))
             self._saved = self.done
 
@@ -128,6 +131,7 @@ def open_run(
 def shared_workdir(runtime: Runtime, workdir: Path, *, allow_changes: bool) -> Iterator[None]:
     """Locks the workdir for this run; InputError where it holds a run of another config, or a process does not see
     it."""
+    refuse_patterns(workdir)
     require_same_workdir(workdir)
     with open_workdir(workdir, runtime.settings, writer=runtime.writes, allow_changes=allow_changes):
         barrier("the workdir is open")

@@ -1,12 +1,17 @@
 """Checkpoints of a run in its workdir: written by orbax in the background, and verified before they are used."""
 
+import contextlib
+import errno
+import functools
+import glob
 import hashlib
 import json
+import logging
 import os
-import shutil
+import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,13 +19,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from pydantic import TypeAdapter, ValidationError
 
+from crpo_jax.disk import make_folder, remove, replace_folder
 from crpo_jax.errors import Fault, InputError
-from crpo_jax.store.logs import LOGS, held_out_rewards
+from crpo_jax.store.files import writing
+from crpo_jax.store.logs import LOGS, held_out_rewards, read_metrics, sync_logs
 
 State = TypeVar("State")
 
 SEAL = "seal.json"
+
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+"""What a disk answers, to be found in the long messages of the libraries that write."""
 
 
 class ResumePoint(NamedTuple):
@@ -38,21 +50,30 @@ class Seal(NamedTuple):
 
     step: int
     logs: dict[str, int]
-    arrays: dict[str, str]  # empty in a checkpoint of an older version
     files: dict[str, tuple[int, str]]
+    arrays: dict[str, str] | None = None  # none in a checkpoint of an older version
 
 
 class Damaged(Exception):
     """What is wrong with a checkpoint."""
 
 
+def refuse_patterns(workdir: Path) -> None:
+    """InputError where orbax would take the folder's path for a pattern: its checkpoints would hold no arrays."""
+    if glob.has_magic(path := str(workdir.resolve())):
+        raise InputError(
+            f"--workdir {workdir}: expected a path without *, ? and [, for in such a folder orbax writes checkpoints "
+            f"that cannot be read, got {path}"
+        )
+
+
 class Checkpoints:
     """Checkpoints by RL step in `folder`: the newest `keep`, and the `keep_best` of those with the highest scores.
 
     Batches, keys and schedules are functions of the step, so the train state and the step are all there is to save.
-    A checkpoint takes its number as its name once everything in it is written, its seal last, and only then are older
-    ones removed: a process killed at any moment leaves it whole or unnamed. `scores` reads from the workdir how good
-    the evaluated checkpoints are, by step.
+    A checkpoint takes its number as its name once everything in it is on the disk, and so are the logs up to its step.
+    Only when the name is on the disk too are older ones removed: a kill or a power cut at any moment leaves each whole
+    or unnamed. `scores` reads from the workdir how good the evaluated checkpoints are, by step.
 
     Of several processes each saves its part of the arrays; the first does everything else.
     """
@@ -65,45 +86,63 @@ class Checkpoints:
         scores: Callable[[Path], Mapping[int, float]] = held_out_rewards,
     ) -> None:
         self._folder, self._keep, self._keep_best, self._scores = folder.resolve(), keep, keep_best, scores
-        self._saver = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        leave_failed_saves_to_us()
+        # Orbax waits 300 seconds for a folder that it could not make in the background.
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        self._saver = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
         self._first_process = jax.process_index() == 0
-        self._damaged: set[int] = set()
+        self._passed_over: set[int] = set()  # damaged, or without the line of its last step
         self._last_step: int | None = None  # of the state last saved or restored
         self._thread: threading.Thread | None = None
         self._failure: Fault | None = None
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that exist and are not known to be damaged, in order."""
+        """The steps of the checkpoints that exist and were not passed over, in order."""
         names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
-        return sorted({int(name) for name in names if name.isdecimal()} - self._damaged)
+        return sorted({int(name) for name in names if name.isdecimal()} - self._passed_over)
 
     def find_resume_point(self) -> ResumePoint:
-        """The newest whole checkpoint, RUN_START where the run has none; prints which damaged ones it passes over.
+        """The newest whole checkpoint, RUN_START where the run has none; prints which ones it passes over.
 
-        InputError where all are damaged: to begin again would silently discard what the run wrote.
+        One without the line of its last step in metrics.jsonl is passed over for an earlier one, from which the run
+        writes that line again; where there is none, it is used. InputError where all are damaged: to begin again would
+        silently discard what the run wrote.
         """
-        point, damages = None, []
-        if self._first_process:
-            for pattern in ("*.unfinished*", "*.old"):  # left by a process that was killed
-                for leftover in self._folder.glob(pattern):
-                    shutil.rmtree(leftover)
-            for step in reversed(self.steps()):
-                try:
-                    point = self._verify(step, logs_too=True)
-                    break
-                except Damaged as damage:
-                    print(f"checkpoint of step {step} is damaged and passed over: {damage}", file=sys.stderr)
-                    self._damaged.add(step)
-                    damages.append(str(damage))
-            if point is None and not damages:
-                point = RUN_START
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if point is None else point.step)))
-        if step < 0:
+        point = self._find_resume_point() if self._first_process else None
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(0 if point is None else point.step)))
+        return point or ResumePoint(step, {})
+
+    def _find_resume_point(self) -> ResumePoint:
+        with writing(self._folder, InputError, hint=""):
+            for path in self._folder.iterdir() if self._folder.is_dir() else ():
+                if re.fullmatch(r"\d+\.(unfinished.*|old)", path.name):  # left by a process that was killed
+                    remove(path)
+        steps, damages, unlogged = self.steps(), list[str](), list[ResumePoint]()
+        logged = {row["step"] for row in read_metrics(self._folder.parent)} if steps else set()
+        for step in reversed(steps):
+            try:
+                point = self._verify(step)
+            except Damaged as damage:
+                print(f"checkpoint of step {step} is damaged and passed over: {damage}", file=sys.stderr)
+                self._passed_over.add(step)
+                damages.append(str(damage))
+                continue
+            if step - 1 in logged or not point.log_sizes.get("metrics.jsonl"):
+                for later in unlogged:
+                    print(
+                        f"checkpoint of step {later.step} is passed over: metrics.jsonl has no line of its last step; "
+                        f"the run resumes from step {step} and writes it again",
+                        file=sys.stderr,
+                    )
+                    self._passed_over.add(later.step)
+                return point
+            unlogged.append(point)
+        if damages and not unlogged:
             raise InputError(
-                f"{self._folder}: expected a whole checkpoint, got only damaged ones: {''.join(damages[:1])}; "
+                f"{self._folder}: expected a whole checkpoint, got only damaged ones: {damages[0]}; "
                 "without the folder the run begins again"
             )
-        return point or ResumePoint(step, {})
+        return unlogged[0] if unlogged else RUN_START
 
     def select(self, steps_done: int | None) -> int:
         """The step of the newest checkpoint, or `steps_done`; InputError where it is missing or damaged."""
@@ -113,7 +152,7 @@ class Checkpoints:
             raise InputError(f"{self._folder}: expected {wanted}, got {steps or 'none'}")
         step = steps[-1] if steps_done is None else steps_done
         try:
-            return self._verify(step, logs_too=False).step
+            return self._verify(step).step
         except Damaged as damage:
             raise self._unusable(step, damage) from None
 
@@ -122,13 +161,14 @@ class Checkpoints:
         self.wait()
         if steps_done == self._last_step:  # not read from the folder: all processes must decide the same
             return
-        logs = {name: synced_size(self._folder.parent / name) for name in LOGS} if self._first_process else {}
+        logs = {name: size_of(self._folder.parent / name) for name in LOGS} if self._first_process else {}
         unfinished, arrays = self._folder / f"{steps_done}.unfinished", named_arrays(state)
         types = {name: describe(array) for name, array in arrays.items()}
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             self._saver.save(unfinished, args=ocp.args.StandardSave(arrays), force=True)
         except (OSError, ValueError) as error:
+            self._discard(steps_done)
             raise self._fault(steps_done, error) from None
         self._last_step = steps_done
         arguments = unfinished, ResumePoint(steps_done, logs), types
@@ -139,14 +179,33 @@ class Checkpoints:
         try:
             self._saver.wait_until_finished()
             if self._first_process:
+                sync_logs(self._folder.parent, point.log_sizes)
                 write_seal(unfinished, point, types)
                 final = self._folder / str(point.step)
-                shutil.rmtree(final, ignore_errors=True)  # a damaged one, reported when the run began
-                os.replace(unfinished, final)
-                self._damaged.discard(point.step)
-                self._remove_old()
+                remove(final)  # one that was passed over, reported when the run began
+                replace_folder(unfinished, final)
+                self._passed_over.discard(point.step)
         except Exception as error:  # noqa: BLE001 (raised again as a Fault in the thread that trains)
             self._failure = self._fault(point.step, error)
+            self._discard(point.step)
+            return
+        try:
+            if self._first_process:
+                self._remove_old()
+        except (OSError, InputError) as error:
+            whole = f"{self._folder}: the checkpoint of step {point.step} is whole, but older ones could not be removed"
+            self._failure = Fault(f"{whole}: {error}")
+
+    def _discard(self, step: int) -> None:
+        """Removes what a failed save left, also the folders that it made anew where the workdir was moved away."""
+        if not self._first_process:
+            return
+        with contextlib.suppress(OSError):
+            for path in self._folder.glob(f"{step}.unfinished*"):
+                remove(path)
+            if not (self._folder.parent / ".lock").exists():
+                for folder in (self._folder, self._folder.parent):
+                    folder.rmdir()  # only an empty one
 
     def _remove_old(self) -> None:
         steps, scores = self.steps(), self._scores(self._folder.parent) if self._keep_best else {}
@@ -154,7 +213,7 @@ class Checkpoints:
         for step in set(steps[: -self._keep]) - set(ranked[-self._keep_best :]):
             old = self._folder / f"{step}.old"  # a checkpoint that is half removed must not look like a damaged one
             os.replace(self._folder / str(step), old)
-            shutil.rmtree(old)
+            remove(old)
 
     def raise_failure(self) -> None:
         """Raises the Fault that ended the last save, if one did."""
@@ -171,7 +230,7 @@ class Checkpoints:
 
     def _fault(self, step: int, error: BaseException) -> Fault:
         text = " ".join(str(error).split())
-        reasons = (reason for reason in ("No space left on device", "File too large") if reason in text)
+        reasons = (os.strerror(number) for number in WRITE_ERRORS if os.strerror(number) in text)
         steps = self.steps()
         outlook = (
             f"the checkpoint of step {steps[-1]} is whole, and the same command resumes from it"
@@ -185,7 +244,7 @@ class Checkpoints:
     def _unusable(self, step: int, damage: Damaged) -> InputError:
         return InputError(f"{self._folder / str(step)}: expected a whole checkpoint, got a damaged one: {damage}")
 
-    def _verify(self, step: int, *, logs_too: bool) -> ResumePoint:
+    def _verify(self, step: int) -> ResumePoint:
         """What the seal says, once every file is as it says; Damaged where one is not."""
         folder = self._folder / str(step)
         seal = read_seal(folder)
@@ -195,15 +254,9 @@ class Checkpoints:
                 raise Damaged(f"{name} is missing")
             if path.stat().st_size != size:
                 raise Damaged(f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")
-            if digest_file(path) != digest:
-                raise Damaged(f"{name} does not have the bytes that were written")
-        for name, size in seal.logs.items() if logs_too else ():
-            actual = synced_size(self._folder.parent / name)
-            if actual < size:
-                raise Damaged(
-                    f"{name} beside it has {actual:,} bytes instead of at least {size:,}: "
-                    "lines of its steps are missing"
-                )
+            with unreadable_is_damaged(name):
+                if digest_file(path) != digest:
+                    raise Damaged(f"{name} does not have the bytes that were written")
         return ResumePoint(seal.step, seal.logs)
 
     def restore(self, steps_done: int, like: State) -> State:
@@ -213,7 +266,8 @@ class Checkpoints:
         """
         folder, arrays = self._folder / str(steps_done), named_arrays(like)
         try:
-            check_arrays(folder, read_seal(folder).arrays, {name: describe(array) for name, array in arrays.items()})
+            types = {name: describe(array) for name, array in arrays.items()}
+            check_arrays(folder, read_seal(folder).arrays or {}, types)
         except Damaged as damage:
             raise self._unusable(steps_done, damage) from None
         targets = {
@@ -234,7 +288,8 @@ class Checkpoints:
             if kind is None:  # else one line was printed already
                 raise
         finally:
-            self._saver.close()
+            with contextlib.suppress(OSError, ValueError):  # it raises what made the last save fail once more
+                self._saver.close()
 
 
 # ---- arrays by name --------------------------------------------------------------------------------------------------
@@ -274,13 +329,9 @@ def check_arrays(folder: Path, saved: Mapping[str, str], expected: Mapping[str, 
 # ---- the seal --------------------------------------------------------------------------------------------------------
 
 
-def synced_size(path: Path) -> int:
-    """Bytes of a file, all of them forced to the disk; 0 where there is none."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def digest_file(path: Path) -> str:
@@ -292,20 +343,42 @@ def write_seal(folder: Path, point: ResumePoint, arrays: Mapping[str, str]) -> N
     """Two lines: the Seal of the files in the folder, and the digest of that line."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
     files = {path.relative_to(folder).as_posix(): (path.stat().st_size, digest_file(path)) for path in paths}
-    line = json.dumps(Seal(point.step, point.log_sizes, dict(arrays), files)._asdict())
-    with (folder / SEAL).open("w", encoding="utf-8") as file:
-        file.write(f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    line = json.dumps(Seal(point.step, point.log_sizes, files, dict(arrays))._asdict())
+    (folder / SEAL).write_text(f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n", encoding="utf-8")
 
 
 def read_seal(folder: Path) -> Seal:
-    try:
-        line, digest = (folder / SEAL).read_bytes().splitlines()
-    except FileNotFoundError:
-        raise Damaged(f"{SEAL} is missing") from None
-    except ValueError:
-        raise Damaged(f"{SEAL} does not have its two lines") from None
-    if hashlib.sha256(line).hexdigest().encode() != digest:
+    with unreadable_is_damaged(SEAL):
+        lines = (folder / SEAL).read_bytes().splitlines()
+    if len(lines) != 2:
+        raise Damaged(f"{SEAL} does not have its two lines")
+    if hashlib.sha256(lines[0]).hexdigest().encode() != lines[1]:
         raise Damaged(f"{SEAL} does not have the bytes that were written")
-    return Seal(**{"arrays": {}} | json.loads(line))
+    try:
+        return TypeAdapter(Seal).validate_json(lines[0])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Damaged(f"{SEAL}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+@contextlib.contextmanager
+def unreadable_is_damaged(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise Damaged(f"{name} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+
+
+@functools.cache
+def leave_failed_saves_to_us() -> None:
+    """Keeps orbax's threads from printing tracebacks of a save that failed, beside the Fault that says it in a line."""
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+    show = sys.unraisablehook
+
+    def hook(error: Any) -> None:
+        if str(error.exc_value) != "Event loop is closed":  # writes that end after the first of them failed
+            show(error)
+
+    sys.unraisablehook = hook

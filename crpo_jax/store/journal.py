@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from crpo_jax.disk import make_folder, sync_folder
 from crpo_jax.errors import InputError
-from crpo_jax.store.files import DiskFull, encode_rows, read_rows, write_all, writing
+from crpo_jax.store.files import DiskFull, check_in_place, encode_rows, read_rows, write_all, writing
 
 DISK_PATIENCE = 600.0
 """Seconds for which a reply that was paid for waits for room on a full disk."""
@@ -22,16 +23,18 @@ class Journal:
     """Appends JSON objects and syncs them to the disk; a context manager.
 
     Opening the file cuts off a torn last line, which a power failure can leave, and keeps other processes out. `rows`
-    are those that the file held then. `append` may be called from several threads.
+    are those that the file held then; InputError names one without the `fields`, or with another type in one of them.
+    `append` may be called from several threads.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fields: Mapping[str, type]) -> None:
         self.path = path
         self._mutex = threading.Lock()
         with contextlib.ExitStack() as opened:
             with writing(path, InputError, hint=""):
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 self._file = opened.enter_context(path.open("a+b", buffering=0))
+                sync_folder(path.parent)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file is closed
             except OSError:
@@ -39,6 +42,13 @@ class Journal:
                     f"{path}: another process is writing to it; wait until it ends, or choose another --workdir"
                 ) from None
             self.rows = list(read_rows(path))
+            for number, row in enumerate(self.rows, start=1):
+                for name, kind in fields.items():
+                    if not isinstance(row.get(name), kind):
+                        raise InputError(
+                            f"{path}:{number}: {name}: expected {kind.__name__}, got {row.get(name)!r:.60}; "
+                            "remove the line, or choose another --workdir"
+                        )
             with path.open("rb") as lines:
                 self._end = sum(len(line) for line in lines if line.endswith(b"\n"))
             self._file.truncate(self._end)
@@ -47,6 +57,7 @@ class Journal:
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Appends all of the rows; DiskFull where they could not be written, and then none of them is there."""
         data = encode_rows(rows)
+        check_in_place(self.path, self._file.fileno())
         with self._mutex, writing(self.path, DiskFull, "all earlier rows are kept"):
             try:
                 write_all(self._file.fileno(), data)

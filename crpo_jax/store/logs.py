@@ -1,9 +1,12 @@
 """What a run logs: metrics.jsonl, samples.jsonl, and the same metrics for TensorBoard."""
 
 import contextlib
+import json
 import math
+import mmap
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +16,9 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (generated)
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from crpo_jax.store.files import encode_rows, read_rows, write_all, writing
+from crpo_jax.disk import make_folder, sync_file, sync_folder
+from crpo_jax.errors import InputError
+from crpo_jax.store.files import check_in_place, encode_rows, read_rows, write_all, writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -21,8 +26,9 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 class Log:
     """Appends one object per step to metrics.jsonl and TensorBoard, and scored responses to samples.jsonl.
 
-    A run that resumes after `done` steps first drops whatever lies beyond the `sizes` that the files had then: it will
-    write those steps again, with the same content. So no step is there twice, and a line cut off by a crash is gone.
+    A run that resumes after `done` steps first drops the rows of later steps: it will write those steps again, with the
+    same content. So no step is there twice, and a line cut off by a crash is gone. A file with fewer bytes than the
+    `sizes` that the logs had then was cut or deleted since: that is said, and the run goes on.
 
     TensorBoard's events are written record by record: the thread behind tensorboardX's SummaryWriter dies of a full
     disk, and the run would then wait for it forever.
@@ -31,14 +37,21 @@ class Log:
     def __init__(
         self, workdir: Path, done: int = 0, sizes: Mapping[str, int] | None = None, *, writer: bool = True
     ) -> None:
-        self._writer, self._files = writer, dict[str, BinaryIO]()
+        self._workdir, self._writer, self._files = workdir, writer, dict[str, BinaryIO]()
         if not writer:
             return
         with writing(workdir):
-            (workdir / "tb").mkdir(parents=True, exist_ok=True)
+            make_folder(workdir / "tb", parents=True)
             for name in LOGS:
-                self._files[name] = (workdir / name).open("ab", buffering=0)
-                self._files[name].truncate((sizes or {}).get(name, 0))
+                path, expected = workdir / name, (sizes or {}).get(name, 0)
+                self._files[name] = path.open("ab", buffering=0)
+                if (size := drop_later_rows(path, done)) < expected:
+                    print(
+                        f"{path}: {size:,} bytes instead of {expected:,}: lines of earlier steps are missing, "
+                        "and the run goes on without them",
+                        file=sys.stderr,
+                    )
+            sync_folder(workdir)
             file_name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
             self._events = RecordWriter(str(workdir / "tb" / file_name))
             self._add_event(file_version="brain.Event:2")
@@ -62,6 +75,11 @@ class Log:
         if self._writer:
             self._append("samples.jsonl", rows)
 
+    def check_in_place(self) -> None:
+        """Fault where the workdir, or one of the files, was moved or deleted since the run opened it."""
+        for name, file in self._files.items():
+            check_in_place(self._workdir / name, file.fileno())
+
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends all rows or raises a Fault; the part that fitted on a full disk is dropped when the run resumes."""
         with writing(self._files[name].name):
@@ -81,9 +99,50 @@ class Log:
                 self._events.close()
 
 
+def drop_later_rows(path: Path, done: int) -> int:
+    """Cuts a log behind its last row of a step before `done`, and with it a torn last line; the bytes that are left."""
+    with path.open("r+b") as file:
+        if not (end := os.fstat(file.fileno()).st_size):
+            return 0
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+            while end and not step_of(content[(start := content.rfind(b"\n", 0, end - 1) + 1) : end]) < done:
+                end = start
+        file.truncate(end)
+        return end
+
+
+def step_of(line: bytes) -> float:
+    """The step of a row of a log; infinite where the line is no such row."""
+    try:
+        return json.loads(line)["step"] + 0
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+
+
+def sync_logs(workdir: Path, sizes: Mapping[str, int]) -> None:
+    """Forces the logs to the disk; OSError where one has fewer bytes than `sizes` says."""
+    for name, size in sizes.items():
+        path = workdir / name
+        if size:
+            sync_file(path)
+            if path.stat().st_size < size:
+                raise OSError(f"{name} was cut while the run went on")
+    for path in (workdir / "tb").glob("*"):
+        sync_file(path)
+
+
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Every step of metrics.jsonl."""
-    return list(read_rows(workdir / "metrics.jsonl"))
+    """Every step of metrics.jsonl; InputError names a line that is none."""
+    path, rows = workdir / "metrics.jsonl", []
+    for number, row in enumerate(read_rows(path), start=1):
+        if type(row.get("step")) is not int or any(not isinstance(value, float | int | None) for value in row.values()):
+            raise InputError(
+                f"{path}:{number}: expected a step and its measures, got {str(row)[:60]}; "
+                "remove the line, or choose another --workdir"
+            )
+        rows.append(row)
+    return rows
 
 
 def held_out_rewards(workdir: Path) -> dict[int, float]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from crpo_jax.disk import make_folder, replace_file
 from crpo_jax.errors import InputError
-from crpo_jax.store.files import replace_file, writing
+from crpo_jax.store.files import writing
 
 
 def skipped_path(workdir: Path, step: int, mini: int) -> Path:
@@ -36,7 +37,7 @@ def save_batches(path: Path, batches: Sequence[Mapping[str, np.ndarray]]) -> Non
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     with writing(path):
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         replace_file(path, buffer.getvalue())
 
 

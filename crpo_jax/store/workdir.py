@@ -6,7 +6,6 @@ import fnmatch
 import itertools
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Mapping
@@ -15,8 +14,9 @@ from typing import BinaryIO
 
 from crpo_jax import config
 from crpo_jax.config import Config
+from crpo_jax.disk import local_path, make_folder, replace_file
 from crpo_jax.errors import InputError
-from crpo_jax.store.files import replace_file, writing
+from crpo_jax.store.files import read_object, writing
 
 RUN_LENGTH = ("crpo.steps", "crpo.epochs")
 MAY_CHANGE = (
@@ -52,6 +52,13 @@ So may RUN_LENGTH, unless the learning rate depends on the number of steps.
 
 WAYS_OUT = "Choose another --workdir, or continue in this one with --allow-changes"
 
+FOLDERS = ("checkpoints", "coldstart", "judge", "report", "responses", "sft", "skipped", "tb")
+FILES = (".lock", "config.yaml", "inputs.json", "metrics.jsonl", "samples.jsonl", "summary.json")
+"""What commands write into a workdir: one of the other kind under such a name is refused before any work is done."""
+
+FRESH = {".lock", "config.yaml.new"}
+"""What is in a folder whose first run was killed before it had written its config."""
+
 
 def open_workdir(
     workdir: Path, settings: Config, *, writer: bool = True, allow_changes: bool = False
@@ -66,14 +73,17 @@ def open_workdir(
     lock = contextlib.ExitStack()
     if not writer:
         return lock
+    local_path("--workdir", workdir)
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir {workdir}: expected a folder, got a file")
-    names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
-    if names - {".lock"} and "config.yaml" not in names:
-        raise InputError(
-            f"--workdir {workdir}: expected a new folder or one with a run's config.yaml, got a folder with other files"
-        )
     with writing(f"--workdir {workdir}", InputError, hint=""):
+        names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
+        if names - FRESH and "config.yaml" not in names:
+            raise InputError(
+                f"--workdir {workdir}: expected a new folder or one with a run's config.yaml, "
+                "got a folder with other files"
+            )
+        check_kinds(workdir)
         lock.enter_context(lock_workdir(workdir))
         try:
             write_config(workdir, settings, allow_changes=allow_changes)
@@ -83,32 +93,49 @@ def open_workdir(
     return lock
 
 
+def check_kinds(workdir: Path) -> None:
+    """InputError where a file stands in the place of a folder, or the reverse."""
+    for name in (*FOLDERS, *FILES):
+        path, kind, other = workdir / name, *(("folder", "file") if name in FOLDERS else ("file", "folder"))
+        if path.exists() and path.is_dir() != (kind == "folder"):
+            raise InputError(f"{path}: expected a {kind}, got a {other}; move it away, or choose another --workdir")
+
+
+def has_folder(workdir: Path, name: str) -> bool:
+    """Whether a run has left this folder; InputError where something else stands in its place."""
+    check_kinds(workdir)
+    return (workdir / name).is_dir()
+
+
 def write_config(workdir: Path, settings: Config, *, allow_changes: bool) -> None:
     """Writes config.yaml; where one differs in what may not change, keeps a copy of it, or refuses."""
     path = workdir / "config.yaml"
-    if path.exists() and (changed := refused_changes(path, settings)):
+    if os.path.lexists(path) and (changed := refused_changes(path, settings)):
         if not allow_changes:
-            raise InputError(
-                f"--workdir {workdir}: expected the config of the run it holds, got {'; '.join(changed)}. {WAYS_OUT}"
-            )
+            raise InputError(f"--workdir {workdir}: expected the config of the run it holds, got {changed}. {WAYS_OUT}")
         copies = (workdir / f"config.{number}.yaml" for number in itertools.count(1))
         copy = next(copy for copy in copies if not copy.exists())
-        shutil.copyfile(path, copy)
-        print(f"--allow-changes: {'; '.join(changed)}; the previous config is in {copy.name}", file=sys.stderr)
+        replace_file(copy, path.read_bytes() if path.exists() else b"")
+        print(f"--allow-changes: {changed}; the previous config is in {copy.name}", file=sys.stderr)
     replace_file(path, config.dump_config(settings))
 
 
-def refused_changes(path: Path, settings: Config) -> list[str]:
-    """`key: old -> new` of the settings that differ from those in the file and may not."""
-    before = config.load_config(path, model=False)  # it was checked when it was written
+def refused_changes(path: Path, settings: Config) -> str:
+    """`key: old -> new` of the settings that differ from those in the file and may not, or what is wrong with it."""
+    try:
+        if not path.read_bytes().strip():
+            return f"an empty {path.name}"
+        before = config.load_config(path, model=False)  # it was checked when it was written
+    except (InputError, OSError) as damage:
+        return f"a damaged {path.name}: {str(damage).removeprefix('--config ')}"
     rate = before.optimizer
     any_length = rate.schedule == "constant" and (rate.warmup_steps or not rate.warmup_ratio)
     patterns = (*MAY_CHANGE, *RUN_LENGTH) if any_length else MAY_CHANGE
-    return [
+    return "; ".join(
         change
         for change in config.changed_settings(before, settings)
         if not any(fnmatch.fnmatchcase(change.partition(":")[0], pattern) for pattern in patterns)
-    ]
+    )
 
 
 def check_inputs(
@@ -119,7 +146,13 @@ def check_inputs(
     inputs.json holds their digests.
     """
     path = workdir / "inputs.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else digests
+    try:
+        before = read_inputs(workdir) or digests
+    except InputError as damage:
+        if not allow_changes:
+            raise
+        print(f"--allow-changes: {damage}", file=sys.stderr)
+        before = digests
     changed = " and ".join(f"other {name}" for name, digest in digests.items() if before.get(name) != digest)
     if changed and not allow_changes:
         raise InputError(
@@ -132,9 +165,16 @@ def check_inputs(
             replace_file(path, json.dumps(dict(digests), indent=2) + "\n")
 
 
+def read_inputs(workdir: Path) -> Mapping[str, str]:
+    """The digests of the inputs that the run in a workdir began with; empty where it has none yet."""
+    path = workdir / "inputs.json"
+    way_out = "continue with --allow-changes where the inputs are the same, or choose another --workdir"
+    return read_object(path, "the digests of the run's inputs", way_out) if path.exists() else {}
+
+
 def lock_workdir(workdir: Path) -> BinaryIO:
     """Takes the folder for this process until the file is closed; InputError names the process that has it."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir, parents=True)
     file = (workdir / ".lock").open("a+b")
     try:
         fcntl.flock(
