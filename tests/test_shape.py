@@ -8,7 +8,7 @@ import pytest
 from conftest import leaves_by_name
 
 from crpo_jax.errors import InputError
-from crpo_jax.model.shape import Shape, backward_flops, forward_flops, read_shape, shape_of
+from crpo_jax.model.shape import Shape, backward_flops, forward_flops, read_shape, shape_of, unknown_keys
 from crpo_jax.model.transformer import model_shapes, parameter_count
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5"
@@ -70,7 +70,38 @@ def test_head_dim_is_free_of_the_width():
         ({"use_sliding_window": True}, "config.json: use_sliding_window: expected False, got True"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "config.json: rope_parameters.rope_type: expected 'default', got 'yarn'",
+            "config.json: rope_scaling.type: expected 'default', got 'yarn'",
+        ),
+        (  # transformers applies the scaling; the mapping beside it used to hide it
+            {
+                "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            "config.json: rope_scaling.rope_type: expected 'default', got 'linear'",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+            "config.json: rope_parameters.rope_theta: expected 1000000.0, got 10000.0",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+            "config.json: rope_parameters.partial_rotary_factor: expected 1 or None, got 0.5",
+        ),
+        (
+            {"rope_scaling": {"mrope_section": [16, 24, 24]}},
+            "config.json: rope_scaling.mrope_section: expected None, got [16, 24, 24]",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 35 + ["sliding_attention"]},
+            "config.json: layer_types: expected 'full_attention', got 'sliding_attention'",
+        ),
+        ({"attention_bias": False}, "config.json: attention_bias: expected True, got False"),
+        ({"mlp_bias": True}, "config.json: mlp_bias: expected False or None, got True"),
+        ({"attention_dropout": 0.1}, "config.json: attention_dropout: expected 0 or None, got 0.1"),
+        ({"partial_rotary_factor": 0.25}, "config.json: partial_rotary_factor: expected 1 or None, got 0.25"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "config.json: quantization_config: expected None, got {'bits': 4}",
         ),
         (
             {"rope_parameters": {"rope_type": "linear"}},
@@ -97,6 +128,15 @@ def test_refused(changed: dict[str, object], line: str):
     with pytest.raises(InputError) as error:
         shape_of(QWEN_3B | changed)
     assert str(error.value) == line
+
+
+def test_every_field_of_transformers_qwen2_is_decided_upon():
+    """A field that a new transformers adds must be read, or put among the harmless or the neutral ones."""
+    transformers = pytest.importorskip("transformers", reason="the fields are those of transformers' Qwen2Config")
+    config = transformers.Qwen2Config(tie_word_embeddings=True).to_dict()
+    assert shape_of(config).tied
+    assert not unknown_keys(dict.fromkeys(config, "set"))
+    assert unknown_keys(QWEN_3B | {"attention_sinks": 4, "sink_width": None}) == ["attention_sinks"]
 
 
 def test_unreadable_config(tmp_path: Path):
@@ -126,7 +166,7 @@ def test_names_spell_the_dims():
         ({"head_dim": -2}, "head_dim: expected a positive whole number, got -2"),
         ({"rms_norm_eps": None}, "rms_norm_eps: expected a positive number, got None"),
         ({"rope_theta": "x"}, "rope_theta: expected a positive number, got 'x'"),
-        ({"rope_scaling": [1]}, "rope_parameters: expected a mapping, got [1]"),
+        ({"rope_scaling": [1]}, "rope_scaling: expected a mapping, got [1]"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected True or False, got 'false'"),
     ],
 )

@@ -3,6 +3,7 @@
 n query heads share k KV heads in groups of r = n / k. Scores and softmax are float32, whatever the compute type.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jaxtyping import Array, Bool, Float
 
 from crpo_jax.errors import InputError
+from crpo_jax.model.precision import precision_of
 
 AttentionKind = Literal["xla", "cudnn", "splash"]
 
@@ -25,14 +27,16 @@ INTERPRET = False  # runs Splash without a TPU, slowly: for tests
 def choose_attention(setting: str, platform: str, dtype: Any, head_width: int) -> AttentionKind:
     """The kernel that `parallel.attention` selects on a platform.
 
-    auto prefers cuDNN on GPUs (16-bit types, head widths that are a multiple of 8 up to 128) and Splash on TPUs, and is
-    XLA otherwise. Raises InputError for a kernel that this platform or model cannot run.
+    auto prefers cuDNN on GPUs (16-bit types, head widths that are a multiple of 8 up to 128) and Splash on TPUs (16-bit
+    types: it multiplies float32 at the TPU's default precision, which is bf16's), and is XLA otherwise. Raises
+    InputError for a kernel that this platform or model cannot run.
     """
     platform = {"cuda": "gpu"}.get(platform, platform)
-    cudnn_fits = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
+    narrow = jnp.dtype(dtype).itemsize == 2
+    cudnn_fits = narrow and head_width % 8 == 0 and head_width <= 128
     runs: dict[AttentionKind, bool] = {
         "cudnn": platform == "gpu" and cudnn_fits,
-        "splash": platform == "tpu",
+        "splash": platform == "tpu" and narrow,
         "xla": True,
     }
     for kind, available in runs.items():
@@ -43,6 +47,9 @@ def choose_attention(setting: str, platform: str, dtype: Any, head_width: int) -
     if setting == "cudnn" and platform == "gpu":
         expected += " with model.dtype=bfloat16 and heads of a multiple of 8 up to 128"
         got += f" with {jnp.dtype(dtype)} and heads of {head_width}"
+    if setting == "splash" and platform == "tpu":
+        expected += " with model.dtype=bfloat16"
+        got += f" with {jnp.dtype(dtype)}"
     raise InputError(f"parallel.attention: expected auto, xla, or {expected}, got {got}")
 
 
@@ -51,16 +58,19 @@ def causal_attention(
 ) -> Float[Array, "b t n h"]:
     """Each token attends to itself and to earlier tokens; rows are right-padded, so no real token ever sees padding.
 
+    Queries may come in float32 beside 16-bit keys: they are rounded here, by Splash once they are scaled.
     A padding token attends at least to itself, so no output is NaN. Splash needs a row length that is a multiple of
     128, and leaves other rows to XLA. On several devices the kernels need `shard_map`: the compiler cannot split them.
     """
     b, t, n, h = q.shape
-    if kind == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     if kind == "splash" and t % SPLASH_TILES[-1] == 0:
         return splash_attention(q, k, v)
+    q = q.astype(k.dtype)
+    if kind == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     kv = k.shape[2]
     r, size = n // kv, query_block(t)
+    product = functools.partial(jnp.einsum, precision=precision_of(q), preferred_element_type=jnp.float32)
     # Heads beside rows and the r queries of a KV head along its query axis: plain batched products, XLA's fastest form.
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     queries = q.reshape(b, t, kv, r, h).transpose(0, 2, 3, 1, 4)
@@ -69,11 +79,11 @@ def causal_attention(
         """Queries [b, k, r, block, h] from position `first` on, over the keys up to the last of them."""
         block, visible = queries.shape[3], keys.shape[2]
         flat = queries.reshape(b, kv, r * block, h)
-        scores = jnp.einsum("bkqh,bksh->bkqs", flat, keys, preferred_element_type=jnp.float32) * h**-0.5
+        scores = product("bkqh,bksh->bkqs", flat, keys) * h**-0.5
         causal = first + jnp.tile(jnp.arange(block), r)[:, None] >= jnp.arange(visible)
         scores += jnp.where(causal, 0.0, MASKED)
         mass = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        mixed = jnp.einsum("bkqs,bksh->bkqh", mass.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        mixed = product("bkqs,bksh->bkqh", mass.astype(v.dtype), values)
         return (mixed / jnp.sum(mass, axis=-1, keepdims=True)).astype(v.dtype).reshape(b, kv, r, block, h)
 
     attend = jax.checkpoint(attend_block, static_argnums=0) if t > REMAT_ABOVE else attend_block
@@ -102,7 +112,8 @@ def splash_attention(
         q_seq_shards=1,
         interpret=INTERPRET,
     )
-    heads_first = [x.transpose(0, 2, 1, 3) for x in (q * jnp.asarray(h**-0.5, q.dtype), k, v)]
+    scaled = (q.astype(jnp.float32) * h**-0.5).astype(k.dtype)  # of float32 queries the only rounding
+    heads_first = [x.transpose(0, 2, 1, 3) for x in (scaled, k, v)]
     return jax.vmap(kernel)(*heads_first).transpose(0, 2, 1, 3)
 
 
@@ -120,17 +131,19 @@ def decode_attention(
     The g rows of a group share their prompt's keys, which are read once per group.
     """
     b, n, h = q.shape
+    q = q.astype(prompt_k.dtype)
     p, kv, t, _ = prompt_k.shape
     g, r = b // p, n // kv
+    product = functools.partial(jnp.einsum, precision=precision_of(q))
     grouped = q.reshape(p, g, kv, r, h).transpose(0, 2, 1, 3, 4).reshape(p, kv, g * r, h)
     own = q.reshape(b, kv, r, h)
-    prompt_scores = jnp.einsum("pkqh,pkth->pkqt", grouped, prompt_k, preferred_element_type=jnp.float32) * h**-0.5
+    prompt_scores = product("pkqh,pkth->pkqt", grouped, prompt_k, preferred_element_type=jnp.float32) * h**-0.5
     prompt_scores = jnp.where(prompt_seen[:, None, None], prompt_scores, -jnp.inf)
     prompt_scores = prompt_scores.reshape(p, kv, g, r, t).transpose(0, 2, 1, 3, 4).reshape(b, kv, r, t)
-    own_scores = jnp.einsum("bkrh,bksh->bkrs", own, cache_k, preferred_element_type=jnp.float32) * h**-0.5
+    own_scores = product("bkrh,bksh->bkrs", own, cache_k, preferred_element_type=jnp.float32) * h**-0.5
     own_scores = jnp.where(cache_seen[:, None, None], own_scores, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([prompt_scores, own_scores], axis=-1), axis=-1).astype(prompt_v.dtype)
     over_prompt = weights[..., :t].reshape(p, g, kv, r, t).transpose(0, 2, 1, 3, 4).reshape(p, kv, g * r, t)
-    mixed = jnp.einsum("pkqt,pkth->pkqh", over_prompt, prompt_v).reshape(p, kv, g, r, h)
+    mixed = product("pkqt,pkth->pkqh", over_prompt, prompt_v).reshape(p, kv, g, r, h)
     mixed = mixed.transpose(0, 2, 1, 3, 4).reshape(b, kv, r, h)
-    return (mixed + jnp.einsum("bkrs,bksh->bkrh", weights[..., t:], cache_v)).reshape(b, n, h)
+    return (mixed + product("bkrs,bksh->bkrh", weights[..., t:], cache_v)).reshape(b, n, h)

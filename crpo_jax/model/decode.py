@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from crpo_jax.model.attention import AttentionKind, causal_attention, decode_attention
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import dot, rms_norm, rope
+from crpo_jax.model.transformer import add_bias, dot, rms_norm, rope
 
 
 class SamplerWeights(NamedTuple):
@@ -74,13 +74,15 @@ def embed(table_vd: Float[Array, "v d"], tokens: Int[Array, "..."], shard: Shard
 def fused_qkv(
     layer: Mapping[str, Array], x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape
 ) -> tuple[Array, Array, Array]:
-    """Rotated queries [..., n, h] and keys [..., k, h], and values [..., k, h], of the block's input."""
-    buffer = dot(rms_norm(x, layer["attn_norm_d"], shape.norm_eps), layer["qkv"]) + layer["qkv_bias"]
+    """Rotated queries [..., n, h], in float32 since attention rounds them, rotated keys [..., k, h] and values
+    [..., k, h], of the block's input."""
+    normed = rms_norm(x, layer["attn_norm_d"], shape.norm_eps)
+    buffer = add_bias(dot(normed, layer["qkv"]), layer["qkv_bias"])
     heads = buffer.reshape(*x.shape[:-1], -1, shape.h)
     n = layer["o_nhd"].shape[0]
     k = (heads.shape[-2] - n) // 2
     rotated = rope(heads[..., : n + k, :], positions, shape.rope_theta)
-    return rotated[..., :n, :], rotated[..., n:, :], heads[..., n + k :, :]
+    return rotated[..., :n, :], rotated[..., n:, :].astype(x.dtype), heads[..., n + k :, :]
 
 
 def fused_mlp(layer: Mapping[str, Array], x: Float[Array, "... d"], shape: Shape) -> Float[Array, "... d"]:

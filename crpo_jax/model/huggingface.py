@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from crpo_jax.disk import local_path, written_at_once
 from crpo_jax.errors import InputError
 from crpo_jax.model.architecture import ARCHITECTURES, Weight
-from crpo_jax.model.shape import SIZE_KEYS, Shape, read_mapping, read_shape
+from crpo_jax.model.shape import SIZE_KEYS, Shape, read_mapping, read_shape, unknown_keys
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import Axes, weight_spec
 
@@ -226,6 +226,9 @@ def load_model(path: str, mesh: Mesh, axes: Axes, dtype: Any = jnp.float32) -> T
     check_keys(shape, listing, headers)
     if shape.tied:
         check_tied(headers)
+    if jax.process_index() == 0:
+        for key in unknown_keys(read_mapping(folder / "config.json")):
+            print(f"{folder / 'config.json'}: {key}: ignored, since its meaning is not known here", file=sys.stderr)
     ignored = [key for key in headers if ROTARY_BUFFERS.fullmatch(key)]
     if ignored and jax.process_index() == 0:
         reason = f"({len(ignored)} such keys), rope_theta={shape.rope_theta:g} is used instead"

@@ -23,7 +23,7 @@ from crpo_jax.config import Lora
 from crpo_jax.model.adapters import Adapters, MakeMatrix
 from crpo_jax.model.architecture import Weight
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import Transformer, model_shapes
+from crpo_jax.model.transformer import Transformer, dot, model_shapes
 from crpo_jax.parallel.layout import Axes, weight_spec
 
 
@@ -96,7 +96,7 @@ def initial_adapters(shape: Shape, lora: Lora, key: Array) -> Adapters:
 def merged_weight(weight: Array, a: Array, b: Array, scale: float) -> Array:
     """W + scale * A B of one layer, added in float32 whatever W's type is, and cast back to it."""
     wide = [part.astype(jnp.float32) for part in (weight, a, b)]
-    change = wide[1].reshape(-1, a.shape[-1]) @ wide[2].reshape(b.shape[0], -1)
+    change = dot(wide[1].reshape(-1, a.shape[-1]), wide[2].reshape(b.shape[0], -1))
     return (wide[0] + scale * change.reshape(weight.shape)).astype(weight.dtype)
 
 

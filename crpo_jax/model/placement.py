@@ -22,13 +22,14 @@ from crpo_jax.parallel.layout import (
     KV_BTKH,
     LAYOUTS,
     Q_BTNH,
+    SHARDED,
     TENSOR,
     Axes,
     Layout,
     kv_copies,
     weight_spec,
 )
-from crpo_jax.parallel.mesh import MODEL, model_size
+from crpo_jax.parallel.mesh import MODEL, data_size, model_size
 
 
 def weight_shardings(shape: Shape, axes: Axes, mesh: Mesh) -> Transformer:
@@ -103,7 +104,28 @@ def training_placement(shape: Shape, mesh: Mesh, attention: AttentionKind = "xla
         specs = (Q_BTNH, KV_BTKH, KV_BTKH)
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=Q_BTNH, check_vma=False)(q, k, v)
 
-    return Placement(block, low_rank, ends, lambda x: constrain(x, HIDDEN_BTD), kv_heads, attend)
+    def split_width(total: Any, dims: str) -> Any:
+        return total if shape.d % data_size(mesh) else constrain(total, weight_spec(SHARDED, dims, mesh, shape.k))
+
+    def embedding_gradient(total_vd: Any) -> Any:
+        """Each data shard sums its part of the width over all tokens: these are exchanged, and no sums."""
+        return split_width(total_vd, "vd")
+
+    def output_gradient(total: Any) -> Any:
+        """Whole on each data shard while chunks add to it, and reduced once."""
+        dims = "vd" if shape.tied else "dv"
+        return split_width(gather(total, dims), dims)
+
+    return Placement(
+        block,
+        low_rank,
+        ends,
+        lambda x: constrain(x, HIDDEN_BTD),
+        kv_heads,
+        attend,
+        embedding_gradient,
+        output_gradient,
+    )
 
 
 # --- the sampler's form -----------------------------------------------------------------------------------------------

@@ -21,6 +21,60 @@ SIZE_KEYS = {
 }
 """The keys of config.json by the dim they give."""
 
+READ_KEYS = {
+    *SIZE_KEYS.values(),
+    "head_dim",
+    "hidden_act",
+    "layer_types",
+    "model_type",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "use_sliding_window",
+}
+"""What `shape_of` reads."""
+
+HARMLESS_KEYS = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class"),
+    *("max_position_embeddings", "max_window_layers", "sliding_window"),  # the windows only while they are in effect
+    *("initializer_range", "use_cache", "use_mrope", "attn_implementation", "_attn_implementation"),
+    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "gradient_checkpointing"),
+    *("id2label", "label2id", "problem_type", "task_specific_params", "is_decoder", "is_encoder_decoder"),
+    *("unsloth_version", "unsloth_fixed", "pretraining_tp"),
+}
+"""What a config.json may hold besides: nothing in it changes the logits of a Qwen2 without dropout."""
+
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "attention_bias": (True,),  # of queries, keys and values, as Qwen2 has them
+    "attention_dropout": (0, None),
+    "attention_multiplier": (1, None),
+    "embedding_multiplier": (1, None),
+    "hidden_dropout": (0, None),
+    "layer_norm_type": ("rms_norm", None),
+    "logit_scale": (1, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "pruned_heads": ({}, None),
+    "qkv_bias": (True,),
+    "quantization_config": (None,),
+    "residual_multiplier": (1, None),
+    "tie_encoder_decoder": (False, None),
+    "use_qk_norm": (False, None),
+}
+"""What would change the mathematics, and the values at which it does not."""
+
+NEUTRAL_ROPE: Mapping[str, tuple[Any, ...]] = {
+    "attention_factor": (1, None),
+    "factor": (1, None),
+    "partial_rotary_factor": (1, None),
+    "rope_type": ("default",),
+    "type": ("default",),
+}
+"""The same in rope_parameters and rope_scaling, besides rope_theta."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -92,13 +146,28 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
     def number(key: str, value: Any) -> float:
         return float(value) if type(value) in (int, float) and value > 0 else refuse(key, "a positive number", value)
 
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        refuse("rope_parameters", "a mapping", rope)
+    def rope_base() -> float:
+        """rope_theta, which may stand in config.json and in rope_parameters: where it does in both, both are equal."""
+        places = {"rope_theta": config.get("rope_theta")}
+        for place in ("rope_parameters", "rope_scaling"):
+            rope = config.get(place) or {}
+            if not isinstance(rope, dict):
+                refuse(place, "a mapping", rope)
+            places[f"{place}.rope_theta"] = rope.get("rope_theta")
+            for key in sorted(rope.keys() - {"rope_theta"}, reverse=True):  # the type first
+                option(f"{place}.{key}", rope[key], *NEUTRAL_ROPE.get(key, (None,)))
+        given = {key: number(key, value) for key, value in places.items() if value is not None}
+        for key, value in given.items():
+            option(key, value, next(iter(given.values())))
+        return next(iter(given.values()), 10000.0)
+
     model_type = option("model_type", config.get("model_type", "qwen2"), *ARCHITECTURES)
     option("hidden_act", config.get("hidden_act", "silu"), "silu")
-    option("use_sliding_window", config.get("use_sliding_window", False), False)
-    option("rope_parameters.rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
+    option("use_sliding_window", config.get("use_sliding_window") or False, False)
+    for kind in config.get("layer_types") or []:
+        option("layer_types", kind, "full_attention")
+    for key in sorted(config.keys() & NEUTRAL_VALUES.keys()):
+        option(key, config[key], *NEUTRAL_VALUES[key])
     sizes = {dim: whole(key, config.get(key)) for dim, key in SIZE_KEYS.items()}
     d, n, k, h = sizes["d"], sizes["n"], sizes["k"], config.get("head_dim")
     if n % k:
@@ -111,10 +180,16 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
         **sizes,
         h=h or d // n,
         tied=bool(option("tie_word_embeddings", config.get("tie_word_embeddings", False), True, False)),
-        rope_theta=number("rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope_theta=rope_base(),
         norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         model_type=model_type,
     )
+
+
+def unknown_keys(config: Mapping[str, Any]) -> list[str]:
+    """What a config.json sets without anyone here knowing what it means."""
+    known = READ_KEYS | HARMLESS_KEYS | NEUTRAL_VALUES.keys()
+    return sorted(key for key in config.keys() - known if config[key] is not None)
 
 
 def read_shape(folder: str | Path) -> Shape:

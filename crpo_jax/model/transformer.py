@@ -5,6 +5,7 @@ The weights are those that `model/architecture.py` declares. The sampler's forwa
 is in `decode.py`. Parity with transformers is a test.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from crpo_jax.model.adapters import Adapters
 from crpo_jax.model.architecture import Weight
 from crpo_jax.model.attention import causal_attention
+from crpo_jax.model.precision import precision_of
 from crpo_jax.model.shape import Shape
 
 MakeWeight = Callable[[Weight], Any]
@@ -56,12 +58,13 @@ class Block(nnx.Module):
     def qkv(
         self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], adapters: Adapters | None
     ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
-        """Rotated queries and keys, and values, of the block's input."""
+        """Rotated queries, in float32 since attention rounds them, rotated keys, and values, of the block's input."""
         x = rms_norm(x, self["attn_norm_d"], self.shape.norm_eps)
-        q = self.linear("q_dnh", x, adapters) + self["q_bias_nh"]
-        k = self.linear("k_dkh", x, adapters) + self["k_bias_kh"]
-        v = self.linear("v_dkh", x, adapters) + self["v_bias_kh"]
-        return rope(q, positions, self.shape.rope_theta), rope(k, positions, self.shape.rope_theta), v
+        q = add_bias(self.linear("q_dnh", x, adapters), self["q_bias_nh"])
+        k = add_bias(self.linear("k_dkh", x, adapters), self["k_bias_kh"])
+        v = add_bias(self.linear("v_dkh", x, adapters), self["v_bias_kh"])
+        q, k = (rope(x, positions, self.shape.rope_theta) for x in (q, k))
+        return q, k.astype(v.dtype), v
 
     def mlp(self, x: Float[Array, "b t d"], adapters: Adapters | None) -> Float[Array, "b t d"]:
         x = rms_norm(x, self["mlp_norm_d"], self.shape.norm_eps)
@@ -110,19 +113,24 @@ class Transformer(nnx.Module):
             return place.block(weights[0])(x, positions, low_rank, place), None
 
         with jax.named_scope("embed"):
-            x = place.activations(self["embed_vd"][tokens])
+            x = place.activations(embed(place.embedding_gradient, self["embed_vd"], tokens))
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, adapters), unroll=unroll)
         return rms_norm(x, self["final_norm_d"], self.shape.norm_eps)
 
+    @property
+    def output(self) -> Array:
+        """The output projection as it is stored: [d, v], or where it is tied the embedding [v, d]."""
+        return self["embed_vd"] if self.shape.tied else self["unembed_dv"]
+
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """Float32 logits of normed hidden states."""
-        with jax.named_scope("unembed"):
-            return dot(hidden, self["embed_vd"].T if self.shape.tied else self["unembed_dv"], out=jnp.float32)
+        return unembed(hidden, self.output, self.shape.tied)
 
 
 class Placement(NamedTuple):
     """How a mesh splits the training forward: functions that constrain the weights of a block, its adapters,
-    activations [b, t, d] and KV heads [b, t, k, h], and attention [b, t, n, h] as the mesh computes it."""
+    activations [b, t, d] and KV heads [b, t, k, h], attention [b, t, n, h] as the mesh computes it, and the float32
+    gradients of the embedding and of the output projection."""
 
     block: Callable[[Block], Block] = lambda block: block
     adapters: Callable[[Adapters], Adapters] = lambda adapters: adapters
@@ -130,6 +138,8 @@ class Placement(NamedTuple):
     activations: Callable[[Array], Array] = lambda x: x
     kv_heads: Callable[[Array], Array] = lambda x: x
     attend: Callable[[Array, Array, Array], Array] = lambda q, k, v: causal_attention(q, k, v, "xla")
+    embedding_gradient: Callable[[Array], Array] = lambda total: total
+    output_gradient: Callable[[Array], Array] = lambda total: total
 
 
 def model_shapes(shape: Shape, dtype: Any = jnp.float32) -> Transformer:
@@ -151,21 +161,75 @@ def parameter_count(shape: Shape) -> int:
     return sum(math.prod(shape.dims(weight.stacked_dims)) for weight in shape.weights)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def embed(
+    constrain: Callable[[Array], Array], table: Float[Array, "v d"], tokens: Int[Array, "b t"]
+) -> Float[Array, "b t d"]:
+    """The tokens' rows. The gradients of a frequent token are summed in float32: in bf16 the sum would stop growing.
+
+    `constrain` places the sum.
+    """
+    return table[tokens]
+
+
+def embed_backward(
+    constrain: Callable[[Array], Array], saved: tuple[Array, Array], gradient: Float[Array, "b t d"]
+) -> tuple[Array, None]:
+    table, tokens = saved
+    zero, gradient = jax.lax.optimization_barrier((jnp.float32(0), gradient))  # or the zeros exist long before
+    total = jnp.full(table.shape, zero).at[tokens].add(gradient.astype(jnp.float32))
+    return constrain(total).astype(table.dtype), None
+
+
+embed.defvjp(lambda constrain, *inputs: (embed(constrain, *inputs), inputs), embed_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def unembed(hidden: Float[Array, "... d"], weight: Array, tied: bool) -> Float[Array, "... v"]:
+    """Float32 logits by the output projection, stored as [v, d] where it is tied and else as [d, v].
+
+    The weight is rounded to the type of `hidden`; its gradient is not, where the weight given is float32.
+    """
+    narrow = weight.astype(hidden.dtype)
+    with jax.named_scope("unembed"):
+        return dot(hidden, narrow.T if tied else narrow, out=jnp.float32)
+
+
+def unembed_backward(tied: bool, saved: tuple[Array, Array], gradient: Float[Array, "... v"]) -> tuple[Array, Array]:
+    """In float32: rounded to bf16, the gradients of all logits at a target would be off by one and the same factor."""
+    hidden, weight = saved
+    flat_hidden, flat_gradient = (x.reshape(-1, x.shape[-1]).astype(jnp.float32) for x in (hidden, gradient))
+    wide = weight.astype(hidden.dtype).astype(jnp.float32)
+    with jax.named_scope("unembed"):
+        product = functools.partial(jnp.dot, precision=precision_of(hidden))
+        of_hidden = product(flat_gradient, wide if tied else wide.T).astype(hidden.dtype)
+        of_weight = product(flat_hidden.T, flat_gradient).astype(weight.dtype)
+    return of_hidden.reshape(hidden.shape), of_weight.T if tied else of_weight
+
+
+unembed.defvjp(lambda hidden, weight, tied: (unembed(hidden, weight, tied), (hidden, weight)), unembed_backward)
+
+
 def rms_norm(x: Float[Array, "... d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "... d"]:
-    """x / sqrt(mean(x^2) + eps) * weight; the mean in float32, the product in x's type, as transformers has it."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 and rounded once; so is the sum over tokens of its gradient."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return weight.astype(x.dtype) * normed.astype(x.dtype)
+    return (weight.astype(jnp.float32) * normed).astype(x.dtype)
+
+
+def add_bias(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x + bias, in float32 and rounded once; so is the sum over tokens of the bias's gradient."""
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def rope(x: Float[Array, "... n h"], positions: Int[Array, "..."], theta: float) -> Float[Array, "... n h"]:
-    """Rotary position embedding in the half-split form; angles are float32, since bf16 rounds position 257 to 256."""
+    """Rotary position embedding in the half-split form, in float32; bf16 angles would round position 257 to 256."""
     half = x.shape[-1] // 2
     frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def dot(x: Array, weight: Array, contracted: int = 1, *, out: Any = None) -> Array:
@@ -175,5 +239,6 @@ def dot(x: Array, weight: Array, contracted: int = 1, *, out: Any = None) -> Arr
     """
     rows, inner = x.shape[: x.ndim - contracted], weight.shape[:contracted]
     size = math.prod(inner)
-    flat = jnp.dot(x.reshape(-1, size), weight.reshape(size, -1), preferred_element_type=out)
+    left, right = x.reshape(-1, size), weight.reshape(size, -1)
+    flat = jnp.dot(left, right, precision=precision_of(x), preferred_element_type=out)
     return flat.reshape(*rows, *weight.shape[contracted:])

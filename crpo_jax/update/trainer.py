@@ -261,6 +261,7 @@ class Trainer:
             with_entropy=with_entropy,
             entropy_gradient=self.crpo.entropy_coef > 0,
             constrain=constrain,
+            constrain_gradient=self.placement.output_gradient,
         )
 
     def _loss(self, policy: Policy, batch: Batch, kl_coef: Array | float) -> tuple[Float[Array, ""], Metrics]:
@@ -296,7 +297,8 @@ class Trainer:
     def _apply(self, state: TrainState, gradients: Any, metrics: Metrics) -> tuple[TrainState, Array, Array]:
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["sum/loss"])
-        changes, moments = self.optimizer.update(gradients, state.optimizer, state.master)
+        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else None):  # Muon's products
+            changes, moments = self.optimizer.update(gradients, state.optimizer, state.master)
         kl_coef, crpo = state.kl_coef, self.crpo
         if crpo.kl_target and self.loss == "crpo":
             kl_coef = adapted_kl_coef(kl_coef, metrics["sum/kl"], metrics["sum/tokens"], crpo.kl_target, crpo.kl_gain)
