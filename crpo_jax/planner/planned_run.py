@@ -14,16 +14,17 @@ from crpo_jax.config import Config, replaced
 from crpo_jax.errors import InputError
 from crpo_jax.model.attention import AttentionKind, choose_attention
 from crpo_jax.model.placement import automatic_layout
+from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape, read_shape, shape_of
 from crpo_jax.parallel.layout import check_layout, find_layout
 from crpo_jax.parallel.mesh import DATA, MODEL, parse_mesh
 from crpo_jax.planner.targets import Target
 
 QWEN_SIZES = {
-    "0.5B": Shape(d=896, l=24, n=14, k=2, h=64, f=4864, v=151936, tied=True, rope_theta=1e6, norm_eps=1e-6),
-    "1.5B": Shape(d=1536, l=28, n=12, k=2, h=128, f=8960, v=151936, tied=True, rope_theta=1e6, norm_eps=1e-6),
-    "3B": Shape(d=2048, l=36, n=16, k=2, h=128, f=11008, v=151936, tied=True, rope_theta=1e6, norm_eps=1e-6),
-    "7B": Shape(d=3584, l=28, n=28, k=4, h=128, f=18944, v=152064, tied=False, rope_theta=1e6, norm_eps=1e-6),
+    "0.5B": Shape(d=896, l=24, n=14, k=2, h=64, f=4864, v=151936, tied=True, rope=Rope(1e6), norm_eps=1e-6),
+    "1.5B": Shape(d=1536, l=28, n=12, k=2, h=128, f=8960, v=151936, tied=True, rope=Rope(1e6), norm_eps=1e-6),
+    "3B": Shape(d=2048, l=36, n=16, k=2, h=128, f=11008, v=151936, tied=True, rope=Rope(1e6), norm_eps=1e-6),
+    "7B": Shape(d=3584, l=28, n=28, k=4, h=128, f=18944, v=152064, tied=False, rope=Rope(1e6), norm_eps=1e-6),
 }
 """The shape of each Qwen2.5, so that a model can be planned before it is downloaded."""
 
