@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from crpo_jax.config import config_folder
 from crpo_jax.errors import InputError
+from crpo_jax.model.config_json import shape_of
 from crpo_jax.model.huggingface import (
     config_of,
     inherited_settings,
@@ -34,7 +35,7 @@ from crpo_jax.model.huggingface import (
 )
 from crpo_jax.model.placement import weight_shardings
 from crpo_jax.model.rotary import Rope
-from crpo_jax.model.shape import Shape, shape_of
+from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer, model_shapes
 from crpo_jax.parallel.layout import LAYOUTS, SHARDED, TENSOR, Axes
 

@@ -8,8 +8,9 @@ import pytest
 from conftest import leaves_by_name
 
 from crpo_jax.errors import InputError
+from crpo_jax.model.config_json import read_shape, shape_of
 from crpo_jax.model.rotary import Rope
-from crpo_jax.model.shape import Shape, backward_flops, forward_flops, read_shape, shape_of
+from crpo_jax.model.shape import Shape, backward_flops, forward_flops
 from crpo_jax.model.transformer import model_shapes, parameter_count
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5"
@@ -55,7 +56,7 @@ def test_rope_theta_in_both_spellings():
     assert shape_of(without | {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}}) == shape_of(
         QWEN_3B
     )
-    assert shape_of(without).rope_theta == 10000.0  # transformers' default
+    assert shape_of(without).rope.theta == 10000.0  # transformers' default
 
 
 def test_head_dim_is_free_of_the_width():

@@ -51,16 +51,17 @@ def causal_attention(
     k: Float[Array, "b t k h"],
     v: Float[Array, "b t k h"],
     kind: AttentionKind,
-    scale: float,
+    scale: float | None = None,
     window: int = 0,
 ) -> Float[Array, "b t n h"]:
     """Each token attends to itself and to earlier tokens, with a `window` to the last so many of them, itself included;
-    rows are right-padded, so no real token ever sees padding.
+    rows are right-padded, so no real token ever sees padding. Scores are multiplied by `scale`, by default h^-1/2.
 
     A padding token attends at least to itself, so no output is NaN. Splash needs a row length that is a multiple of
     128, and leaves other rows to XLA. On several devices the kernels need `shard_map`: the compiler cannot split them.
     """
     b, t, n, h = q.shape
+    scale = h**-0.5 if scale is None else scale
     if kind == "cudnn":
         left = (window - 1, 0) if window else None
         return jax.nn.dot_product_attention(
@@ -128,13 +129,14 @@ def decode_attention(
     cache_k: Float[Array, "b k s h"],
     cache_v: Float[Array, "b k s h"],
     cache_seen: Bool[Array, "b s"],
-    scale: float,
+    scale: float | None = None,
 ) -> Float[Array, "b n h"]:
     """One new token per row over the keys of its prompt and of its own response.
 
     The g rows of a group share their prompt's keys, which are read once per group.
     """
     b, n, h = q.shape
+    scale = h**-0.5 if scale is None else scale
     p, kv, t, _ = prompt_k.shape
     g, r = b // p, n // kv
     grouped = q.reshape(p, g, kv, r, h).transpose(0, 2, 1, 3, 4).reshape(p, kv, g * r, h)

@@ -77,7 +77,7 @@ def embed(table_vd: Float[Array, "v d"], tokens: Int[Array, "..."], shard: Shard
 
 def normed(layer: Mapping[str, Array], name: str, x: Array, shape: Shape) -> Array:
     """x through the norm of this name; x itself where the architecture has none."""
-    return rms_norm(x, layer[name], shape) if name in layer else x
+    return rms_norm(x, layer[name], shape.norm_eps, shape.norm_offset) if name in layer else x
 
 
 def fused_qkv(
@@ -116,7 +116,7 @@ def add_mlp(layer: Mapping[str, Array], x: Float[Array, "... d"], shape: Shape, 
 def last_logits(weights: SamplerWeights, x: Float[Array, "b d"], shape: Shape) -> Float[Array, "b v"]:
     """Float32 logits of the last block's output (this device's part of v)."""
     unembed = weights.ends["embed_vd"].T if shape.tied else weights.ends["unembed_dv"]
-    return dot(rms_norm(x, weights.ends["final_norm_d"], shape), unembed, out=jnp.float32)
+    return dot(normed(weights.ends, "final_norm_d", x, shape), unembed, out=jnp.float32)
 
 
 def prefill(
@@ -186,7 +186,7 @@ def visible_slots(
     cursor: Int[Array, ""],
     window: int | None,
 ) -> tuple[Bool[Array, "b t"], Bool[Array, "b s"]]:
-    """Which slots of its prompt and of its own a row sees from `positions`, by how many tokens ago they were written."""
+    """Which slots of its prompt and of its own a row sees from `positions`; with a window by the tokens' ages."""
     t, s = cache.prompt_k_pkth.shape[2], cache.k_bksh.shape[2]
     if window is None:
         own = (jnp.arange(s) >= cursor - positions[:, None]) & (jnp.arange(s) <= cursor)

@@ -5,7 +5,6 @@ The weights are those that `model/architecture.py` declares. The sampler's forwa
 is in `decode.py`. Parity with transformers is a test.
 """
 
-import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -58,7 +57,7 @@ class Block(nnx.Module):
 
     def normed(self, name: str, x: Array) -> Array:
         """x through the norm of this name; x itself where the architecture has none."""
-        return rms_norm(x, self[name], self.shape) if hasattr(self, name) else x
+        return rms_norm(x, self[name], self.shape.norm_eps, self.shape.norm_offset) if hasattr(self, name) else x
 
     def qkv(
         self,
@@ -131,7 +130,7 @@ class Transformer(nnx.Module):
             x = place.activations(scale_embedding(self["embed_vd"][tokens], self.shape))
         layers = (self.blocks, adapters, windowed)
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, layers, unroll=unroll)
-        return rms_norm(x, self["final_norm_d"], self.shape)
+        return rms_norm(x, self["final_norm_d"], self.shape.norm_eps, self.shape.norm_offset)
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """Float32 logits of normed hidden states."""
@@ -176,10 +175,13 @@ def attend(
     q: Array, k: Array, v: Array, shape: Shape, windowed: Bool[Array, ""] | bool, place: Placement
 ) -> Float[Array, "b t n h"]:
     """Attention over all earlier tokens or over a window of them; a kernel is compiled for each."""
-    all_tokens, window = (functools.partial(place.attend, scale=shape.scale, window=size) for size in (0, shape.window))
+
+    def over(window: int) -> Callable[[Array, Array, Array], Array]:
+        return lambda q, k, v: place.attend(q, k, v, shape.scale, window)
+
     if isinstance(windowed, bool):
-        return (window if windowed else all_tokens)(q, k, v)
-    return jax.lax.cond(windowed, window, all_tokens, q, k, v)
+        return over(shape.window if windowed else 0)(q, k, v)
+    return jax.lax.cond(windowed, over(shape.window), over(0), q, k, v)
 
 
 def scale_embedding(x: Float[Array, "... d"], shape: Shape) -> Float[Array, "... d"]:
@@ -187,11 +189,13 @@ def scale_embedding(x: Float[Array, "... d"], shape: Shape) -> Float[Array, "...
     return x * jnp.asarray(shape.d**0.5, x.dtype) if shape.architecture.scaled_embedding else x
 
 
-def rms_norm(x: Float[Array, "... d"], weight: Float[Array, " d"], shape: Shape) -> Float[Array, "... d"]:
+def rms_norm(
+    x: Float[Array, "... d"], weight: Float[Array, " d"], eps: float, offset: float = 0.0
+) -> Float[Array, "... d"]:
     """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32 until the end."""
     wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + shape.norm_eps)
-    return (normed * (weight.astype(jnp.float32) + shape.architecture.norm_offset)).astype(x.dtype)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
 def dot(x: Array, weight: Array, contracted: int = 1, *, out: Any = None) -> Array:

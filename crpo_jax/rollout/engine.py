@@ -23,10 +23,11 @@ from jax.sharding import PartitionSpec as P
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
 from crpo_jax.model.attention import AttentionKind
+from crpo_jax.model.config_json import read_shape
 from crpo_jax.model.decode import Cache, SamplerWeights
 from crpo_jax.model.lora import Policy
 from crpo_jax.model.placement import to_sampler
-from crpo_jax.model.shape import Shape, read_shape
+from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import LAYOUTS, ROWS_B, TENSOR, TOKENS_BT, check_layout
 from crpo_jax.parallel.mesh import data_size, fetch, make_mesh, put
 from crpo_jax.rollout.draw import Sampling
