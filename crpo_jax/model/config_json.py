@@ -20,6 +20,71 @@ SIZE_KEYS = {
 }
 """The keys of config.json by the dim they give."""
 
+READ_KEYS = {
+    *SIZE_KEYS.values(),
+    *("head_dim", "hidden_act", "model_type", "rms_norm_eps", "tie_word_embeddings"),
+    *("rope_parameters", "rope_scaling", "rope_theta"),
+    *("layer_types", "max_window_layers", "sliding_window", "use_sliding_window"),
+}
+"""What is read in every family."""
+
+GEMMA_KEYS = {
+    *("hidden_activation", "query_pre_attn_scalar", "rope_local_base_freq"),
+    *("sliding_window_pattern", "_sliding_window_pattern"),
+}
+
+HARMLESS_KEYS = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class"),
+    *("max_position_embeddings", "cache_implementation", "initializer_range", "use_cache", "use_mrope"),
+    *("attn_implementation", "_attn_implementation", "gradient_checkpointing"),
+    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
+    *("id2label", "label2id", "problem_type", "task_specific_params", "is_decoder", "is_encoder_decoder"),
+    *("unsloth_version", "unsloth_fixed", "pretraining_tp"),
+}
+"""What a config.json may hold besides: nothing in it changes the logits of a model without dropout."""
+
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "attention_dropout": (0, None),
+    "attention_multiplier": (1, None),
+    "attn_logit_softcapping": (None,),
+    "embedding_multiplier": (1, None),
+    "final_logit_softcapping": (None,),
+    "hidden_dropout": (0, None),
+    "layer_norm_type": ("rms_norm", None),
+    "logit_scale": (1, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "residual_multiplier": (1, None),
+    "tie_encoder_decoder": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "use_qk_norm": (False, None),
+    "vision_config": (None,),
+}
+"""What would change the mathematics, and the values at which it does not."""
+
+ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""What each scaling of the rotary frequencies reads, besides its type and rope_theta."""
+
+NEUTRAL_ROPE: Mapping[str, tuple[Any, ...]] = {
+    "attention_factor": (1, None),
+    "factor": (1, None),
+    "partial_rotary_factor": (1, None),
+}
+"""The neutral values of what a scaling does not read."""
+
+NULLABLE_KEYS = {
+    *("head_dim", "rope_theta", "rope_local_base_freq", "layer_types", "use_sliding_window"),
+    *("sliding_window_pattern", "max_window_layers"),
+}
+"""Keys whose null means what their absence does."""
+
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -73,11 +138,10 @@ class ConfigReader:
     """Checks of one config.json, whose errors name the file and the key."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self.config, self.where = config, where
+        self.config, self.given, self.where = config, config, where
         self.model_type = self.option("model_type", config.get("model_type", "qwen2"), *ARCHITECTURES)
-        self.config = COMMON_DEFAULTS | DEFAULTS[self.model_type] | {
-            key: value for key, value in config.items() if value is not None or key == "sliding_window"
-        }  # fmt: skip
+        given = {key: value for key, value in config.items() if value is not None or key not in NULLABLE_KEYS}
+        self.config = COMMON_DEFAULTS | DEFAULTS[self.model_type] | given
 
     def refuse(self, key: str, expected: str, value: Any) -> NoReturn:
         raise InputError(f"{self.where}: {key}: expected {expected}, got {value!r}")
@@ -98,6 +162,11 @@ class ConfigReader:
 
     def shape(self) -> Shape:
         config, gemma = self.config, self.model_type == "gemma3_text"
+        for key in sorted(config.keys() & NEUTRAL_VALUES.keys()):
+            self.option(key, config[key], *NEUTRAL_VALUES[key])
+        biased = any("bias" in weight.name for weight in ARCHITECTURES[self.model_type].weights)
+        for key in ("attention_bias", "qkv_bias"):
+            self.option(key, config.get(key, biased), biased)
         activation = ACTIVATIONS[ARCHITECTURES[self.model_type].activation]
         key = "hidden_activation" if gemma else "hidden_act"
         self.option(key, config.get(key, activation), activation)
@@ -146,32 +215,56 @@ class ConfigReader:
         return (False,) * layers
 
     def ropes(self) -> tuple[Rope, Rope | None]:
-        """The rotary frequencies of layers that see every token, and of those with a window where they differ."""
-        config = self.config
-        parameters = self.mapping("rope_parameters", config.get("rope_parameters") or config.get("rope_scaling") or {})
-        if self.model_type != "gemma3_text":
-            return self.rope(parameters, config["rope_theta"]), None
-        if FULL in parameters or SLIDING in parameters:
-            full, sliding = (self.mapping(f"rope_parameters.{key}", parameters.get(key)) for key in (FULL, SLIDING))
-        else:
-            full, sliding = parameters, {}
-        return self.rope(full, config["rope_theta"]), self.rope(sliding, config["rope_local_base_freq"])
+        """The rotary frequencies of layers that see every token, and of those with a window where they differ.
 
-    def rope(self, parameters: Mapping[str, Any], theta: Any) -> Rope:
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        kind = self.option("rope_parameters.rope_type", kind, "default", "linear", "llama3")
-        theta = self.number("rope_theta", parameters.get("rope_theta") or theta)
+        rope_parameters and rope_scaling are two names of one thing; where both are given they must agree.
+        """
+        given = [key for key in ("rope_parameters", "rope_scaling") if self.config.get(key)]
+        read = [self.ropes_of(key, self.mapping(key, self.config[key])) for key in given]
+        for key, other in zip(given[1:], read[1:], strict=True):
+            if other != read[0]:
+                self.refuse(key, f"what {given[0]} says", self.config[key])
+        return read[0] if read else self.ropes_of("rope_parameters", {})
+
+    def ropes_of(self, place: str, parameters: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
+        if self.model_type != "gemma3_text":
+            return self.rope(place, parameters, "rope_theta"), None
+        if FULL not in parameters and SLIDING not in parameters:  # a scaling is that of the layers without a window
+            return self.rope(place, parameters, "rope_theta"), self.rope(place, {}, "rope_local_base_freq")
+        full, sliding = (self.mapping(f"{place}.{key}", parameters.get(key)) for key in (FULL, SLIDING))
+        return (
+            self.rope(f"{place}.{FULL}", full, "rope_theta"),
+            self.rope(f"{place}.{SLIDING}", sliding, "rope_local_base_freq"),
+        )
+
+    def rope(self, place: str, parameters: Mapping[str, Any], theta_key: str) -> Rope:
+        """Frequencies by one mapping; their base may stand in it or beside it, and where in both, both are equal."""
+        kind_key = "rope_type" if "rope_type" in parameters else "type"
+        kind = self.option(f"{place}.{kind_key}", parameters.get(kind_key, "default"), *ROPE_KEYS)
+        for key in sorted(parameters.keys() - {"rope_theta", "rope_type", "type", *ROPE_KEYS[kind]}):
+            self.option(f"{place}.{key}", parameters[key], *NEUTRAL_ROPE.get(key, (None,)))
+        beside, inside = self.given.get(theta_key), parameters.get("rope_theta")
+        theta = self.number(theta_key, self.config[theta_key] if inside is None else inside)
+        if beside is not None and inside is not None:
+            self.option(f"{place}.rope_theta", inside, beside)
 
         def number(key: str) -> float:
-            return self.number(f"rope_parameters.{key}", parameters.get(key))
+            return self.number(f"{place}.{key}", parameters.get(key))
 
         if kind == "default":
             return Rope(theta)
         if kind == "linear":
             return Rope(theta, kind, number("factor"))
-        context = parameters.get("original_max_position_embeddings")
-        context = self.whole("rope_parameters.original_max_position_embeddings", context)
+        key = "original_max_position_embeddings"
+        context = self.whole(f"{place}.{key}", parameters.get(key))
         return Rope(theta, kind, number("factor"), number("low_freq_factor"), number("high_freq_factor"), context)
+
+
+def unknown_keys(config: Mapping[str, Any]) -> list[str]:
+    """What a config.json sets without anyone here knowing what it means."""
+    known = READ_KEYS | HARMLESS_KEYS | NEUTRAL_VALUES.keys() | {"attention_bias", "qkv_bias"}
+    known |= GEMMA_KEYS if config.get("model_type") == "gemma3_text" else set()
+    return sorted(key for key in config.keys() - known if config[key] is not None)
 
 
 def config_of(
