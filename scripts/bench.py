@@ -23,10 +23,11 @@ import numpy as np
 
 from crpo_jax import cli, config
 from crpo_jax.errors import InputError
+from crpo_jax.model.config_json import read_shape
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.model.huggingface import load_model, model_folder
 from crpo_jax.model.lora import Policy
-from crpo_jax.model.shape import forward_flops, read_shape
+from crpo_jax.model.shape import forward_flops
 from crpo_jax.parallel.layout import check_layout, find_layout
 from crpo_jax.parallel.mesh import data_size, make_mesh, model_size
 from crpo_jax.rollout import Response, RolloutProgress, Sampling, load_engine

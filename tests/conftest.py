@@ -66,6 +66,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from crpo_jax.model.architecture import Weight
+from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.mesh import DATA, MODEL
@@ -73,7 +74,7 @@ from crpo_jax.parallel.mesh import DATA, MODEL
 settings.register_profile("same examples every time", derandomize=True, database=None, deadline=None)
 settings.load_profile("same examples every time")
 
-SHAPE = Shape(d=16, n=8, k=2, h=6, f=24, v=40, l=3, tied=False, rope_theta=1e4, norm_eps=1e-6)
+SHAPE = Shape(d=16, n=8, k=2, h=6, f=24, v=40, l=3, tied=False, rope=Rope(1e4), norm_eps=1e-6)
 """Every dim has a size of its own, and every mesh of 8 devices can hold it: past 2 model shards by copies of the KV
 heads."""
 

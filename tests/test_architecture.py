@@ -1,6 +1,6 @@
 """Another architecture is a short list of declarations, here Qwen3's: norms of queries and keys, and no biases.
 
-Everything but the forward pass follows from it; the forward pass has no such norms.
+Everything but the forward pass follows from it.
 """
 
 import dataclasses
@@ -16,22 +16,17 @@ from safetensors.numpy import load_file
 
 from crpo_jax.config import LINEAR_LAYERS
 from crpo_jax.errors import InputError
-from crpo_jax.model.architecture import ARCHITECTURES, ATTENTION, QWEN2, Architecture, Weight, ones
+from crpo_jax.model.architecture import ARCHITECTURES, Architecture
+from crpo_jax.model.config_json import shape_of
 from crpo_jax.model.huggingface import config_of, load_model, model_tensors, save_model
 from crpo_jax.model.lora import Policy, linear_layers
 from crpo_jax.model.placement import sampler_specs, to_sampler, weight_shardings
-from crpo_jax.model.shape import Shape, shape_of
+from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import model_shapes, parameter_count, random_model
 from crpo_jax.parallel.layout import LAYOUTS, SHARDED, TENSOR
 from crpo_jax.update.trainer import muon_dimensions
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
-
-HEAD_NORMS = (
-    Weight("q_norm_h", ATTENTION + "q_norm.weight", "h", ones),
-    Weight("k_norm_h", ATTENTION + "k_norm.weight", "h", ones),
-)
-QWEN3 = Architecture("Qwen3ForCausalLM", tuple(w for w in QWEN2.weights if "bias" not in w.name) + HEAD_NORMS)
 
 KEYS = {
     "model.embed_tokens.weight": (40, 16),
@@ -53,13 +48,12 @@ KEYS = {
 
 
 @pytest.fixture
-def shape(monkeypatch: pytest.MonkeyPatch) -> Shape:
-    """A Qwen3 of SHAPE's sizes, with the architecture registered."""
-    monkeypatch.setitem(ARCHITECTURES, "qwen3", QWEN3)
+def shape() -> Shape:
+    """A Qwen3 of SHAPE's sizes."""
     return dataclasses.replace(SHAPE, model_type="qwen3")
 
 
-@pytest.mark.parametrize("architecture", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_declarations_are_consistent(architecture: Architecture):
     """Names, keys and axes that contradict each other would show only in what a model says."""
     weights = architecture.weights
@@ -77,7 +71,7 @@ def test_keys_and_shapes_follow(shape: Shape):
     assert {key: sizes[key] for key in sizes if ".layers." not in key or ".layers.0." in key} == KEYS
     assert len(sizes) == 3 + 11 * shape.l
     leaves = leaves_by_name(model_shapes(shape))
-    assert leaves.keys() == {weight.name for weight in QWEN3.weights}
+    assert leaves.keys() == {weight.name for weight in shape.weights}
     assert leaves["k_norm_h"].shape == (shape.l, shape.h)
     assert parameter_count(shape) == sum(leaf.size for leaf in leaves.values())
     assert shape_of(config_of(shape, "float32", {})) == shape

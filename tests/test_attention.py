@@ -233,7 +233,7 @@ def test_decoding_is_the_last_row_of_causal_attention():
         q,
         prompt_k,
         prompt_v,
-        jnp.arange(t) < lengths[:, None],
+        jnp.arange(t) < np.repeat(lengths, g)[:, None],
         cache_k,
         cache_v,
         jnp.arange(s) <= np.full((p * g, 1), cursor),

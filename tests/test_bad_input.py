@@ -26,7 +26,7 @@ from crpo_jax import config
 from crpo_jax.data.readers import READERS, read_questions
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
-from crpo_jax.model.shape import shape_of
+from crpo_jax.model.config_json import shape_of
 
 train = import_module("crpo_jax.train")
 

@@ -194,9 +194,10 @@ def main(name: str) -> None:
     mesh = make_target_mesh(target, target.count, 1)
     import jax.numpy as jnp
 
+    from crpo_jax.model.rotary import Rope
     from crpo_jax.model.shape import Shape
 
-    shape = Shape(d=2048, n=16, k=2, h=128, f=11008, v=151936, l=36, tied=True, rope_theta=1e6, norm_eps=1e-6)
+    shape = Shape(d=2048, n=16, k=2, h=128, f=11008, v=151936, l=36, tied=True, rope=Rope(1e6), norm_eps=1e-6)
     print(
         json.dumps(decode_program(mesh, shape, TARGETS[name], SLOTS, jnp.bfloat16, compiler_options(target))._asdict())
     )

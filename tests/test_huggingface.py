@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from crpo_jax.config import config_folder
 from crpo_jax.errors import InputError
+from crpo_jax.model.config_json import shape_of
 from crpo_jax.model.huggingface import (
     config_of,
     inherited_settings,
@@ -33,11 +34,12 @@ from crpo_jax.model.huggingface import (
     save_model,
 )
 from crpo_jax.model.placement import weight_shardings
-from crpo_jax.model.shape import Shape, shape_of
+from crpo_jax.model.rotary import Rope
+from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer, model_shapes
 from crpo_jax.parallel.layout import LAYOUTS, SHARDED, TENSOR, Axes
 
-SHAPE = Shape(d=16, n=4, k=2, h=6, f=28, v=40, l=3, tied=False, rope_theta=1e6, norm_eps=1e-6)
+SHAPE = Shape(d=16, n=4, k=2, h=6, f=28, v=40, l=3, tied=False, rope=Rope(1e6), norm_eps=1e-6)
 TIED = dataclasses.replace(SHAPE, tied=True)
 
 Tensors = dict[str, np.ndarray]
@@ -169,7 +171,7 @@ def test_host_memory_is_one_tensor_not_the_model(tmp_path: Path):
 
     A tensor may be in memory twice for a moment, whole and split for its devices.
     """
-    shape = Shape(d=256, n=4, k=2, h=64, f=1024, v=1280, l=8, tied=True, rope_theta=1e4, norm_eps=1e-6)
+    shape = Shape(d=256, n=4, k=2, h=64, f=1024, v=1280, l=8, tied=True, rope=Rope(1e4), norm_eps=1e-6)
     stored = random_tensors(shape)
     whole, largest = sum(value.nbytes for value in stored.values()), max(value.nbytes for value in stored.values())
     folder = write(tmp_path / "in", shape, stored, shards=2)

@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from crpo_jax.config import Lora
-from crpo_jax.model.architecture import ARCHITECTURES, QWEN2
+from crpo_jax.model.architecture import ARCHITECTURES
 from crpo_jax.model.decode import Shard, embed
 from crpo_jax.model.lora import initial_adapters
 from crpo_jax.model.placement import training_placement, weight_shardings
-from crpo_jax.model.transformer import Transformer, dot, model_shapes, random_model, rms_norm, rope
+from crpo_jax.model.rotary import Rope, rope
+from crpo_jax.model.transformer import Transformer, dot, model_shapes, random_model, rms_norm
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.parallel.mesh import MODEL
 
@@ -49,17 +50,21 @@ def rotated(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
+def frequencies(theta: float, h: int = 6) -> jax.Array:
+    return Rope(theta).frequencies(h // 2)
+
+
 def test_rope_turns_pairs_of_dims():
     x, positions = np.random.default_rng(0).normal(size=(2, 5, 3, 6)), np.array([[0, 1, 2, 100, 4000]] * 2)
     np.testing.assert_allclose(
-        rope(jnp.float32(x), jnp.asarray(positions), 1e6), rotated(x, positions, 1e6), rtol=1e-3, atol=1e-3
+        rope(jnp.float32(x), jnp.asarray(positions), frequencies(1e6)), rotated(x, positions, 1e6), rtol=1e-3, atol=1e-3
     )
 
 
 def test_rope_angles_are_float32_for_bfloat16_inputs():
     """bf16 rounds position 257 to 256: in long rows several tokens would share one position."""
     x = jnp.broadcast_to(jnp.bfloat16([1, 0.5]), (1, 2, 1, 2))
-    out = np.float32(rope(x, jnp.array([[256, 257]]), 1e4))
+    out = np.float32(rope(x, jnp.array([[256, 257]]), frequencies(1e4, 2)))
     np.testing.assert_allclose(out, rotated(np.float64(x), np.array([[256, 257]]), 1e4), atol=0.01)
     assert np.abs(out[0, 0] - out[0, 1]).max() > 0.1
 
@@ -69,7 +74,12 @@ def test_rope_depends_on_distances_only():
     q, k = jnp.float32(rng.normal(size=(2, 1, 1, 6)))
 
     def score(at: int, other: int) -> float:
-        return float(jnp.sum(rope(q[None], jnp.array([[at]]), 1e4) * rope(k[None], jnp.array([[other]]), 1e4)))
+        return float(
+            jnp.sum(
+                rope(q[None], jnp.array([[at]]), frequencies(1e4))
+                * rope(k[None], jnp.array([[other]]), frequencies(1e4))
+            )
+        )
 
     assert score(13, 9) == pytest.approx(score(104, 100), rel=1e-3)
     assert score(13, 9) != pytest.approx(score(13, 8), rel=1e-3)
@@ -199,7 +209,8 @@ def test_a_model_from_scratch_follows_from_its_key():
 
 def test_initial_weights_do_not_depend_on_the_order_of_declarations(monkeypatch: pytest.MonkeyPatch):
     """So a weight that is declared later, or elsewhere, changes no other weight of a run's seed."""
-    reordered = dataclasses.replace(QWEN2, weights=(*QWEN2.weights[7:], *reversed(QWEN2.weights[:7])))
+    qwen2 = ARCHITECTURES["qwen2"]
+    reordered = dataclasses.replace(qwen2, weights=(*qwen2.weights[7:], *reversed(qwen2.weights[:7])))
     monkeypatch.setitem(ARCHITECTURES, "reordered", reordered)
     shape, key, lora = dataclasses.replace(SHAPE, model_type="reordered"), jax.random.key(0), Lora(rank=5)
     assert shape.weights != SHAPE.weights

@@ -1,9 +1,10 @@
-"""A model folder gives the same logits as transformers' Qwen2 in float32, in the training forward and in the sampler.
+"""A model folder gives the same logits as transformers in float32, in the training forward and in the sampler.
 
 Where torch is installed, random models written by transformers are compared live. Everywhere, a model with weights from
 a fixed seed must give recorded logits of transformers (and a live test checks that they are current).
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from crpo_jax.model.lora import Policy
 from crpo_jax.model.placement import to_sampler
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import TENSOR
+from crpo_jax.rollout.draw import Sampling
+from crpo_jax.rollout.engine import Engine
 
 TOLERANCE = 1e-4
 
@@ -173,45 +176,103 @@ SMALL = {
     "num_hidden_layers": 3,
     "max_position_embeddings": 128,
 }
-MODELS: dict[str, dict[str, Any]] = {
-    "tied, 2 KV heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "untied, 4 KV heads": {
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-        "rope_theta": 1e6,
-    },
-    "tied, 4 KV heads, wide head": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": True,
-        "head_dim": 24,
-    },
-    "untied, 2 KV heads, narrow head": {
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-        "head_dim": 6,
-    },
+QWEN, GEMMA = {"num_attention_heads": 4, "num_key_value_heads": 2}, {"num_hidden_layers": 8, "sliding_window": 5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
 }
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2, tied": ("qwen2", QWEN | {"tie_word_embeddings": True}),
+    "qwen2, untied, 4 KV heads": (
+        "qwen2",
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "rope_theta": 1e6},
+    ),
+    "qwen2, tied, wide head": (
+        "qwen2",
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 24},
+    ),
+    "qwen2, narrow head, windows from layer 1": (
+        "qwen2",
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": False,
+            "head_dim": 6,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3, tied": ("qwen3", QWEN | {"tie_word_embeddings": True, "head_dim": 16}),
+    "qwen3, head wider than d / n": ("qwen3", QWEN | {"tie_word_embeddings": False, "head_dim": 32}),
+    "qwen3, one KV head": (
+        "qwen3",
+        {"num_attention_heads": 8, "num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 8},
+    ),
+    "llama, scaled frequencies": ("llama", QWEN | {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama, plain, all KV heads": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4}),
+    "llama, linear frequencies, own head width": (
+        "llama",
+        QWEN | {"head_dim": 12, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "mistral, window": ("mistral", QWEN | {"sliding_window": 4}),
+    "mistral, no window": ("mistral", QWEN | {"sliding_window": None, "rope_theta": 1e6}),
+    "mistral, own head width": ("mistral", QWEN | {"sliding_window": 9, "head_dim": 20, "tie_word_embeddings": True}),
+    "gemma3, two bases": ("gemma3_text", QWEN | GEMMA | {"head_dim": 16, "query_pre_attn_scalar": 24}),
+    "gemma3, linear global frequencies": (
+        "gemma3_text",
+        QWEN
+        | GEMMA
+        | {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    ),
+    "gemma3, every second layer global, untied": (
+        "gemma3_text",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+"""model_type and settings; windows are shorter than the prompts and responses of the tests."""
 
 
-def random_transformers_model(config: dict[str, Any], seed: int) -> Any:
+def random_transformers_model(name: str, seed: int) -> Any:
     """Every parameter random: transformers starts biases at 0 and norms at 1, which would hide an exchanged key."""
     torch, transformers = torch_and_transformers()
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, **config)).eval()
+    model_type, settings = MODELS[name]
+    config = transformers.AutoConfig.for_model(model_type, **(SMALL | settings))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     rng = np.random.default_rng(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(torch.tensor(rng.normal(float("norm" in name), 0.2, weight.shape)))
+        for key, weight in model.named_parameters():
+            mean = float("norm" in key and model_type != "gemma3_text")  # Gemma's weights are added to 1
+            weight.copy_(torch.tensor(rng.normal(mean, 0.2, weight.shape)))
     return model
 
 
-@pytest.mark.parametrize(("name", "max_shard_size"), list(zip(MODELS, ["5GB", "100KB", "100KB", "5GB"], strict=True)))
+SHARD_SIZES = itertools.cycle(["5GB", "100KB", "100KB", "5GB"])
+
+
+@pytest.mark.parametrize(("name", "max_shard_size"), list(zip(MODELS, SHARD_SIZES)))  # noqa: B905 (endless)
 def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Path):
     """A folder by transformers, whole or in shards; right-padded rows; groups that share their prompt's keys."""
     torch, _ = torch_and_transformers()
-    theirs = random_transformers_model(MODELS[name], seed=1)
+    theirs = random_transformers_model(name, seed=1)
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors.index.json").is_file() == (max_shard_size == "100KB")
     model = load(tmp_path)
@@ -234,16 +295,17 @@ def test_logits_equal_transformers(name: str, max_shard_size: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), list(zip(MODELS, ["float32", "float32", "bfloat16", "bfloat16"], strict=True))
+    ("name", "dtype"),
+    list(zip(MODELS, itertools.cycle(["float32", "float32", "bfloat16", "bfloat16"]))),
 )
 def test_transformers_loads_what_we_export(name: str, dtype: Any, tmp_path: Path):
     """transformers -> load -> save -> transformers: the same parameters bit for bit, the same logits, no extra key."""
     torch, transformers = torch_and_transformers()
-    random_transformers_model(MODELS[name], seed=3).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
-    before = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto")
+    random_transformers_model(name, seed=3).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
+    before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto")
     generation = {"eos_token_id": [3, 4], "pad_token_id": 4}
     save_model(load(tmp_path / "theirs"), tmp_path / "ours", dtype=dtype, max_shard_bytes=60_000, generation=generation)
-    after, notes = transformers.Qwen2ForCausalLM.from_pretrained(
+    after, notes = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype="auto", output_loading_info=True
     )
     assert not any(notes.values()), notes
@@ -262,3 +324,28 @@ def test_transformers_loads_what_we_export(name: str, dtype: Any, tmp_path: Path
     assert {key: value.tobytes() for key, value in ours.items()} == {
         key: value.tobytes() for key, value in theirs.items()
     }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation_is_that_of_transformers(name: str, tmp_path: Path):
+    """64 tokens after prompts of several lengths. Rows that end early make the engine gather and merge the others, and
+    lengthen caches; in a layer with a window the cache is a ring that goes round many times."""
+    torch, _ = torch_and_transformers()
+    theirs = random_transformers_model(name, seed=5)
+    theirs.save_pretrained(tmp_path)
+    model, rng, width = load(tmp_path), np.random.default_rng(6), 64
+    prompts = [rng.integers(3, model.shape.v, size=length).tolist() for length in (2, 33, 9, 17, 21, 5)]
+    expected = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        mask = torch.ones_like(tokens)
+        with torch.no_grad():
+            whole = theirs.generate(tokens, attention_mask=mask, max_new_tokens=width, do_sample=False, eos_token_id=-1)
+        expected.append(whole[0, len(prompt) :].tolist())
+    limits = [64, 20, 64, 9, 40, 64]
+    engine = Engine(model.shape, mesh_of(1, 1), Sampling(temperature=0), width, slots=3, chunk=8)
+    weights = to_sampler(model.shape, mesh_of(1, 1), "float32")(Policy(model))
+    groups = engine.generate(weights, prompts, key=jax.random.key(0), group=1, limits=limits)
+    assert [group[0].tokens.tolist() for group in groups] == [
+        tokens[:limit] for tokens, limit in zip(expected, limits, strict=True)
+    ]

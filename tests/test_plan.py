@@ -26,7 +26,7 @@ from crpo_jax.planner.memory import (
     estimate_memory,
 )
 from crpo_jax.planner.plan import estimate_plan, find_changes, list_runs, rank_meshes
-from crpo_jax.planner.planned_run import QWEN_SIZES, PlannedRun, resolve_run, resolve_shape
+from crpo_jax.planner.planned_run import PlannedRun, resolve_run, resolve_shape
 from crpo_jax.planner.targets import find_missing_compiler, parse_target
 from crpo_jax.update.trainer import Trainer
 
@@ -60,14 +60,23 @@ def plan_small(data: int, model: int, *overrides: str) -> PlannedRun:
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("size", "count"), [("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("3B", 3_085_938_688), ("7B", 7_615_616_512)]
-)
-def test_published_sizes_have_their_published_parameters(size: str, count: int):
-    """The safetensors of these models on the hub hold this many."""
-    shape = resolve_shape(config.load_config(PAPER, [f"model.path=Qwen/Qwen2.5-{size}-Instruct"]))
-    assert parameter_count(shape) == count
-    assert size in QWEN_SIZES
+PARAMETERS = {
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "google/gemma-3-4b-it": 3_880_263_168,
+}
+
+
+@pytest.mark.parametrize("path", PARAMETERS)
+def test_published_models_have_their_published_parameters(path: str):
+    """The safetensors of these models on the hub hold this many, vision towers apart."""
+    assert parameter_count(resolve_shape(config.load_config(PAPER, [f"model.path={path}"]))) == PARAMETERS[path]
 
 
 def test_a_model_that_is_nowhere_is_refused():

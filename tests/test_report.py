@@ -3,10 +3,11 @@
 import pytest
 
 from crpo_jax import config
+from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape, backward_flops, forward_flops
 from crpo_jax.runtime.report import update_flops
 
-SHAPE = Shape(d=64, n=4, k=2, h=16, f=128, v=256, l=2, tied=True, rope_theta=1e4, norm_eps=1e-6)
+SHAPE = Shape(d=64, n=4, k=2, h=16, f=128, v=256, l=2, tied=True, rope=Rope(1e4), norm_eps=1e-6)
 LENGTHS = [100, 90, 80, 70]
 
 

@@ -8,7 +8,9 @@ import pytest
 from conftest import leaves_by_name
 
 from crpo_jax.errors import InputError
-from crpo_jax.model.shape import Shape, backward_flops, forward_flops, read_shape, shape_of, unknown_keys
+from crpo_jax.model.config_json import read_shape, shape_of, unknown_keys
+from crpo_jax.model.rotary import Rope
+from crpo_jax.model.shape import Shape, backward_flops, forward_flops
 from crpo_jax.model.transformer import model_shapes, parameter_count
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5"
@@ -33,7 +35,7 @@ QWEN_3B = {
 
 def test_3b_has_the_published_number_of_parameters():
     shape = shape_of(QWEN_3B)
-    assert shape == Shape(d=2048, n=16, k=2, h=128, f=11008, v=151936, l=36, tied=True, rope_theta=1e6, norm_eps=1e-6)
+    assert shape == Shape(d=2048, n=16, k=2, h=128, f=11008, v=151936, l=36, tied=True, rope=Rope(1e6), norm_eps=1e-6)
     assert parameter_count(shape) == 3_085_938_688
 
 
@@ -54,7 +56,7 @@ def test_rope_theta_in_both_spellings():
     assert shape_of(without | {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}}) == shape_of(
         QWEN_3B
     )
-    assert shape_of(without).rope_theta == 10000.0  # transformers' default
+    assert shape_of(without).rope.theta == 10000.0  # transformers' default
 
 
 def test_head_dim_is_free_of_the_width():
@@ -151,7 +153,7 @@ def test_unreadable_config(tmp_path: Path):
 
 def test_names_spell_the_dims():
     """With a different size for every dim, a weight whose name and shape disagree cannot hide."""
-    shape = Shape(d=2, n=3, k=5, h=7, f=11, v=13, l=17, tied=False, rope_theta=1e4, norm_eps=1e-6)
+    shape = Shape(d=2, n=3, k=5, h=7, f=11, v=13, l=17, tied=False, rope=Rope(1e4), norm_eps=1e-6)
     model = model_shapes(shape)
     in_blocks = leaves_by_name(model.blocks)
     assert len(leaves_by_name(model)) == 15
@@ -185,7 +187,7 @@ def test_values_of_another_kind_are_refused_by_name(changed, expected):
 
 def test_flops_of_a_forward_pass():
     """By hand: 2 per weight and token, the embedding's look-up none; 4 per query, head width and visible key."""
-    s = Shape(d=4, n=2, k=1, h=2, f=8, v=10, l=3, tied=True, rope_theta=1e4, norm_eps=1e-6)
+    s = Shape(d=4, n=2, k=1, h=2, f=8, v=10, l=3, tied=True, rope=Rope(1e4), norm_eps=1e-6)
     block = 4 * (2 * 2) + 2 * 4 * (1 * 2) + (2 * 2) * 4 + 3 * 4 * 8
     attention = 3 * 2 * 2 * 4 * 6 * 6 / 2
     assert forward_flops(s, 6) == 2 * (3 * block + 4 * 10) * 6 + attention
@@ -194,7 +196,7 @@ def test_flops_of_a_forward_pass():
 
 def test_flops_of_a_backward_pass():
     """Twice the forward pass if every weight is trained. Under adapters a frozen weight has no gradient of its own."""
-    s = Shape(d=4, n=2, k=1, h=2, f=8, v=10, l=3, tied=True, rope_theta=1e4, norm_eps=1e-6)
+    s = Shape(d=4, n=2, k=1, h=2, f=8, v=10, l=3, tied=True, rope=Rope(1e4), norm_eps=1e-6)
     assert backward_flops(s, 6) == 2 * forward_flops(s, 6)
     weights, attention = 2 * (3 * 144 + 4 * 10) * 6, 3 * 2 * 2 * 4 * 6 * 6 / 2
     assert forward_flops(s, 6) == weights + attention

@@ -7,7 +7,7 @@ letter each: `q_dnh` maps the width d to n heads of h.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -83,36 +83,77 @@ class Weight:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of models: `class_name` is its class in transformers, `weights` are in the order of the forward pass."""
+    """A family of models: `class_name` is its class in transformers, `weights` are in the order of the forward pass.
+
+    Norms multiply by their weight plus `norm_offset`. `scaled_embedding`: embeddings are multiplied by d^1/2.
+    """
 
     class_name: str
     weights: tuple[Weight, ...]
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
 
 
 LAYER = "model.layers.{l}."
 ATTENTION, MLP = LAYER + "self_attn.", LAYER + "mlp."
 
-QWEN2 = Architecture(
-    "Qwen2ForCausalLM",
-    (
-        Weight("embed_vd", "model.embed_tokens.weight", "v d", embedding),
-        Weight("attn_norm_d", LAYER + "input_layernorm.weight", "d", ones),
-        Weight("q_dnh", ATTENTION + "q_proj.weight", "nh d", inputs="d", fused="qkv"),
-        Weight("k_dkh", ATTENTION + "k_proj.weight", "kh d", inputs="d", fused="qkv"),
-        Weight("v_dkh", ATTENTION + "v_proj.weight", "kh d", inputs="d", fused="qkv"),
-        Weight("q_bias_nh", ATTENTION + "q_proj.bias", "nh", zeros, fused="qkv_bias"),
-        Weight("k_bias_kh", ATTENTION + "k_proj.bias", "kh", zeros, fused="qkv_bias"),
-        Weight("v_bias_kh", ATTENTION + "v_proj.bias", "kh", zeros, fused="qkv_bias"),
-        Weight("o_nhd", ATTENTION + "o_proj.weight", "d nh", residual, inputs="nh"),
-        Weight("mlp_norm_d", LAYER + "post_attention_layernorm.weight", "d", ones),
-        Weight("gate_df", MLP + "gate_proj.weight", "f d", inputs="d", fused="gate_up"),
-        Weight("up_df", MLP + "up_proj.weight", "f d", inputs="d", fused="gate_up"),
-        Weight("down_fd", MLP + "down_proj.weight", "d f", residual, inputs="f"),
-        Weight("final_norm_d", "model.norm.weight", "d", ones),
-        Weight("unembed_dv", "lm_head.weight", "v d"),
-    ),
+EMBEDDING = Weight("embed_vd", "model.embed_tokens.weight", "v d", embedding)
+QKV = (
+    Weight("q_dnh", ATTENTION + "q_proj.weight", "nh d", inputs="d", fused="qkv"),
+    Weight("k_dkh", ATTENTION + "k_proj.weight", "kh d", inputs="d", fused="qkv"),
+    Weight("v_dkh", ATTENTION + "v_proj.weight", "kh d", inputs="d", fused="qkv"),
 )
-"""Qwen2 and Qwen2.5: "Qwen2.5 Technical Report" (arXiv 2412.15115)."""
+QKV_BIASES = (
+    Weight("q_bias_nh", ATTENTION + "q_proj.bias", "nh", zeros, fused="qkv_bias"),
+    Weight("k_bias_kh", ATTENTION + "k_proj.bias", "kh", zeros, fused="qkv_bias"),
+    Weight("v_bias_kh", ATTENTION + "v_proj.bias", "kh", zeros, fused="qkv_bias"),
+)
+OUTPUT = Weight("o_nhd", ATTENTION + "o_proj.weight", "d nh", residual, inputs="nh")
+GATED_MLP = (
+    Weight("gate_df", MLP + "gate_proj.weight", "f d", inputs="d", fused="gate_up"),
+    Weight("up_df", MLP + "up_proj.weight", "f d", inputs="d", fused="gate_up"),
+    Weight("down_fd", MLP + "down_proj.weight", "d f", residual, inputs="f"),
+)
+UNEMBEDDING = Weight("unembed_dv", "lm_head.weight", "v d")
 
-ARCHITECTURES = {"qwen2": QWEN2}
+
+def norm(name: str, key: str, initializer: Initializer = ones) -> Weight:
+    return Weight(name, f"{key}.weight", name.rsplit("_", 1)[1], initializer)
+
+
+ATTENTION_NORM, FINAL_NORM = norm("attn_norm_d", LAYER + "input_layernorm"), norm("final_norm_d", "model.norm")
+MLP_NORM = norm("mlp_norm_d", LAYER + "post_attention_layernorm")
+HEAD_NORMS = (norm("q_norm_h", ATTENTION + "q_norm"), norm("k_norm_h", ATTENTION + "k_norm"))
+
+
+def decoder(*attention: Weight) -> tuple[Weight, ...]:
+    """A pre-norm decoder with a gated feed-forward network, given what its attention reads."""
+    return (EMBEDDING, ATTENTION_NORM, *attention, OUTPUT, MLP_NORM, *GATED_MLP, FINAL_NORM, UNEMBEDDING)
+
+
+GEMMA3 = (
+    EMBEDDING,
+    norm("attn_norm_d", LAYER + "input_layernorm", zeros),
+    *QKV,
+    norm("q_norm_h", ATTENTION + "q_norm", zeros),
+    norm("k_norm_h", ATTENTION + "k_norm", zeros),
+    OUTPUT,
+    norm("attn_post_norm_d", LAYER + "post_attention_layernorm", zeros),
+    norm("mlp_norm_d", LAYER + "pre_feedforward_layernorm", zeros),
+    *GATED_MLP,
+    norm("mlp_post_norm_d", LAYER + "post_feedforward_layernorm", zeros),
+    norm("final_norm_d", "model.norm", zeros),
+    UNEMBEDDING,
+)
+
+ARCHITECTURES = {
+    "qwen2": Architecture("Qwen2ForCausalLM", decoder(*QKV, *QKV_BIASES)),  # and Qwen2.5, arXiv 2412.15115
+    "qwen3": Architecture("Qwen3ForCausalLM", decoder(*QKV, *HEAD_NORMS)),  # arXiv 2505.09388
+    "llama": Architecture("LlamaForCausalLM", decoder(*QKV)),  # arXiv 2407.21783
+    "mistral": Architecture("MistralForCausalLM", decoder(*QKV)),  # arXiv 2310.06825
+    "gemma3_text": Architecture(
+        "Gemma3ForCausalLM", GEMMA3, activation="gelu_tanh", norm_offset=1.0, scaled_embedding=True
+    ),  # arXiv 2503.19786
+}
 """By `model_type` of config.json."""

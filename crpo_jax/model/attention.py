@@ -54,20 +54,30 @@ def choose_attention(setting: str, platform: str, dtype: Any, head_width: int) -
 
 
 def causal_attention(
-    q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"], kind: AttentionKind
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+    kind: AttentionKind,
+    scale: float | None = None,
+    window: int = 0,
 ) -> Float[Array, "b t n h"]:
-    """Each token attends to itself and to earlier tokens; rows are right-padded, so no real token ever sees padding.
+    """Each token attends to itself and to earlier tokens, with a `window` to the last so many of them, itself included;
+    rows are right-padded, so no real token ever sees padding. Scores are multiplied by `scale`, by default h^-1/2.
 
     Queries may come in float32 beside 16-bit keys: they are rounded here, by Splash once they are scaled.
     A padding token attends at least to itself, so no output is NaN. Splash needs a row length that is a multiple of
     128, and leaves other rows to XLA. On several devices the kernels need `shard_map`: the compiler cannot split them.
     """
     b, t, n, h = q.shape
+    factor = h**-0.5 if scale is None else scale
     if kind == "splash" and t % SPLASH_TILES[-1] == 0:
-        return splash_attention(q, k, v)
+        return splash_attention(q, k, v, factor, window)
     q = q.astype(k.dtype)
     if kind == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        left = (window - 1, 0) if window else None
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=factor, is_causal=True, local_window_size=left, implementation="cudnn"
+        )
     kv = k.shape[2]
     r, size = n // kv, query_block(t)
     product = functools.partial(jnp.einsum, precision=precision_of(q), preferred_element_type=jnp.float32)
@@ -79,17 +89,19 @@ def causal_attention(
         """Queries [b, k, r, block, h] from position `first` on, over the keys up to the last of them."""
         block, visible = queries.shape[3], keys.shape[2]
         flat = queries.reshape(b, kv, r * block, h)
-        scores = product("bkqh,bksh->bkqs", flat, keys) * h**-0.5
-        causal = first + jnp.tile(jnp.arange(block), r)[:, None] >= jnp.arange(visible)
-        scores += jnp.where(causal, 0.0, MASKED)
+        scores = product("bkqh,bksh->bkqs", flat, keys) * factor
+        age = first + jnp.tile(jnp.arange(block), r)[:, None] - (first + block - visible + jnp.arange(visible))
+        seen = (age >= 0) & (age < window) if window else age >= 0
+        scores += jnp.where(seen, 0.0, MASKED)
         mass = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         mixed = product("bkqs,bksh->bkqh", mass.astype(v.dtype), values)
         return (mixed / jnp.sum(mass, axis=-1, keepdims=True)).astype(v.dtype).reshape(b, kv, r, block, h)
 
     attend = jax.checkpoint(attend_block, static_argnums=0) if t > REMAT_ABOVE else attend_block
+    oldest = [max(0, first - window + 1) if window else 0 for first in range(0, t, size)]
     blocks = [
-        attend(first, queries[:, :, :, first : first + size], *(x[:, :, : first + size] for x in (keys, values)))
-        for first in range(0, t, size)
+        attend(first, queries[:, :, :, first : first + size], *(x[:, :, start : first + size] for x in (keys, values)))
+        for first, start in zip(range(0, t, size), oldest, strict=True)
     ]
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
@@ -100,19 +112,22 @@ def query_block(t: int) -> int:
 
 
 def splash_attention(
-    q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]
+    q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], v: Float[Array, "b t k h"], scale: float, window: int
 ) -> Float[Array, "b t n h"]:
     """Causal attention by the TPU's own kernel, whose scores never leave the chip; `t` is a multiple of 128."""
-    t, n, h = q.shape[1:]
+    t, n, _ = q.shape[1:]
     tile = next(size for size in SPLASH_TILES if t % size == 0)
+    mask: Any = splash_attention_mask.CausalMask((t, t))
+    if window:
+        mask = splash_attention_mask.LocalMask((t, t), window_size=(window - 1, 0), offset=0)
     kernel: Any = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((t, t))] * n),
+        splash_attention_mask.MultiHeadMask([mask] * n),
         block_sizes=splash_attention_kernel.BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile),
         head_shards=1,
         q_seq_shards=1,
         interpret=INTERPRET,
     )
-    scaled = (q.astype(jnp.float32) * h**-0.5).astype(k.dtype)  # of float32 queries the only rounding
+    scaled = (q.astype(jnp.float32) * scale).astype(k.dtype)  # of float32 queries the only rounding
     heads_first = [x.transpose(0, 2, 1, 3) for x in (scaled, k, v)]
     return jax.vmap(kernel)(*heads_first).transpose(0, 2, 1, 3)
 
@@ -121,26 +136,27 @@ def decode_attention(
     q: Float[Array, "b n h"],
     prompt_k: Float[Array, "p k t h"],
     prompt_v: Float[Array, "p k t h"],
-    prompt_seen: Bool[Array, "p t"],
+    prompt_seen: Bool[Array, "b t"],
     cache_k: Float[Array, "b k s h"],
     cache_v: Float[Array, "b k s h"],
     cache_seen: Bool[Array, "b s"],
+    scale: float | None = None,
 ) -> Float[Array, "b n h"]:
     """One new token per row over the keys of its prompt and of its own response.
 
     The g rows of a group share their prompt's keys, which are read once per group.
     """
     b, n, h = q.shape
-    q = q.astype(prompt_k.dtype)
+    q, factor = q.astype(prompt_k.dtype), h**-0.5 if scale is None else scale
     p, kv, t, _ = prompt_k.shape
     g, r = b // p, n // kv
     product = functools.partial(jnp.einsum, precision=precision_of(q))
     grouped = q.reshape(p, g, kv, r, h).transpose(0, 2, 1, 3, 4).reshape(p, kv, g * r, h)
     own = q.reshape(b, kv, r, h)
-    prompt_scores = product("pkqh,pkth->pkqt", grouped, prompt_k, preferred_element_type=jnp.float32) * h**-0.5
-    prompt_scores = jnp.where(prompt_seen[:, None, None], prompt_scores, -jnp.inf)
+    prompt_scores = product("pkqh,pkth->pkqt", grouped, prompt_k, preferred_element_type=jnp.float32) * factor
     prompt_scores = prompt_scores.reshape(p, kv, g, r, t).transpose(0, 2, 1, 3, 4).reshape(b, kv, r, t)
-    own_scores = product("bkrh,bksh->bkrs", own, cache_k, preferred_element_type=jnp.float32) * h**-0.5
+    prompt_scores = jnp.where(prompt_seen[:, None, None], prompt_scores, -jnp.inf)
+    own_scores = product("bkrh,bksh->bkrs", own, cache_k, preferred_element_type=jnp.float32) * factor
     own_scores = jnp.where(cache_seen[:, None, None], own_scores, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([prompt_scores, own_scores], axis=-1), axis=-1).astype(prompt_v.dtype)
     over_prompt = weights[..., :t].reshape(p, g, kv, r, t).transpose(0, 2, 1, 3, 4).reshape(p, kv, g * r, t)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from crpo_jax.model.attention import AttentionKind, causal_attention, decode_attention
+from crpo_jax.model.rotary import rope
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import add_bias, dot, rms_norm, rope
+from crpo_jax.model.transformer import add_bias, dot, rms_norm, scale_embedding
 
 
 class SamplerWeights(NamedTuple):
@@ -35,8 +36,11 @@ class SamplerWeights(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer: the prompts', right-aligned and shared by the g rows of a group, and the rows'
-    own."""
+    """Keys and values of one layer: the prompts', right-aligned and shared by the g rows of a group, and the rows' own.
+
+    A layer with a window keeps its last `window` slots of either: the prompts' latest, and a ring of the rows' own,
+    where slot c is written at c modulo the ring's length.
+    """
 
     prompt_k_pkth: Array
     prompt_v_pkth: Array
@@ -71,29 +75,49 @@ def embed(table_vd: Float[Array, "v d"], tokens: Int[Array, "..."], shard: Shard
     return shard.sum(jnp.where(is_local[..., None], table_vd[jnp.where(is_local, local, 0)], 0))
 
 
+def normed(layer: Mapping[str, Array], name: str, x: Array, shape: Shape) -> Array:
+    """x through the norm of this name; x itself where the architecture has none."""
+    return rms_norm(x, layer[name], shape.norm_eps, shape.norm_offset) if name in layer else x
+
+
 def fused_qkv(
-    layer: Mapping[str, Array], x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape
+    layer: Mapping[str, Array], x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape, windowed: bool
 ) -> tuple[Array, Array, Array]:
     """Rotated queries [..., n, h], in float32 since attention rounds them, rotated keys [..., k, h] and values
     [..., k, h], of the block's input."""
-    normed = rms_norm(x, layer["attn_norm_d"], shape.norm_eps)
-    buffer = add_bias(dot(normed, layer["qkv"]), layer["qkv_bias"])
+    buffer = dot(normed(layer, "attn_norm_d", x, shape), layer["qkv"])
+    if "qkv_bias" in layer:
+        buffer = add_bias(buffer, layer["qkv_bias"])
     heads = buffer.reshape(*x.shape[:-1], -1, shape.h)
     n = layer["o_nhd"].shape[0]
     k = (heads.shape[-2] - n) // 2
-    rotated = rope(heads[..., : n + k, :], positions, shape.rope_theta)
+    queries_keys = heads[..., : n + k, :]
+    if "q_norm_h" in layer:
+        parts = (
+            normed(layer, "q_norm_h", heads[..., :n, :], shape),
+            normed(layer, "k_norm_h", heads[..., n : n + k, :], shape),
+        )
+        queries_keys = jnp.concatenate(parts, axis=-2)
+    rotated = rope(queries_keys, positions, shape.frequencies(windowed))
     return rotated[..., :n, :], rotated[..., n:, :].astype(x.dtype), heads[..., n + k :, :]
 
 
-def fused_mlp(layer: Mapping[str, Array], x: Float[Array, "... d"], shape: Shape) -> Float[Array, "... d"]:
-    gate, up = jnp.split(dot(rms_norm(x, layer["mlp_norm_d"], shape.norm_eps), layer["gate_up"]), 2, axis=-1)
-    return dot(jax.nn.silu(gate) * up, layer["down_fd"])
+def add_attention(layer: Mapping[str, Array], x: Array, mixed: Array, shape: Shape, shard: Shard) -> Array:
+    """The residual stream after attention, of which `mixed` are the values mixed by this device's heads."""
+    return x + normed(layer, "attn_post_norm_d", shard.sum(dot(mixed, layer["o_nhd"], 2)), shape)
+
+
+def add_mlp(layer: Mapping[str, Array], x: Float[Array, "... d"], shape: Shape, shard: Shard) -> Float[Array, "... d"]:
+    """The residual stream after the gated feed-forward network."""
+    gate, up = jnp.split(dot(normed(layer, "mlp_norm_d", x, shape), layer["gate_up"]), 2, axis=-1)
+    written = shard.sum(dot(shape.activation(gate) * up, layer["down_fd"]))
+    return x + normed(layer, "mlp_post_norm_d", written, shape)
 
 
 def last_logits(weights: SamplerWeights, x: Float[Array, "b d"], shape: Shape) -> Float[Array, "b v"]:
     """Float32 logits of the last block's output (this device's part of v)."""
     unembed = weights.ends["embed_vd"].T if shape.tied else weights.ends["unembed_dv"]
-    return dot(rms_norm(x, weights.ends["final_norm_d"], shape.norm_eps), unembed, out=jnp.float32)
+    return dot(normed(weights.ends, "final_norm_d", x, shape), unembed, out=jnp.float32)
 
 
 def prefill(
@@ -109,18 +133,18 @@ def prefill(
     The keys and values come right-aligned, so that a response's follow its prompt's whatever the prompt's length.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, keys_values = embed(weights.ends["embed_vd"], tokens, shard), []
+    x, keys_values = scale_embedding(embed(weights.ends["embed_vd"], tokens, shard), shape), []
 
     def aligned(x_ptkh: Array) -> Array:
         return jax.vmap(lambda x, shift: jnp.roll(x, shift, axis=1))(
             x_ptkh.transpose(0, 2, 1, 3), tokens.shape[1] - lengths
         )
 
-    for layer in weights.layers:
-        q, k, v = fused_qkv(layer, x, positions, shape)
+    for layer, windowed in zip(weights.layers, shape.windowed, strict=True):
+        q, k, v = fused_qkv(layer, x, positions, shape, windowed)
         keys_values.append((aligned(k), aligned(v)))
-        x = x + shard.sum(dot(causal_attention(q, k, v, attention), layer["o_nhd"], 2))
-        x = x + shard.sum(fused_mlp(layer, x, shape))
+        mixed = causal_attention(q, k, v, attention, shape.scale, shape.window if windowed else 0)
+        x = add_mlp(layer, add_attention(layer, x, mixed, shape, shard), shape, shard)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return last_logits(weights, last, shape), keys_values
 
@@ -138,18 +162,37 @@ def decode(
     """Logits after one more token per row, the row's number `positions`, written into slot `cursor` of every layer's
     cache.
 
-    A row sees as many slots before its token as it has tokens: its own back to slot 0, and then its prompt's.
+    A row sees as many slots before its token as it has tokens: its own back to slot 0, and then its prompt's; in a
+    layer with a window, the last of them.
     """
-    t, s = cache[0].prompt_k_pkth.shape[2], cache[0].k_bksh.shape[2]
-    own_seen: Bool[Array, "b s"] = (jnp.arange(s) >= cursor - positions[:, None]) & (jnp.arange(s) <= cursor)
-    prompt_seen: Bool[Array, "p t"] = jnp.arange(t) >= t - prompt_lengths[:, None]
-    x, new = embed(weights.ends["embed_vd"], tokens, shard), []
-    for layer, old in zip(weights.layers, cache, strict=True):
-        q, k, v = fused_qkv(layer, x, positions, shape)
-        k_bksh = jax.lax.dynamic_update_slice_in_dim(old.k_bksh, k[:, :, None], cursor, axis=2)
-        v_bksh = jax.lax.dynamic_update_slice_in_dim(old.v_bksh, v[:, :, None], cursor, axis=2)
+    prompt_lengths = jnp.repeat(prompt_lengths, tokens.shape[0] // prompt_lengths.shape[0])
+    x, new = scale_embedding(embed(weights.ends["embed_vd"], tokens, shard), shape), []
+    for layer, old, windowed in zip(weights.layers, cache, shape.windowed, strict=True):
+        q, k, v = fused_qkv(layer, x, positions, shape, windowed)
+        slot = cursor % old.k_bksh.shape[2] if windowed else cursor
+        k_bksh = jax.lax.dynamic_update_slice_in_dim(old.k_bksh, k[:, :, None], slot, axis=2)
+        v_bksh = jax.lax.dynamic_update_slice_in_dim(old.v_bksh, v[:, :, None], slot, axis=2)
         new.append(Cache(old.prompt_k_pkth, old.prompt_v_pkth, k_bksh, v_bksh))
-        mixed = decode_attention(q, old.prompt_k_pkth, old.prompt_v_pkth, prompt_seen, k_bksh, v_bksh, own_seen)
-        x = x + shard.sum(dot(mixed, layer["o_nhd"], 2))
-        x = x + shard.sum(fused_mlp(layer, x, shape))
+        window = shape.window if windowed else None
+        seen = visible_slots(old, positions, prompt_lengths, cursor, window)
+        mixed = decode_attention(q, old.prompt_k_pkth, old.prompt_v_pkth, seen[0], k_bksh, v_bksh, seen[1], shape.scale)
+        x = add_mlp(layer, add_attention(layer, x, mixed, shape, shard), shape, shard)
     return last_logits(weights, x, shape), new
+
+
+def visible_slots(
+    cache: Cache,
+    positions: Int[Array, " b"],
+    prompt_lengths: Int[Array, " b"],
+    cursor: Int[Array, ""],
+    window: int | None,
+) -> tuple[Bool[Array, "b t"], Bool[Array, "b s"]]:
+    """Which slots of its prompt and of its own a row sees from `positions`; with a window by the tokens' ages."""
+    t, s = cache.prompt_k_pkth.shape[2], cache.k_bksh.shape[2]
+    if window is None:
+        own = (jnp.arange(s) >= cursor - positions[:, None]) & (jnp.arange(s) <= cursor)
+        return jnp.arange(t) >= t - prompt_lengths[:, None], own
+    age = (cursor - jnp.arange(s)) % s
+    own = (age <= jnp.minimum(positions, cursor)[:, None]) & (age < window)
+    prompt_age = positions[:, None] - prompt_lengths[:, None] + t - jnp.arange(t)
+    return (prompt_age <= positions[:, None]) & (prompt_age < window), own

@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 
 from crpo_jax.disk import local_path, written_at_once
 from crpo_jax.errors import InputError
-from crpo_jax.model.architecture import ARCHITECTURES, Weight
-from crpo_jax.model.shape import SIZE_KEYS, Shape, read_mapping, read_shape, unknown_keys
+from crpo_jax.model.architecture import Weight
+from crpo_jax.model.config_json import config_of, read_mapping, read_shape, unknown_keys
+from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import Axes, weight_spec
 
@@ -231,7 +232,7 @@ def load_model(path: str, mesh: Mesh, axes: Axes, dtype: Any = jnp.float32) -> T
             print(f"{folder / 'config.json'}: {key}: ignored, since its meaning is not known here", file=sys.stderr)
     ignored = [key for key in headers if ROTARY_BUFFERS.fullmatch(key)]
     if ignored and jax.process_index() == 0:
-        reason = f"({len(ignored)} such keys), rope_theta={shape.rope_theta:g} is used instead"
+        reason = f"({len(ignored)} such keys), rope_theta={shape.rope.theta:g} is used instead"
         print(f"{listing}: {ignored[0]}: ignored {reason}", file=sys.stderr)
 
     tensors = {tensor.key: tensor for tensor in model_tensors(shape)}
@@ -279,33 +280,6 @@ def insertion(
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def config_of(
-    shape: Shape, dtype: str, token_ids: Mapping[str, Any], max_position_embeddings: int = 32768
-) -> dict[str, Any]:
-    """The config.json of a shape, with the keys of the published Qwen2.5; `shape_of` reads it back.
-
-    Like those it has no pad_token_id: transformers would use it as the embedding's padding_idx, a row without gradient.
-    """
-    settings = {
-        "architectures": [ARCHITECTURES[shape.model_type].class_name],
-        "attention_dropout": 0.0,
-        **{key: token_ids[key] for key in ("bos_token_id", "eos_token_id") if key in token_ids},
-        **({} if shape.h * shape.n == shape.d else {"head_dim": shape.h}),
-        **{key: getattr(shape, dim) for dim, key in SIZE_KEYS.items()},
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "max_position_embeddings": max_position_embeddings,
-        "model_type": shape.model_type,
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "tie_word_embeddings": shape.tied,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "use_sliding_window": False,
-    }
-    return dict(sorted(settings.items()))
 
 
 def special_token_ids(folder: Path) -> dict[str, int]:

@@ -23,9 +23,10 @@ from crpo_jax.disk import written_at_once
 from crpo_jax.errors import InputError
 from crpo_jax.model.adapters import Adapters
 from crpo_jax.model.architecture import Weight
+from crpo_jax.model.config_json import read_mapping
 from crpo_jax.model.huggingface import DTYPES, free_folder, read_header
 from crpo_jax.model.lora import linear_layers, matrix_sizes
-from crpo_jax.model.shape import Shape, read_mapping
+from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import Axes, weight_spec
 from crpo_jax.parallel.mesh import fetch, put
 

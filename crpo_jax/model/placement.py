@@ -97,10 +97,10 @@ def training_placement(shape: Shape, mesh: Mesh, attention: AttentionKind = "xla
     def kv_heads(x_btkh: Any) -> Any:
         return constrain(jnp.repeat(x_btkh, copies, axis=2) if copies > 1 else x_btkh, KV_BTKH)
 
-    def attend(q: Any, k: Any, v: Any) -> Any:
+    def attend(q: Any, k: Any, v: Any, scale: float, window: int) -> Any:
+        local = functools.partial(causal_attention, kind=attention, scale=scale, window=window)
         if attention == "xla":
-            return causal_attention(q, k, v, attention)
-        local = functools.partial(causal_attention, kind=attention)
+            return local(q, k, v)
         specs = (Q_BTNH, KV_BTKH, KV_BTKH)
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=Q_BTNH, check_vma=False)(q, k, v)
 

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from crpo_jax.model.adapters import Adapters
 from crpo_jax.model.architecture import Weight
 from crpo_jax.model.attention import causal_attention
 from crpo_jax.model.precision import precision_of
+from crpo_jax.model.rotary import rope
 from crpo_jax.model.shape import Shape
 
 MakeWeight = Callable[[Weight], Any]
@@ -45,30 +46,40 @@ class Block(nnx.Module):
         positions: Int[Array, "b t"],
         adapters: Adapters | None = None,
         placement: "Placement | None" = None,
+        windowed: Bool[Array, ""] | bool = False,
     ) -> Float[Array, "b t d"]:
-        """`adapters` are one layer's."""
+        """`adapters` are one layer's; `windowed`: attention sees the last shape.window tokens only."""
         place = placement or Placement()
         with jax.named_scope("attention"):
-            q, k, v = self.qkv(x, positions, adapters)
-            mixed = place.attend(q, place.kv_heads(k), place.kv_heads(v))
-            x = place.activations(x + self.linear("o_nhd", mixed, adapters))
+            q, k, v = self.qkv(x, positions, adapters, windowed)
+            mixed = attend(q, place.kv_heads(k), place.kv_heads(v), self.shape, windowed, place)
+            x = place.activations(x + self.normed("attn_post_norm_d", self.linear("o_nhd", mixed, adapters)))
         with jax.named_scope("mlp"):
-            return place.activations(x + self.mlp(x, adapters))
+            return place.activations(x + self.normed("mlp_post_norm_d", self.mlp(x, adapters)))
+
+    def normed(self, name: str, x: Array) -> Array:
+        """x through the norm of this name; x itself where the architecture has none."""
+        return rms_norm(x, self[name], self.shape.norm_eps, self.shape.norm_offset) if hasattr(self, name) else x
 
     def qkv(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], adapters: Adapters | None
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"],
+        adapters: Adapters | None,
+        windowed: Bool[Array, ""] | bool,
     ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
         """Rotated queries, in float32 since attention rounds them, rotated keys, and values, of the block's input."""
-        x = rms_norm(x, self["attn_norm_d"], self.shape.norm_eps)
-        q = add_bias(self.linear("q_dnh", x, adapters), self["q_bias_nh"])
-        k = add_bias(self.linear("k_dkh", x, adapters), self["k_bias_kh"])
-        v = add_bias(self.linear("v_dkh", x, adapters), self["v_bias_kh"])
-        q, k = (rope(x, positions, self.shape.rope_theta) for x in (q, k))
+        x = self.normed("attn_norm_d", x)
+        q, k, v = (self.linear(name, x, adapters) for name in ("q_dnh", "k_dkh", "v_dkh"))
+        if hasattr(self, "q_bias_nh"):
+            q, k, v = add_bias(q, self["q_bias_nh"]), add_bias(k, self["k_bias_kh"]), add_bias(v, self["v_bias_kh"])
+        frequencies = self.shape.frequencies(windowed)
+        q, k = (rope(self.normed(norm, x), positions, frequencies) for norm, x in (("q_norm_h", q), ("k_norm_h", k)))
         return q, k.astype(v.dtype), v
 
     def mlp(self, x: Float[Array, "b t d"], adapters: Adapters | None) -> Float[Array, "b t d"]:
-        x = rms_norm(x, self["mlp_norm_d"], self.shape.norm_eps)
-        gated = jax.nn.silu(self.linear("gate_df", x, adapters)) * self.linear("up_df", x, adapters)
+        x = self.normed("mlp_norm_d", x)
+        gated = self.shape.activation(self.linear("gate_df", x, adapters)) * self.linear("up_df", x, adapters)
         return self.linear("down_fd", gated, adapters)
 
     def linear(self, name: str, x: Array, adapters: Adapters | None) -> Array:
@@ -108,14 +119,21 @@ class Transformer(nnx.Module):
         place = placement or Placement()
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
-        def layer(x: Array, weights: tuple[Block, Adapters | None]) -> tuple[Array, None]:
-            low_rank = None if weights[1] is None else place.adapters(weights[1])
-            return place.block(weights[0])(x, positions, low_rank, place), None
+        mixed = len(set(self.shape.windowed)) > 1  # layers of both kinds: which one, the scan says
+        windowed = jnp.array(self.shape.windowed) if mixed else None
+
+        def layer(x: Array, weights: tuple[Block, Adapters | None, Array | None]) -> tuple[Array, None]:
+            block, low_rank, of_layer = weights
+            low_rank = None if low_rank is None else place.adapters(low_rank)
+            kind = self.shape.windowed[0] if of_layer is None else of_layer
+            return place.block(block)(x, positions, low_rank, place, kind), None
 
         with jax.named_scope("embed"):
-            x = place.activations(embed(place.embedding_gradient, self["embed_vd"], tokens))
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, adapters), unroll=unroll)
-        return rms_norm(x, self["final_norm_d"], self.shape.norm_eps)
+            embedded: Any = embed(place.embedding_gradient, self["embed_vd"], tokens)
+            x = place.activations(scale_embedding(embedded, self.shape))
+        layers = (self.blocks, adapters, windowed)
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, layers, unroll=unroll)
+        return rms_norm(x, self["final_norm_d"], self.shape.norm_eps, self.shape.norm_offset)
 
     @property
     def output(self) -> Array:
@@ -137,7 +155,9 @@ class Placement(NamedTuple):
     ends: Callable[[Transformer], Transformer] = lambda model: model
     activations: Callable[[Array], Array] = lambda x: x
     kv_heads: Callable[[Array], Array] = lambda x: x
-    attend: Callable[[Array, Array, Array], Array] = lambda q, k, v: causal_attention(q, k, v, "xla")
+    attend: Callable[[Array, Array, Array, float, int], Array] = lambda q, k, v, scale, window: causal_attention(
+        q, k, v, "xla", scale, window
+    )
     embedding_gradient: Callable[[Array], Array] = lambda total: total
     output_gradient: Callable[[Array], Array] = lambda total: total
 
@@ -159,6 +179,24 @@ def random_model(shape: Shape, key: Array) -> Transformer:
 
 def parameter_count(shape: Shape) -> int:
     return sum(math.prod(shape.dims(weight.stacked_dims)) for weight in shape.weights)
+
+
+def attend(
+    q: Array, k: Array, v: Array, shape: Shape, windowed: Bool[Array, ""] | bool, place: Placement
+) -> Float[Array, "b t n h"]:
+    """Attention over all earlier tokens or over a window of them; a kernel is compiled for each."""
+
+    def over(window: int) -> Callable[[Array, Array, Array], Array]:
+        return lambda q, k, v: place.attend(q, k, v, shape.scale, window)
+
+    if isinstance(windowed, bool):
+        return over(shape.window if windowed else 0)(q, k, v)
+    return jax.lax.cond(windowed, over(shape.window), over(0), q, k, v)
+
+
+def scale_embedding(x: Float[Array, "... d"], shape: Shape) -> Float[Array, "... d"]:
+    """Embeddings as the first layer reads them; Gemma's factor d^1/2 is rounded to their type, as in transformers."""
+    return x * jnp.asarray(shape.d**0.5, x.dtype) if shape.architecture.scaled_embedding else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -210,26 +248,19 @@ def unembed_backward(tied: bool, saved: tuple[Array, Array], gradient: Float[Arr
 unembed.defvjp(lambda hidden, weight, tied: (unembed(hidden, weight, tied), (hidden, weight)), unembed_backward)
 
 
-def rms_norm(x: Float[Array, "... d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "... d"]:
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 and rounded once; so is the sum over tokens of its gradient."""
+def rms_norm(
+    x: Float[Array, "... d"], weight: Float[Array, " d"], eps: float, offset: float = 0.0
+) -> Float[Array, "... d"]:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32 and rounded once; so is the sum over tokens of its
+    gradient."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (weight.astype(jnp.float32) * normed).astype(x.dtype)
+    return (normed * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
 def add_bias(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
     """x + bias, in float32 and rounded once; so is the sum over tokens of the bias's gradient."""
     return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
-
-
-def rope(x: Float[Array, "... n h"], positions: Int[Array, "..."], theta: float) -> Float[Array, "... n h"]:
-    """Rotary position embedding in the half-split form, in float32; bf16 angles would round position 257 to 256."""
-    half = x.shape[-1] // 2
-    frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def dot(x: Array, weight: Array, contracted: int = 1, *, out: Any = None) -> Array:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from crpo_jax.hardware import GPUS_PER_HOST
+from crpo_jax.model.shape import block_weights
 from crpo_jax.planner.hlo import Collective, count_ring_bytes, merge_collectives
 from crpo_jax.planner.memory import (
     WeightCopy,
@@ -35,15 +36,15 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
     """The work of every phase in one RL step."""
     shape, settings, steps = run.shape, run.settings, run.optimizer_steps
     width, group, remat = jnp.dtype(settings.model.dtype).itemsize, settings.crpo.group_size, settings.parallel.remat
-    blocks = float(shape.l * shape.d * (2 * shape.n * shape.h + 2 * shape.k * shape.h + 3 * shape.f))
-    output = float(shape.d * shape.v)
+    blocks, output = float(block_weights(shape)), float(shape.d * shape.v)
     prompt, response = run.mean_prompt, run.mean_response
     prompt_tokens, response_tokens = run.responses / group * prompt, run.responses * response
     tokens, context = run.responses * (prompt + response), (prompt + response) / 2
 
     def count_flops(tokens: float, weights: float, context: float) -> float:
         """Of a forward pass through so many weights, with attention to `context` tokens."""
-        return tokens * (2 * weights + 4.0 * shape.l * shape.n * shape.h * context) / run.model
+        attended = sum(shape.cache_slots(context, windowed) for windowed in shape.windowed)
+        return tokens * (2 * weights + 4.0 * shape.n * shape.h * attended) / run.model
 
     forward = count_flops(tokens, blocks + output, context)
     recomputed = count_flops(tokens, blocks, context) if remat else 0
@@ -53,7 +54,8 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
     state, compute = resident["optimizer step"], resident["reference log-probs"]["weights"]
     master, gradients, sampling = state["master"], state["gradients"], count_sampling_bytes(run)
     whole = count_model_bytes(run, "gathered", settings.model.dtype)
-    slot = count_cache_bytes(run, 1) - count_cache_bytes(run, 0)  # one more token in every row
+    prompts = count_cache_bytes(run, 0)
+    slot = count_cache_bytes(run, 1) - prompts  # one more token in every row
     decode_slots = prompt / group + response / 2  # a group reads its prompt once
     # The activations of all blocks, written and read.
     streams = tokens * shape.l * width * (12 * shape.d + 6 * shape.f / run.model)
@@ -71,7 +73,7 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
         "decode": PhaseWork(
             run.decode_steps,
             count_flops(response_tokens, blocks + output, prompt + response / 2),
-            run.decode_steps * (sampling + slot * decode_slots),
+            run.decode_steps * (sampling + count_cache_bytes(run, decode_slots) - prompts),
         ),
         "compute copy": PhaseWork(steps, 0, steps * (master + 2 * compute)),
         "reference log-probs": logprobs,

@@ -99,14 +99,16 @@ def count_moment_bytes(run: PlannedRun) -> float:
 # --- caches, batches, activations -------------------------------------------------------------------------------------
 
 
-def count_cache_bytes(run: PlannedRun, slots: int) -> float:
-    """Bytes of a wave's keys and values: those of its prompts, and `slots` tokens of every row."""
+def count_cache_bytes(run: PlannedRun, slots: float) -> float:
+    """Bytes of a wave's keys and values: those of its prompts, and `slots` tokens of every row; in a layer with a
+    window, no more than that."""
     shape, dtype = run.shape, jnp.dtype(run.settings.model.dtype)
     heads = shape.k * kv_copies(run.mesh, shape.k)
 
-    def count(rows: int, tokens: int) -> float:
-        keys = jax.ShapeDtypeStruct((rows * run.data, heads, tokens, shape.h), dtype)
-        return 2 * shape.l * count_array_bytes(keys, NamedSharding(run.mesh, CACHE_BKSH))
+    def count(rows: int, tokens: float) -> float:
+        keys = jax.ShapeDtypeStruct((rows * run.data, heads, 1, shape.h), dtype)
+        layers = sum(shape.cache_slots(tokens, windowed) for windowed in shape.windowed)
+        return 2 * layers * count_array_bytes(keys, NamedSharding(run.mesh, CACHE_BKSH))
 
     return count(run.wave_prompts, run.settings.data.max_prompt_tokens) + count(run.wave_rows, slots)
 

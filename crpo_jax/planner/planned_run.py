@@ -13,19 +13,40 @@ from jax.sharding import AbstractMesh
 from crpo_jax.config import Config, replaced
 from crpo_jax.errors import InputError
 from crpo_jax.model.attention import AttentionKind, choose_attention
+from crpo_jax.model.config_json import read_shape, shape_of
 from crpo_jax.model.placement import automatic_layout
-from crpo_jax.model.shape import Shape, read_shape, shape_of
+from crpo_jax.model.rotary import Rope
+from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import check_layout, find_layout
 from crpo_jax.parallel.mesh import DATA, MODEL, parse_mesh
 from crpo_jax.planner.targets import Target
 
-QWEN_SIZES = {
-    "0.5B": Shape(d=896, l=24, n=14, k=2, h=64, f=4864, v=151936, tied=True, rope_theta=1e6, norm_eps=1e-6),
-    "1.5B": Shape(d=1536, l=28, n=12, k=2, h=128, f=8960, v=151936, tied=True, rope_theta=1e6, norm_eps=1e-6),
-    "3B": Shape(d=2048, l=36, n=16, k=2, h=128, f=11008, v=151936, tied=True, rope_theta=1e6, norm_eps=1e-6),
-    "7B": Shape(d=3584, l=28, n=28, k=4, h=128, f=18944, v=152064, tied=False, rope_theta=1e6, norm_eps=1e-6),
-}
-"""The shape of each Qwen2.5, so that a model can be planned before it is downloaded."""
+
+def qwen(d: int, l: int, n: int, k: int, h: int, f: int, v: int, tied: bool, family: str = "qwen2") -> Shape:  # noqa: E741
+    return Shape(d, n, k, h, f, v, l, tied, Rope(1e6), 1e-6, family)
+
+
+def llama(d: int, l: int, n: int, f: int, tied: bool, factor: float) -> Shape:  # noqa: E741
+    rope = Rope(5e5, "llama3", factor, low=1.0, high=4.0, original_context=8192)
+    return Shape(d, n, 8, 128, f, 128256, l, tied, rope, 1e-5, "llama")
+
+
+PUBLISHED_SHAPES = {
+    "Qwen/Qwen2.5-0.5B": qwen(d=896, l=24, n=14, k=2, h=64, f=4864, v=151936, tied=True),
+    "Qwen/Qwen2.5-1.5B": qwen(d=1536, l=28, n=12, k=2, h=128, f=8960, v=151936, tied=True),
+    "Qwen/Qwen2.5-3B": qwen(d=2048, l=36, n=16, k=2, h=128, f=11008, v=151936, tied=True),
+    "Qwen/Qwen2.5-7B": qwen(d=3584, l=28, n=28, k=4, h=128, f=18944, v=152064, tied=False),
+    "Qwen/Qwen3-4B": qwen(d=2560, l=36, n=32, k=8, h=128, f=9728, v=151936, tied=True, family="qwen3"),
+    "Qwen/Qwen3-8B": qwen(d=4096, l=36, n=32, k=8, h=128, f=12288, v=151936, tied=False, family="qwen3"),
+    "meta-llama/Llama-3.2-3B": llama(d=3072, l=28, n=24, f=8192, tied=True, factor=32.0),
+    "meta-llama/Llama-3.1-8B": llama(d=4096, l=32, n=32, f=14336, tied=False, factor=8.0),
+    "google/gemma-3-4b": Shape(
+        d=2560, n=8, k=4, h=256, f=10240, v=262208, l=34, tied=True, norm_eps=1e-6, model_type="gemma3_text",
+        rope=Rope(1e6, "linear", 8.0), window=1024, window_rope=Rope(1e4),
+        layers_windowed=tuple((layer + 1) % 6 != 0 for layer in range(34)), score_width=256,
+    ),
+}  # fmt: skip
+"""Shapes by hub id, so that a model can be planned before it is downloaded; Gemma's is that of its text model."""
 
 MEAN_PROMPT, MEAN_RESPONSE = 0.4, 0.25
 """Mean lengths as shares of the longest that the settings allow; only times use them. The median of MedQA's prompts is
@@ -33,19 +54,20 @@ MEAN_PROMPT, MEAN_RESPONSE = 0.4, 0.25
 
 
 def resolve_shape(settings: Config) -> Shape:
-    """The shape of the folder or the Qwen2.5 that model.path names, or of model.shape if it is empty."""
+    """The shape of the folder or the published model that model.path names, or of model.shape if it is empty."""
     path = settings.model.path
     if not path:
         return shape_of(dataclasses.asdict(settings.model.shape), "model.shape")
     if (Path(path).expanduser() / "config.json").is_file():
         return read_shape(Path(path).expanduser())
-    match = re.search(r"Qwen2\.5-(\d+(?:\.\d+)?B)(?:-Instruct)?$", path)
-    if not match or match[1] not in QWEN_SIZES:
-        names = ", ".join(f"Qwen/Qwen2.5-{size}" for size in QWEN_SIZES)
-        raise InputError(
-            f"model.path: expected a folder with config.json or one of {names} (or -Instruct), got {path!r}"
-        )
-    return QWEN_SIZES[match[1]]
+    name = re.sub(r"-(Instruct|it|pt)$", "", path.rsplit("/", 1)[-1])
+    for published, shape in PUBLISHED_SHAPES.items():
+        if published.endswith(f"/{name}"):
+            return shape
+    names = ", ".join(PUBLISHED_SHAPES)
+    raise InputError(
+        f"model.path: expected a folder with config.json or one of {names} (or -Instruct, -it, -pt), got {path!r}"
+    )
 
 
 @dataclass(frozen=True)

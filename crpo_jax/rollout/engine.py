@@ -23,10 +23,11 @@ from jax.sharding import PartitionSpec as P
 from crpo_jax.errors import InputError
 from crpo_jax.model import huggingface
 from crpo_jax.model.attention import AttentionKind
+from crpo_jax.model.config_json import read_shape
 from crpo_jax.model.decode import Cache, SamplerWeights
 from crpo_jax.model.lora import Policy
 from crpo_jax.model.placement import to_sampler
-from crpo_jax.model.shape import Shape, read_shape
+from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import LAYOUTS, ROWS_B, TENSOR, TOKENS_BT, check_layout
 from crpo_jax.parallel.mesh import data_size, fetch, make_mesh, put
 from crpo_jax.rollout.draw import Sampling
@@ -97,14 +98,11 @@ class DecodeBatch:
     rows: list[DecodeRow]
     cache: list[Cache]
     cursor: int
+    slots: int  # of a layer without a window
 
     @property
     def running(self) -> list[DecodeRow]:
         return [row for row in self.rows if row.running]
-
-    @property
-    def slots(self) -> int:
-        return self.cache[0].k_bksh.shape[2]
 
     @property
     def longest(self) -> int:
@@ -195,7 +193,7 @@ class Scheduler:
         group: int,
     ) -> None:
         self.weights, self.prompts, self.ids, self.limits, self.group = weights, prompts, ids, limits, group
-        self.mesh, self.shards = engine.mesh, data_size(engine.mesh)
+        self.shape, self.mesh, self.shards = engine.shape, engine.mesh, data_size(engine.mesh)
         self.key = jax.make_array_from_callback((), NamedSharding(engine.mesh, P()), lambda _: key)
         self.max_new_tokens, self.chunk = engine.max_new_tokens, min(engine.chunk, engine.max_new_tokens)
         self.programs = sampling_programs(engine.shape, engine.mesh, engine.sampling, self.chunk, engine.attention)
@@ -259,7 +257,7 @@ class Scheduler:
         cache, chunk = self.programs.prefill_and_draw(
             self.weights, put(tokens, self.mesh, TOKENS_BT), self.row_state(rows), self.key, slots=slots
         )
-        self.batches.append(DecodeBatch(rows, list(cache), 0))
+        self.batches.append(DecodeBatch(rows, list(cache), 0, slots[1]))
         return self.batches[-1], chunk
 
     def decode(self, batch: DecodeBatch) -> DecodedChunk:
@@ -344,9 +342,11 @@ class Scheduler:
 
     def grow(self, batch: DecodeBatch) -> None:
         """Lengthens a cache layer by layer, so that the old and the new one are never both whole in memory."""
-        slots = response_slots(batch.cursor + self.next_steps(batch), self.max_new_tokens)
-        for index in range(len(batch.cache)):
-            batch.cache[index] = self.programs.grow_cache(batch.cache[index], slots=slots)
+        batch.slots = response_slots(batch.cursor + self.next_steps(batch), self.max_new_tokens)
+        for index, windowed in enumerate(self.shape.windowed):
+            slots = self.shape.cache_slots(batch.slots, windowed)
+            if slots > batch.cache[index].k_bksh.shape[2]:
+                batch.cache[index] = self.programs.grow_cache(batch.cache[index], slots=slots)
 
     def gather(self, batches: Sequence[DecodeBatch]) -> None:
         """Replaces these batches by one of their running rows, each with its own copy of its prompt, at one cursor."""
@@ -368,12 +368,14 @@ class Scheduler:
         cursor = max(batch.longest for batch in batches)
         new_cursor = self.put_scalar(cursor)
         cache: list[Cache] = []
-        while batches[0].cache:  # layer by layer: each old one is freed before the next new one is allocated
-            layer = self.programs.empty_cache(b=len(rows), slots=slots, dtype=dtype)
+        for windowed in self.shape.windowed:  # layer by layer: each old one is freed before the next is allocated
+            layer = self.programs.empty_cache(b=len(rows), slots=self.shape.cache_slots(slots, windowed), dtype=dtype)
             for batch, source, old_cursor in zip(batches, on_devices, cursors, strict=True):
                 layer = self.programs.gather_rows(batch.cache.pop(0), layer, source, old_cursor, new_cursor)
             cache.append(layer)
-        self.batches = [batch for batch in self.batches if batch not in batches] + [DecodeBatch(rows, cache, cursor)]
+        self.batches = [batch for batch in self.batches if batch not in batches] + [
+            DecodeBatch(rows, cache, cursor, slots)
+        ]
 
     def progress(self, groups: Sequence[Sequence[Response]]) -> RolloutProgress:
         return RolloutProgress(

@@ -107,13 +107,14 @@ def prefill_and_draw(
         keys = row_keys(key, rows.prompts, rows.samples)
         drawn = draw_tokens(logits, keys, rows.lengths, sampling, shard, shape.v)
 
-    def layer(k: Array, v: Array) -> Cache:
-        prompt = [jnp.pad(x, ((0, 0), (0, 0), (slots[0] - t, 0), (0, 0))) for x in (k, v)]
-        response = [jnp.zeros((b, k.shape[1], slots[1], k.shape[3]), k.dtype) for _ in range(2)]
+    def layer(k: Array, v: Array, windowed: bool) -> Cache:
+        of_prompt, of_response = (shape.cache_slots(count, windowed) for count in slots)
+        prompt = [jnp.pad(x, ((0, 0), (0, 0), (slots[0] - t, 0), (0, 0)))[:, :, slots[0] - of_prompt :] for x in (k, v)]
+        response = [jnp.zeros((b, k.shape[1], of_response, k.shape[3]), k.dtype) for _ in range(2)]
         return Cache(*prompt, *response)
 
     chunk = append_tokens(empty_chunk(rows, 1), rows, jnp.int32(0), *drawn, stop_ids)
-    return tuple(layer(k, v) for k, v in prompt_cache), chunk
+    return tuple(layer(k, v, windowed) for (k, v), windowed in zip(prompt_cache, shape.windowed, strict=True)), chunk
 
 
 class LoopState(NamedTuple):
@@ -174,18 +175,18 @@ def gather_rows(
 ) -> Cache:
     """One layer's cache `into`, its row i replaced by row `sources[i]` of `old`; -1 leaves the row unchanged.
 
-    A gathered row stores its prompt itself (`into` has no prompt slots), shifted so that slot `cursor` of `old` becomes
-    slot `new_cursor`.
+    A gathered row stores its prompt itself (`into` has no prompt slots), moved so that what was written just before
+    slot `cursor` of `old` stands just before slot `new_cursor`; either cache may be a ring.
     """
-    slots = into.k_bksh.shape[2]
+    slots, old_slots, prompt_slots = into.k_bksh.shape[2], old.k_bksh.shape[2], old.prompt_k_pkth.shape[2]
     taken, replaced = jnp.maximum(sources, 0), (sources >= 0)[:, None, None, None]
     group = old.k_bksh.shape[0] // old.prompt_k_pkth.shape[0]
+    written = cursor - 1 - (new_cursor - 1 - jnp.arange(slots)) % slots  # in `old`, negative in the prompt
+    places = prompt_slots + jnp.where(written >= 0, written % old_slots, jnp.maximum(written, -prompt_slots))
 
     def gather(prompt: Array, response: Array, unchanged: Array) -> Array:
         whole = jnp.concatenate([prompt[taken // group], response[taken]], axis=2)
-        padded = jnp.pad(whole, ((0, 0), (0, 0), (slots, slots), (0, 0)))
-        first = slots + prompt.shape[2] + cursor - new_cursor
-        return jnp.where(replaced, jax.lax.dynamic_slice_in_dim(padded, first, slots, axis=2), unchanged)
+        return jnp.where(replaced, jnp.take(whole, places, axis=2), unchanged)
 
     k = gather(old.prompt_k_pkth, old.k_bksh, into.k_bksh)
     return into._replace(k_bksh=k, v_bksh=gather(old.prompt_v_pkth, old.v_bksh, into.v_bksh))

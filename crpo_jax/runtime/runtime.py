@@ -15,6 +15,7 @@ from crpo_jax.config import Config, Lora, Optimizer, config_folder, replaced
 from crpo_jax.data.tokenizer import first_difference, load_tokenizer, tokenizer_of_class
 from crpo_jax.errors import InputError, brief
 from crpo_jax.model.attention import choose_attention
+from crpo_jax.model.config_json import read_shape, shape_of
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.model.huggingface import (
     MAX_SHARD_BYTES,
@@ -30,7 +31,7 @@ from crpo_jax.model.huggingface import (
 from crpo_jax.model.lora import Policy, initial_adapters, merge_adapters, trained_shardings
 from crpo_jax.model.peft import load_adapters
 from crpo_jax.model.placement import automatic_layout, to_sampler, weight_shardings
-from crpo_jax.model.shape import Shape, read_shape, shape_of
+from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer, random_model
 from crpo_jax.parallel.layout import Axes, Layout, check_layout, find_layout
 from crpo_jax.parallel.mesh import make_mesh
