@@ -143,8 +143,9 @@ def test_splash_on_each_devices_rows_and_heads(monkeypatch: pytest.MonkeyPatch):
     def run(kind: Any) -> Any:
         attend = training_placement(SHAPE, mesh, kind).attend
         qkv = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((q, Q_BTNH), (k, KV_BTKH), (v, KV_BTKH))]
-        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attend(*x) * weights), argnums=(0, 1, 2)))(*qkv)
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attend(*x, scale, 0) * weights), argnums=(0, 1, 2)))(*qkv)
 
+    scale = q.shape[-1] ** -0.5
     (value, grads), (expected, expected_grads) = run("splash"), run("xla")
     assert float(value) == pytest.approx(float(expected), rel=1e-4)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
@@ -261,7 +262,7 @@ def test_decoding_reads_no_slot_that_is_not_seen():
         for sizes in ((p * g, N, H), (p, K, t, H), (p, K, t, H), (p * g, K, s, H), (p * g, K, s, H))
     ]
     q, prompt_k, prompt_v, cache_k, cache_v = arrays
-    prompt_seen, cache_seen = jnp.arange(t) < np.array([[2], [3]]), jnp.arange(s) <= np.zeros((p * g, 1))
+    prompt_seen, cache_seen = jnp.arange(t) < np.array([[2], [2], [3], [3]]), jnp.arange(s) <= np.zeros((p * g, 1))
     clean = decode(q, prompt_k, prompt_v, prompt_seen, cache_k, cache_v, cache_seen)
     for keys, values in ((prompt_k, prompt_v), (cache_k, cache_v)):
         keys[:, :, -1:], values[:, :, -1:] = 1e30, 1e30
@@ -275,5 +276,40 @@ def test_decoding_with_extreme_scores():
         np.float32(rng.normal(size=sizes) * 1e8) for sizes in ((p * g, N, H), (p, K, t, H), (p * g, K, s, H))
     )
     prompt_v, cache_v = np.ones((p, K, t, H), np.float32), np.ones((p * g, K, s, H), np.float32)
-    out = decode(q, prompt_k, prompt_v, jnp.ones((p, t), bool), cache_k, cache_v, jnp.ones((p * g, s), bool))
+    out = decode(q, prompt_k, prompt_v, jnp.ones((p * g, t), bool), cache_k, cache_v, jnp.ones((p * g, s), bool))
     np.testing.assert_allclose(out, np.ones_like(q), rtol=1e-6)
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def windowed(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int) -> np.ndarray:
+    """Each query over the keys of the last `window` tokens only, one query at a time."""
+    out = np.zeros(q.shape)
+    for place in range(q.shape[1]):
+        first = max(0, place - window + 1)
+        part = (x[:, first : place + 1] for x in (q, k, v))
+        out[:, place] = naive(*part)[:, -1]
+    return out
+
+
+@pytest.mark.parametrize("window", [1, 5, 130, 400])
+def test_a_window_hides_older_tokens(window: int):
+    """Shorter than a block of queries, longer than one, and longer than the row."""
+    q, k, v = random_qkv(b=2, t=300)
+    ours = causal_attention(*map(jnp.asarray, (q, k, v)), "xla", window=window)
+    np.testing.assert_allclose(ours, windowed(q, k, v, window), rtol=1e-5, atol=2e-6)
+
+
+def test_splash_with_a_window_is_xlas(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "INTERPRET", True)
+    q, k, v = map(jnp.asarray, random_qkv(b=1, t=256))
+    for window in (3, 200):
+        ours, xla = (causal_attention(q, k, v, kind, window=window) for kind in ("splash", "xla"))
+        np.testing.assert_allclose(ours, xla, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_are_scaled_as_told():
+    q, k, v = map(jnp.asarray, random_qkv(b=1, t=9))
+    doubled = causal_attention(2 * q, k, v, "xla")
+    np.testing.assert_allclose(causal_attention(q, k, v, "xla", scale=2 * q.shape[-1] ** -0.5), doubled, rtol=1e-5)

@@ -67,19 +67,31 @@ def test_head_dim_is_free_of_the_width():
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        ({"model_type": "llama"}, "config.json: model_type: expected 'qwen2', got 'llama'"),
+        (
+            {"model_type": "qwen3_moe"},
+            "config.json: model_type: expected 'qwen2' or 'qwen3' or 'llama' or 'mistral' or 'gemma3_text', "
+            "got 'qwen3_moe'",
+        ),
+        ({"vision_config": {"depth": 2}}, "config.json: vision_config: expected None, got {'depth': 2}"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act: expected 'silu', got 'gelu'"),
-        ({"use_sliding_window": True}, "config.json: use_sliding_window: expected False, got True"),
+        (
+            {"use_sliding_window": True, "max_window_layers": -1, "sliding_window": None},
+            "config.json: max_window_layers: expected a whole number of at least 0, got -1",
+        ),
+        (
+            {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": None},
+            "config.json: sliding_window: expected a positive whole number, got None",
+        ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "config.json: rope_scaling.type: expected 'default', got 'yarn'",
+            "config.json: rope_scaling.type: expected 'default' or 'linear' or 'llama3', got 'yarn'",
         ),
         (  # transformers applies the scaling; the mapping beside it used to hide it
             {
                 "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
                 "rope_scaling": {"rope_type": "linear", "factor": 4.0},
             },
-            "config.json: rope_scaling.rope_type: expected 'default', got 'linear'",
+            "config.json: rope_scaling: expected what rope_parameters says, got {'rope_type': 'linear', 'factor': 4.0}",
         ),
         (
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
@@ -107,7 +119,7 @@ def test_head_dim_is_free_of_the_width():
         ),
         (
             {"rope_parameters": {"rope_type": "linear"}},
-            "config.json: rope_parameters.rope_type: expected 'default', got 'linear'",
+            "config.json: rope_parameters.factor: expected a positive number, got None",
         ),
         ({"vocab_size": None}, "config.json: vocab_size: expected a positive whole number, got None"),
         ({"num_hidden_layers": 0}, "config.json: num_hidden_layers: expected a positive whole number, got 0"),

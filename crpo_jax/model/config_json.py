@@ -203,14 +203,18 @@ class ConfigReader:
         if (types := config.get("layer_types")) is not None:
             if not isinstance(types, list) or len(types) != layers:
                 self.refuse("layer_types", f"a list of num_hidden_layers={layers} names", types)
-            return tuple(self.option("layer_types", kind, FULL, SLIDING) == SLIDING for kind in types)
+            no_windows = self.model_type in ("qwen2", "qwen3") and not config.get("use_sliding_window")
+            allowed = (FULL,) if no_windows or self.model_type == "llama" else (FULL, SLIDING)
+            return tuple(self.option("layer_types", kind, *allowed) == SLIDING for kind in types)
         if self.model_type == "gemma3_text":
             pattern = self.whole("sliding_window_pattern", config["sliding_window_pattern"])
             return tuple((layer + 1) % pattern != 0 for layer in range(layers))
         if self.model_type == "mistral":
             return (config["sliding_window"] is not None,) * layers
         if self.option("use_sliding_window", config.get("use_sliding_window", False), True, False):
-            first = self.whole("max_window_layers", config.get("max_window_layers"))
+            first = config.get("max_window_layers")
+            if type(first) is not int or first < 0:
+                self.refuse("max_window_layers", "a whole number of at least 0", first)
             return tuple(layer >= first for layer in range(layers))
         return (False,) * layers
 
