@@ -211,7 +211,7 @@ def write_questions(
     if judged_by is None:
         judged_by = {row["id"]: row["judges"] for row in read_rows(path) if "judges" in row}
     with writing(path, hint=""):
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
     replace_rows(path, (row | {"judges": judged_by[row["id"]]} if row["id"] in judged_by else row for row in rows))
 
 

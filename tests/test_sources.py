@@ -23,7 +23,7 @@ SECTIONS = ("section 3", "section 4.1", "section 4.2", "section 4.3", *(f"equati
 PAPER: dict[str, tuple[str, Any, str]] = {
     "data.source": ("section 4.3", "medqa", "we use MedQA for Cold Start and GRPO training"),
     "data.split": ("section 4.3", "train", "the MedQA training set"),
-    "data.part": ("section 4.3", "second_half", "we train on the remaining half"),
+    "data.part": ("section 4.3", "auto", "we train on the remaining half"),
     "data.eval_split": ("section 4.3", "test", "The test set of MedQA is treated as in-domain evaluation"),
     "reward.design": ("section 3", "crpo", "The reward is the summation of three parts"),
     "reward.k": ("section 4.3", 10.0, "the importance of accuracy coefficient k = 10"),
