@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     os.truncate(copy("cut") / "model.safetensors", 10_000)
     (copy("pickle") / "model.safetensors").rename(folder / "pickle" / "pytorch_model.bin")
-    (copy("other_type") / "config.json").write_text(json.dumps(SIZES | {"model_type": "llama"}))
+    (copy("other_type") / "config.json").write_text(json.dumps(SIZES | {"model_type": "qwen2_moe"}))
     (copy("no_json") / "config.json").write_text("{")
     (copy("small_vocabulary") / "config.json").write_text(json.dumps(SIZES | {"vocab_size": 700}))
     (copy("bad_tokenizer") / "tokenizer.json").write_text("{}")
@@ -204,8 +204,8 @@ BAD: list[tuple[list[str], str]] = [
     ),
     (["model.path=FOLDER/nothing"], "model.path: FOLDER/nothing/config.json: No such file or directory"),
     (["model.path=FOLDER/no_json"], "FOLDER/no_json/config.json: expected JSON, got: "),
-    (["model.path=FOLDER/other_type"], "FOLDER/other_type/config.json: model_type: expected 'qwen2', got 'llama'"),
-    (["model.path=FOLDER/code"], "FOLDER/code/config.json: model_type: expected 'qwen2', got 'evil'"),
+    (["model.path=FOLDER/other_type"], "FOLDER/other_type/config.json: model_type: expected one of 'qwen2', 'qwen3'"),
+    (["model.path=FOLDER/code"], "FOLDER/code/config.json: model_type: expected one of 'qwen2', 'qwen3'"),
     (["model.path=FOLDER/cut"], "FOLDER/cut/model.safetensors: expected a whole safetensors file, got 10000 bytes: "),
     (
         ["model.path=FOLDER/pickle"],

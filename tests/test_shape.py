@@ -69,7 +69,7 @@ def test_head_dim_is_free_of_the_width():
     [
         (
             {"model_type": "qwen3_moe"},
-            "config.json: model_type: expected 'qwen2' or 'qwen3' or 'llama' or 'mistral' or 'gemma3_text', "
+            "config.json: model_type: expected one of 'qwen2', 'qwen3', 'llama', 'mistral', 'gemma3_text', "
             "got 'qwen3_moe'",
         ),
         ({"vision_config": {"depth": 2}}, "config.json: vision_config: expected None, got {'depth': 2}"),
@@ -84,7 +84,7 @@ def test_head_dim_is_free_of_the_width():
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "config.json: rope_scaling.type: expected 'default' or 'linear' or 'llama3', got 'yarn'",
+            "config.json: rope_scaling.type: expected one of 'default', 'linear', 'llama3', got 'yarn'",
         ),
         (  # transformers applies the scaling; the mapping beside it used to hide it
             {

@@ -147,7 +147,9 @@ class ConfigReader:
         raise InputError(f"{self.where}: {key}: expected {expected}, got {value!r}")
 
     def option(self, key: str, value: Any, *allowed: Any) -> Any:
-        return value if value in allowed else self.refuse(key, " or ".join(map(repr, allowed)), value)
+        names = list(map(repr, allowed))
+        expected = " or ".join(names) if len(names) < 3 else f"one of {', '.join(names)}"
+        return value if value in allowed else self.refuse(key, expected, value)
 
     def whole(self, key: str, value: Any) -> int:
         return value if type(value) is int and value > 0 else self.refuse(key, "a positive whole number", value)
