@@ -1,4 +1,4 @@
-"""CRPO for Qwen2.5 in JAX. From Python: `train`, `fine_tune`, `sample`, `score`, `evaluate` and `export` (see
+"""CRPO in JAX. From Python: `train`, `fine_tune`, `sample`, `score`, `evaluate` and `export` (see
 `crpo_jax.api`).
 
 Nothing is imported until one of them is used, so that commands which need no jax do not pay for it.

@@ -73,12 +73,14 @@ class Parser(argparse.ArgumentParser):
             flag, equals, value = word.partition("=")
             key = flag.lstrip("-").replace("-", "_") if flag.startswith("-") else flag
             if key in settings:
-                if not equals and (not rest or not re.match(r"[^-]|-\.?\d", rest[0]) or self._is_setting(rest[0])):
+                if not equals and (not rest or not re.match(r"[^-]|-\.?\d|$", rest[0]) or self._is_setting(rest[0])):
                     raise InputError(f"{word}: expected section.key=value, such as {key}={settings[key].default}")
                 spelled.append(f"{key}={value if equals else rest.pop(0)}")
                 continue
             if flag == "-h" or (len(flag) > 3 and "--help".startswith(flag)):
                 spelled += ["--help", *([value] if value else [])]
+                if not equals and rest and rest[0] in settings:  # a word to look for, not a setting without a value
+                    spelled.append(rest.pop(0))
                 continue
             if re.match(r"--?[A-Za-z]", flag) and not any(known.startswith(flag) for known in flags):
                 close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.8)

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from crpo_jax.answer.records import SAMPLE_FIELDS
+from crpo_jax.answer.records import sample_columns
 from crpo_jax.cli import build_parser, load_settings, path_of
 from crpo_jax.config import Reward
 from crpo_jax.data.files import parse_line
@@ -35,7 +35,7 @@ from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError
 from crpo_jax.reward.effective import effective_table, read_vocabulary
 from crpo_jax.reward.rules import Score
-from crpo_jax.reward.scorer import SCORE_FIELDS, Scored, Scorer, ScoringBatch, ScoringError, score_row
+from crpo_jax.reward.scorer import Scored, Scorer, ScoringBatch, ScoringError, score_row
 
 BATCH_LINES = 256  # a user's function is called with this many responses
 BATCHES_AHEAD = 4  # read before the first of them is written
@@ -93,8 +93,6 @@ def read_response(record: Record, vocab_size: int | None) -> ResponseLine:
         record.fail("options", "an object of texts by letter", options)
     if unknown := [letter for letter in options if len(letter) != 1 or letter not in LETTERS]:
         record.fail("options", "capital letters as keys", unknown[0])
-    # In a run the function got the columns of the question alone, so it gets no more from the run's samples.
-    sampled = (*SAMPLE_FIELDS, *SCORE_FIELDS, "error", "traceback") if record.fields.keys() >= {*SAMPLE_FIELDS} else ()
     question = Question(
         id=str(identity),
         question=record.string("question"),
@@ -102,7 +100,7 @@ def read_response(record: Record, vocab_size: int | None) -> ResponseLine:
         answer=record.letter("answer", options),
         source=str(record.fields.get("source", "")),
         split=str(record.fields.get("split", "")),
-        columns=record.columns(*QUESTION_FIELDS, "response", "token_ids", *sampled),
+        columns=record.columns(*QUESTION_FIELDS, "response", "token_ids", *sample_columns(record)),
     )
     ids = record.fields.get("token_ids")
     if ids is not None:

@@ -34,6 +34,7 @@ from crpo_jax.model.huggingface import model_tensors, save_model
 from crpo_jax.model.lora import Policy, initial_adapters, policy_of, trained_shardings
 from crpo_jax.model.peft import adapter_tensors, save_adapters
 from crpo_jax.model.placement import weight_shardings
+from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import random_model
 from crpo_jax.parallel.layout import find_layout
@@ -46,7 +47,7 @@ BOUND = 1.5
 ROWS, PROMPT, LENGTH = 32, 64, 256
 SIZES: dict[str, Any] = {
     **{"d": 128, "n": 8, "k": 4, "h": 16, "f": 320, "v": 2048, "l": 3},
-    **{"rope_theta": 1e4, "norm_eps": 1e-6},
+    **{"rope": Rope(1e4), "norm_eps": 1e-6},
 }
 
 Gradients = Mapping[str, np.ndarray]

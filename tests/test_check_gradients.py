@@ -9,6 +9,7 @@ from conftest import mesh_of
 from crpo_jax import config
 from crpo_jax.model.huggingface import save_model
 from crpo_jax.model.lora import Policy
+from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -16,7 +17,7 @@ import check_gradients
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SMALL = {"d": 32, "n": 4, "k": 2, "h": 8, "f": 48, "v": 64, "l": 1, "rope_theta": 1e4, "norm_eps": 1e-6, "tied": True}
+SMALL = {"d": 32, "n": 4, "k": 2, "h": 8, "f": 48, "v": 64, "l": 1, "rope": Rope(1e4), "norm_eps": 1e-6, "tied": True}
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_a_run_that_would_drop_more_than_a_tenth_says_which_setting_to_change(ow
     length = len(render_prompts(long_questions(1), "brief", "", TOKENIZER)[0])
     line = (
         rf"data\.max_prompt_tokens: expected room for at least 90% of the training questions, got 160: 5 of 45 are "
-        rf"longer, up to {length} tokens; data\.max_prompt_tokens={length} keeps all; data\.max_dropped_share "
+        rf"longer, up to {length} tokens; data\.max_prompt_tokens={length} keeps all; raise data\.max_dropped_share "
     )
     with pytest.raises(InputError, match=line):
         open_questions(runtime(own), many, OWN)

@@ -13,6 +13,7 @@ from crpo_jax.data.question import Question
 from crpo_jax.data.readers import question_of
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError, brief
+from crpo_jax.reward.scorer import SCORE_FIELDS
 from crpo_jax.store.files import read_object
 
 SAMPLE_FIELDS = ("step", "sample", "prompt", "tokens", "stopped", "advantage", "trained")
@@ -85,10 +86,18 @@ def read_dropped(folder: Path) -> dict[str, Any]:
     return dropped
 
 
+def sample_columns(record: Record) -> tuple[str, ...]:
+    """The fields of a line of a run's samples.jsonl that belong to its response and its score. In the run a reward
+    function got the columns of the question alone, so it gets no more from here."""
+    of_run = record.fields.keys() >= {*SAMPLE_FIELDS}
+    return (*SAMPLE_FIELDS, *SCORE_FIELDS, "error", "traceback") if of_run else ()
+
+
 def read_answer(record: Record, samples: Mapping[str, int]) -> Answer:
     """A record's response; `samples` counts the responses to each question that stand before it."""
     question = question_of(record)
-    columns = {name: value for name, value in question.columns.items() if name not in RESPONSE_FIELDS}
+    no_columns = {*RESPONSE_FIELDS, *sample_columns(record)}
+    columns = {name: value for name, value in question.columns.items() if name not in no_columns}
     sample, response, ids, tokens, stopped = map(record.fields.get, RESPONSE_FIELDS)
     if not isinstance(response, str):
         record.fail("response", "a text", response)

@@ -181,5 +181,5 @@ def check_dropped(
         limit, wanted = limit or data.max_prompt_tokens, f"at least {1 - data.max_dropped_share:.0%} of the {what}"
         raise InputError(
             f"{key}: expected room for {wanted}, got {limit}: {len(lengths):,} of {total:,} are longer, up to "
-            f"{max(lengths)} tokens; {key}={max(lengths)} keeps all; data.max_dropped_share allows to drop more"
+            f"{max(lengths)} tokens; {key}={max(lengths)} keeps all; raise data.max_dropped_share to drop more"
         )

@@ -37,7 +37,8 @@ def hash_fraction(purpose: str, identity: str) -> float:
 
 
 def select_part(questions: Sequence[Question], part: str) -> list[Question]:
-    """One half of the training split: `first_half` for the cold start, `second_half` for RL, or `all`.
+    """One half of the training split: `first_half` for the cold start, `second_half` for RL, or `all`; callers have
+    resolved `auto` to one of these.
 
     A question's half follows from its id alone: neither the order nor the other questions can change it.
     """

@@ -112,7 +112,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
     """The shape that a config.json describes. Raises InputError, naming the key, for what is not implemented."""
-    return ConfigReader(config, where).shape()
+    return ConfigReader(config, where).read()
 
 
 def read_shape(folder: str | Path) -> Shape:
@@ -162,7 +162,7 @@ class ConfigReader:
     def mapping(self, key: str, value: Any) -> Mapping[str, Any]:
         return value if isinstance(value, dict) else self.refuse(key, "a mapping", value)
 
-    def shape(self) -> Shape:
+    def read(self) -> Shape:
         config, gemma = self.config, self.model_type == "gemma3_text"
         for key in sorted(config.keys() & NEUTRAL_VALUES.keys()):
             self.option(key, config[key], *NEUTRAL_VALUES[key])
@@ -173,11 +173,11 @@ class ConfigReader:
         key = "hidden_activation" if gemma else "hidden_act"
         self.option(key, config.get(key, activation), activation)
         sizes = {dim: self.whole(key, config.get(key)) for dim, key in SIZE_KEYS.items()}
-        rope, window_rope = self.ropes()
-        windowed = self.layers_windowed(sizes["l"])
+        rope, window_rope = self.read_ropes()
+        windowed = self.read_windows(sizes["l"])
         return Shape(
             **sizes,
-            h=self.head_width(sizes["d"], sizes["n"], sizes["k"]),
+            h=self.read_head_width(sizes["d"], sizes["n"], sizes["k"]),
             tied=bool(self.option("tie_word_embeddings", config["tie_word_embeddings"], True, False)),
             rope=rope,
             norm_eps=self.number("rms_norm_eps", config["rms_norm_eps"]),
@@ -188,7 +188,7 @@ class ConfigReader:
             score_width=self.whole("query_pre_attn_scalar", config["query_pre_attn_scalar"]) if gemma else None,
         )
 
-    def head_width(self, d: int, n: int, k: int) -> int:
+    def read_head_width(self, d: int, n: int, k: int) -> int:
         h = self.config.get("head_dim")
         if n % k:
             self.refuse("num_attention_heads", f"a multiple of num_key_value_heads={k}", n)
@@ -198,7 +198,7 @@ class ConfigReader:
             self.refuse("head_dim", "an even number", h)
         return h or d // n
 
-    def layers_windowed(self, layers: int) -> tuple[bool, ...]:
+    def read_windows(self, layers: int) -> tuple[bool, ...]:
         """Of each layer, whether it attends to the last `sliding_window` tokens only; by layer_types or a family's
         rule."""
         config = self.config
@@ -220,30 +220,30 @@ class ConfigReader:
             return tuple(layer >= first for layer in range(layers))
         return (False,) * layers
 
-    def ropes(self) -> tuple[Rope, Rope | None]:
+    def read_ropes(self) -> tuple[Rope, Rope | None]:
         """The rotary frequencies of layers that see every token, and of those with a window where they differ.
 
         rope_parameters and rope_scaling are two names of one thing; where both are given they must agree.
         """
         given = [key for key in ("rope_parameters", "rope_scaling") if self.config.get(key)]
-        read = [self.ropes_of(key, self.mapping(key, self.config[key])) for key in given]
+        read = [self.read_ropes_at(key, self.mapping(key, self.config[key])) for key in given]
         for key, other in zip(given[1:], read[1:], strict=True):
             if other != read[0]:
                 self.refuse(key, f"what {given[0]} says", self.config[key])
-        return read[0] if read else self.ropes_of("rope_parameters", {})
+        return read[0] if read else self.read_ropes_at("rope_parameters", {})
 
-    def ropes_of(self, place: str, parameters: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
+    def read_ropes_at(self, place: str, parameters: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
         if self.model_type != "gemma3_text":
-            return self.rope(place, parameters, "rope_theta"), None
+            return self.read_rope(place, parameters, "rope_theta"), None
         if FULL not in parameters and SLIDING not in parameters:  # a scaling is that of the layers without a window
-            return self.rope(place, parameters, "rope_theta"), self.rope(place, {}, "rope_local_base_freq")
+            return self.read_rope(place, parameters, "rope_theta"), self.read_rope(place, {}, "rope_local_base_freq")
         full, sliding = (self.mapping(f"{place}.{key}", parameters.get(key)) for key in (FULL, SLIDING))
         return (
-            self.rope(f"{place}.{FULL}", full, "rope_theta"),
-            self.rope(f"{place}.{SLIDING}", sliding, "rope_local_base_freq"),
+            self.read_rope(f"{place}.{FULL}", full, "rope_theta"),
+            self.read_rope(f"{place}.{SLIDING}", sliding, "rope_local_base_freq"),
         )
 
-    def rope(self, place: str, parameters: Mapping[str, Any], theta_key: str) -> Rope:
+    def read_rope(self, place: str, parameters: Mapping[str, Any], theta_key: str) -> Rope:
         """Frequencies by one mapping; their base may stand in it or beside it, and where in both, both are equal."""
         kind_key = "rope_type" if "rope_type" in parameters else "type"
         kind = self.option(f"{place}.{kind_key}", parameters.get(kind_key, "default"), *ROPE_KEYS)

@@ -32,8 +32,8 @@ class Rope:
         if self.scaling == "linear":
             return base / self.factor
         turns = self.original_context * base / (2 * math.pi)  # over the context of pretraining
-        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
-        return (1 - kept) * base / self.factor + kept * base
+        unscaled = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return (1 - unscaled) * base / self.factor + unscaled * base
 
 
 def rope(

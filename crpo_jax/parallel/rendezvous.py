@@ -118,11 +118,11 @@ class Reception:
                         connection = Connection(listener.accept()[0])
                         selector.register(connection.channel, selectors.EVENT_READ, connection)
                     else:
-                        self._hear(key.data, wait)
+                        self._receive(key.data, wait)
                 if self._problem:
                     wait.shorten(GRACE)
                 elif wait.due():
-                    self._tell(wait.line(self._missing()))
+                    self._announce(wait.line(self._missing()))
             if self._problem:
                 self._refuse(InputError(self._problem), 2)
             if missing := self._missing():
@@ -134,7 +134,7 @@ class Reception:
                 connection.send(start=dataclasses.asdict(dataclasses.replace(self._own, facts={})))
         return self.members
 
-    def _hear(self, connection: Connection, wait: Wait) -> None:
+    def _receive(self, connection: Connection, wait: Wait) -> None:
         try:
             for message in connection.receive():
                 self._enter(Member(**message["member"]), connection)
@@ -143,7 +143,7 @@ class Reception:
             for process, (member, of_member) in list(self.members.items()):
                 if of_member is connection:
                     del self.members[process]
-                    self._tell(f"{member} has ended; {wait.line(self._missing())}")
+                    self._announce(f"{member} has ended; {wait.line(self._missing())}")
         except (ValueError, KeyError, TypeError):  # not a process of this version of the package
             self._selector.unregister(connection.channel)
             host = connection.channel.getpeername()[0]
@@ -170,7 +170,7 @@ class Reception:
         numbers = [number for number in range(1, self._own.processes) if number not in self.members]
         return f"{process_names(numbers)} of {self._own.processes}" if numbers else ""
 
-    def _tell(self, line: str) -> None:
+    def _announce(self, line: str) -> None:
         """To this process's log, and to those of all that have come."""
         self._say(line)
         for _, connection in self.members.values():

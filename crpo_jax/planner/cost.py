@@ -41,15 +41,20 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
     prompt_tokens, response_tokens = run.responses / group * prompt, run.responses * response
     tokens, context = run.responses * (prompt + response), (prompt + response) / 2
 
+    def count_attention_flops(tokens: float, context: float) -> float:
+        attended = sum(shape.cache_slots(context, windowed) for windowed in shape.windowed)
+        return tokens * 4.0 * shape.n * shape.h * attended / run.model
+
     def count_flops(tokens: float, weights: float, context: float) -> float:
         """Of a forward pass through so many weights, with attention to `context` tokens."""
-        attended = sum(shape.cache_slots(context, windowed) for windowed in shape.windowed)
-        return tokens * (2 * weights + 4.0 * shape.n * shape.h * attended) / run.model
+        return tokens * 2 * weights / run.model + count_attention_flops(tokens, context)
 
     forward = count_flops(tokens, blocks + output, context)
     recomputed = count_flops(tokens, blocks, context) if remat else 0
     recomputed += tokens * 2 * output / run.model  # the backward pass always computes the logits again
-    backward = (2 if settings.lora.rank else 3) * forward  # both passes; a frozen weight has no gradient
+    both_passes = 3 * forward
+    if settings.lora.rank:  # a frozen weight has no gradient
+        both_passes -= forward - count_attention_flops(tokens, context)
     resident = count_resident_memory(run)
     state, compute = resident["optimizer step"], resident["reference log-probs"]["weights"]
     master, gradients, sampling = state["master"], state["gradients"], count_sampling_bytes(run)
@@ -80,7 +85,7 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
         "old log-probs": old,
         "accumulate": PhaseWork(
             micro_batches,
-            backward + recomputed,
+            both_passes + recomputed,
             micro_batches * (3 * whole + 2 * gradients) + (3 if remat else 2) * streams,
         ),
         "optimizer step": PhaseWork(steps, 0, steps * (3 * gradients + 4 * master + 2 * state["moments"])),

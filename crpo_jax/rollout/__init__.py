@@ -1,4 +1,4 @@
-"""Generates responses with Qwen2 and Qwen2.5, in training and on its own.
+"""Generates responses with any model that `crpo_jax.model` has, in training and on its own.
 
     >>> import jax
     >>> from crpo_jax.rollout import Sampling, load_engine

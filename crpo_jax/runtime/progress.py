@@ -7,11 +7,11 @@ from types import TracebackType
 from typing import TextIO
 
 LINE_STEPS, LINE_SHARE = 5, 0.01
-"""Where a status line cannot be rewritten, in a log file or a pipe, it becomes a line every 5 steps, or hundredth of a
-long run,"""
+"""Where a status line cannot be rewritten, in a log file or a pipe: steps from one line to the next, and the same as a
+share of a long run."""
 
 LINE_SECONDS = 60.0
-"""and every minute, also in a long rollout, evaluation or compilation."""
+"""The longest time from one line to the next, also in a long rollout, evaluation or compilation."""
 
 
 class Progress:

@@ -231,9 +231,9 @@ def warn_of_other_ids(tokenizer: "Tokenizer", folder: Path) -> None:
     difference = first_difference(tokenizer, tokenizer_of_class("AutoTokenizer", folder))
     if difference and jax.process_index() == 0:
         print(
-            f"{folder}: transformers' AutoTokenizer does not read this tokenizer.json as it is, which is done here: "
-            f"in {brief(difference.text)} it makes {brief(difference.other)} of {brief(difference.ids)}; "
-            "exports of this run will read the same in both",
+            f"{folder}: transformers' AutoTokenizer makes other ids than tokenizer.json says, which this run follows: "
+            f"{brief(difference.other)} instead of {brief(difference.ids)} in {brief(difference.text)}; "
+            "exports of this run give the same ids in both",
             file=sys.stderr,
         )
 

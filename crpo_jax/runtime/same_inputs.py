@@ -28,7 +28,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safe
 
 
 def require_same_settings(settings: Config) -> None:
-    """InputError where a resolved setting differs between processes, or a module of the user's that one names."""
+    """InputError where a resolved setting differs between processes, or the file of a module that a setting names."""
     if is_single_process():
         return
     facts = {key: shown(attrgetter(key)(settings)) for key in setting_fields() if key not in MAY_DIFFER}

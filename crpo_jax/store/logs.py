@@ -129,7 +129,8 @@ def sync_logs(workdir: Path, sizes: Mapping[str, int]) -> None:
             if path.stat().st_size < size:
                 raise OSError(f"{name} was cut while the run went on")
     for path in (workdir / "tb").glob("*"):
-        sync_file(path)
+        if path.is_file():  # profilers put folders there
+            sync_file(path)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ So may RUN_LENGTH, unless the learning rate depends on the number of steps.
 
 WAYS_OUT = "Choose another --workdir, or continue in this one with --allow-changes"
 
-FOLDERS = ("checkpoints", "coldstart", "judge", "report", "responses", "sft", "skipped", "tb")
+FOLDERS = ("checkpoints", "coldstart", "judge", "questions", "report", "responses", "sft", "skipped", "tb")
 FILES = (".lock", "config.yaml", "inputs.json", "metrics.jsonl", "samples.jsonl", "summary.json")
 """What commands write into a workdir: one of the other kind under such a name is refused before any work is done."""
 
