@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from crpo_jax import sft
 from crpo_jax.errors import InputError
-from crpo_jax.runtime import fine_tuning_report
+from crpo_jax.runtime import exported_tokenizer, fine_tuning_report
 from crpo_jax.runtime.fine_tuning import patience_is_over
 from crpo_jax.store.logs import read_metrics
 
@@ -187,3 +187,13 @@ def test_adapters_are_merged_and_written_for_peft(whole: Path, tmp_path: Path):
 
 def test_devices_are_the_eight_of_the_suite():
     assert jax.device_count() == 8
+
+
+def test_a_tokenizer_that_no_export_could_have_is_refused_before_training(tmp_path, monkeypatch):
+    """It was refused when the cold start was written, after all its steps, and again whenever it was resumed."""
+    monkeypatch.setattr(exported_tokenizer, "declare_class", lambda folder: None)
+    with pytest.raises(
+        InputError, match="expected a tokenizer that transformers' AutoTokenizer reads as this run does"
+    ):
+        tune(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

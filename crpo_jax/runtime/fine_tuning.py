@@ -49,6 +49,7 @@ def fine_tune(runtime: Runtime, workdir: Path, folder: Path, traces: Traces, *, 
     """Fine-tunes the start model on the traces, or resumes the run in `workdir`; True once the weights with the lowest
     held-out loss are in `folder`, in Hugging Face format and float32, and False where the run was asked to stop."""
     settings, sft, shards = runtime.settings, runtime.settings.sft, data_size(runtime.mesh)
+    runtime.check_export()
     start = model_folder(settings.model.path) if settings.model.path else None
     batches = Batches(traces.train, min(sft.batch_size, len(traces.train)), settings.run.seed)
     steps, epoch = sft.steps or batches.steps(sft.epochs), batches.steps(1)

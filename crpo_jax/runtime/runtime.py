@@ -134,6 +134,11 @@ class Runtime:
 
     # ---- export ------------------------------------------------------------------------------------------------------
 
+    def check_export(self) -> None:
+        """InputError where `export` would refuse the tokenizer: better before hours of training than after them."""
+        with exported_tokenizer(self.vocabulary.folder, self.vocabulary.tokenizer, self.shape.model_type):
+            return
+
     def export(
         self,
         trained: Any,
