@@ -371,7 +371,9 @@ class Scheduler:
         for windowed in self.shape.windowed:  # layer by layer: each old one is freed before the next is allocated
             layer = self.programs.empty_cache(b=len(rows), slots=self.shape.cache_slots(slots, windowed), dtype=dtype)
             for batch, source, old_cursor in zip(batches, on_devices, cursors, strict=True):
-                layer = self.programs.gather_rows(batch.cache.pop(0), layer, source, old_cursor, new_cursor)
+                layer = self.programs.gather_rows(
+                    batch.cache.pop(0), layer, source, old_cursor, new_cursor, windowed=windowed
+                )
             cache.append(layer)
         self.batches = [batch for batch in self.batches if batch not in batches] + [
             DecodeBatch(rows, cache, cursor, slots)

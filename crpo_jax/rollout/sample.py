@@ -171,25 +171,55 @@ def grow_cache(old: Cache, *, slots: int) -> Cache:
 
 
 def gather_rows(
-    old: Cache, into: Cache, sources: Int[Array, " b"], cursor: Int[Array, ""], new_cursor: Int[Array, ""]
+    old: Cache,
+    into: Cache,
+    sources: Int[Array, " b"],
+    cursor: Int[Array, ""],
+    new_cursor: Int[Array, ""],
+    *,
+    windowed: bool,
 ) -> Cache:
     """One layer's cache `into`, its row i replaced by row `sources[i]` of `old`; -1 leaves the row unchanged.
 
-    A gathered row stores its prompt itself (`into` has no prompt slots), moved so that what was written just before
-    slot `cursor` of `old` stands just before slot `new_cursor`; either cache may be a ring.
+    A gathered row stores its prompt itself (`into` has no prompt slots), shifted so that slot `cursor` of `old` becomes
+    slot `new_cursor`; the caches of a `windowed` layer are rings.
     """
-    slots, old_slots, prompt_slots = into.k_bksh.shape[2], old.k_bksh.shape[2], old.prompt_k_pkth.shape[2]
+    slots = into.k_bksh.shape[2]
     taken, replaced = jnp.maximum(sources, 0), (sources >= 0)[:, None, None, None]
     group = old.k_bksh.shape[0] // old.prompt_k_pkth.shape[0]
-    written = cursor - 1 - (new_cursor - 1 - jnp.arange(slots)) % slots  # in `old`, negative in the prompt
-    places = prompt_slots + jnp.where(written >= 0, written % old_slots, jnp.maximum(written, -prompt_slots))
+
+    def shift(prompt: Array, response: Array) -> Array:
+        if windowed:
+            return rewind_ring(newest_last(prompt, response, cursor), slots, new_cursor)
+        padded = jnp.pad(jnp.concatenate([prompt, response], axis=2), ((0, 0), (0, 0), (slots, slots), (0, 0)))
+        first = slots + prompt.shape[2] + cursor - new_cursor
+        return jax.lax.dynamic_slice_in_dim(padded, first, slots, axis=2)
 
     def gather(prompt: Array, response: Array, unchanged: Array) -> Array:
-        whole = jnp.concatenate([prompt[taken // group], response[taken]], axis=2)
-        return jnp.where(replaced, jnp.take(whole, places, axis=2), unchanged)
+        return jnp.where(replaced, shift(prompt[taken // group], response[taken]), unchanged)
 
     k = gather(old.prompt_k_pkth, old.k_bksh, into.k_bksh)
     return into._replace(k_bksh=k, v_bksh=gather(old.prompt_v_pkth, old.v_bksh, into.v_bksh))
+
+
+def newest_last(
+    prompt: Float[Array, "b k t h"], ring: Float[Array, "b k s h"], cursor: Int[Array, ""]
+) -> Float[Array, "b k n h"]:
+    """Prompt and ring in the order they were written, n = t + s; what was never written comes first."""
+    t, s = prompt.shape[2], ring.shape[2]
+    own = jax.lax.dynamic_slice_in_dim(jnp.concatenate([ring, ring], axis=2), cursor % s, s, axis=2)
+    own = jnp.pad(own, ((0, 0), (0, 0), (t, 0), (0, 0)))
+    before = jnp.pad(prompt, ((0, 0), (0, 0), (s, s), (0, 0)))  # up to where the ring's first token stands
+    before = jax.lax.dynamic_slice_in_dim(before, jnp.minimum(cursor, s), t + s, axis=2)
+    age = t + s - 1 - jnp.arange(t + s)
+    return jnp.where((age < jnp.minimum(cursor, s))[:, None], own, before)
+
+
+def rewind_ring(ordered: Float[Array, "b k n h"], slots: int, cursor: Int[Array, ""]) -> Float[Array, "b k s h"]:
+    """The last `slots` of what stands newest last, as a ring whose next slot to write is `cursor`."""
+    missing = max(slots - ordered.shape[2], 0)
+    recent = jnp.pad(ordered, ((0, 0), (0, 0), (missing, 0), (0, 0)))[:, :, -slots:]
+    return jax.lax.dynamic_slice_in_dim(jnp.concatenate([recent, recent], axis=2), -cursor % slots, slots, axis=2)
 
 
 class SamplingPrograms(NamedTuple):
@@ -236,12 +266,15 @@ def sampling_programs(
 
     decode_inputs = (weights, cache, rows, P(), P(), P())
     decode_program = mapped(decode_chunk, decode_inputs, (cache, chunk_specs), **settings, chunk=chunk)
-    gather_program = mapped(gather_rows, (layer, layer, ROWS_B, P(), P()), layer)
+
+    def gather_program(*inputs: Any, windowed: bool) -> Cache:
+        return mapped(gather_rows, (layer, layer, ROWS_B, P(), P()), layer, windowed=windowed)(*inputs)
+
     placed = NamedSharding(mesh, CACHE_BKSH)
     return SamplingPrograms(
         prefill_and_draw=jax.jit(prefill_program, static_argnames="slots"),
         decode_chunk=jax.jit(decode_program, donate_argnums=1),
         grow_cache=jax.jit(grow_program, static_argnames="slots"),
-        gather_rows=jax.jit(gather_program, donate_argnums=1),
+        gather_rows=jax.jit(gather_program, donate_argnums=1, static_argnames="windowed"),
         empty_cache=jax.jit(empty_cache, static_argnames=("b", "slots", "dtype"), out_shardings=placed),
     )
