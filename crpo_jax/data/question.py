@@ -1,14 +1,18 @@
-"""A multiple-choice question, and the division of questions by a hash of their ids: halves, held-out share. No jax."""
+"""A question with its right answer, and the division of questions by a hash of their ids: halves, held-out share. No
+jax."""
 
 import hashlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from crpo_jax.errors import InputError
 
 LETTERS = string.ascii_uppercase
+
+AnswerKind = Literal["choice", "number", "text", "none"]
+"""What an answer is compared as: the letter of an option, a number, a text, or nothing: then reward functions judge."""
 
 OTHER_HALF = {"first_half": "second_half", "second_half": "first_half", "auto": "first_half", "all": "all"}
 """The part that the cold start takes, by data.part, which RL trains on."""
@@ -16,10 +20,11 @@ OTHER_HALF = {"first_half": "second_half", "second_half": "first_half", "auto": 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its options by letter and the letter of the right one.
+    """A question and its right answer: of kind "choice", the letter of an option.
 
-    `question` is the text without the options; `columns` keeps everything else the source had, for reward functions,
-    tables by subject and the truth of the embedded world.
+    `question` is the text without the options, and of a conversation its last turn; `turns` are the turns before it, as
+    role and content. `aliases` are further right answers, for kind "text". `columns` keeps everything else the source
+    had, for reward functions, prompts, tables by subject and the truth of the embedded world.
     """
 
     id: str
@@ -29,6 +34,9 @@ class Question:
     source: str = ""
     split: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    kind: AnswerKind = "choice"
+    aliases: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 def hash_fraction(purpose: str, identity: str) -> float:
