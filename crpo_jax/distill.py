@@ -110,7 +110,7 @@ def select_questions(settings: Config) -> list[Question]:
 
         selected = vignettes(data.split, data.vignettes)
     else:
-        selected = read_questions(data.source, data.path, data.split)
+        selected = read_questions(data.source, data.path, data.split, data)
     selected = select_part(selected, OTHER_HALF[data.part])
     return selected[: settings.distill.questions or len(selected)]
 
