@@ -8,6 +8,9 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from datetime import date, timedelta
+from datetime import time as clock
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -220,11 +223,41 @@ def parquet_records(path: Path) -> list[Record]:
 
     try:
         table = parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: expected a parquet file, got {str(error).splitlines()[0]}") from None
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: expected a parquet file, got {problem}") from None
+    if NO_JSON.search(str(table.schema)):
+        rows = plain_rows(rows, str(path))
     schema = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     cop = schema.get("info", {}).get("features", {}).get("cop", {})
-    return table_records(table.to_pylist(), str(path), isinstance(cop, dict) and cop.get("_type") == "ClassLabel")
+    return table_records(rows, str(path), isinstance(cop, dict) and cop.get("_type") == "ClassLabel")
+
+
+NO_JSON = re.compile(r"\b(?:timestamp|date|time|duration|decimal|(?:large_|fixed_size_)?binary)")
+"""Types of columns in an Arrow schema that hold what JSON cannot."""
+
+
+def plain_rows(rows: list[dict[str, Any]], table: str) -> list[dict[str, Any]]:
+    """The rows as JSON can write them: dates as text, decimals as numbers; InputError for bytes, such as an image's."""
+
+    def plain(value: Any, where: str) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(part, f"{where}.{name}") for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part, f"{where}.{place}") for place, part in enumerate(value)]
+        if isinstance(value, Decimal):
+            return int(value) if value == value.to_integral_value() else float(value)
+        if isinstance(value, date | clock | timedelta):
+            return str(value)
+        if isinstance(value, bytes):
+            raise InputError(f"{where}: expected texts, numbers, lists or objects, got {len(value)} bytes")
+        return value
+
+    return [
+        {name: plain(value, f"{table}: row {number}: {name}") for name, value in row.items()}
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 def table_records(rows: list[dict[str, Any]], table: str, zero_based: bool) -> list[Record]:
@@ -232,7 +265,13 @@ def table_records(rows: list[dict[str, Any]], table: str, zero_based: bool) -> l
 
 
 def hub_records(name: str, config: str | None, split: str) -> list[Record]:
-    """Rows of a split on the hub, or of the local copy that `datasets` keeps of it."""
+    """Rows of a split on the hub, or of the local copy that `datasets` keeps of it, of one configuration after the
+    other."""
+    return [record for each in (config or "").split(",") for record in hub_split(name, each or None, split)]
+
+
+def hub_split(name: str, config: str | None, split: str) -> list[Record]:
+    """Rows of a split of one configuration."""
     import datasets
     from huggingface_hub.utils import HfHubHTTPError
     from huggingface_hub.utils import logging as hub_logging
@@ -260,7 +299,10 @@ def hub_records(name: str, config: str | None, split: str) -> list[Record]:
     finally:
         hub_logging.set_verbosity(verbosity)
     zero_based = isinstance(dataset.features.get("cop"), datasets.ClassLabel)
-    records = table_records(dataset.to_list(), f"{name} [{f'{config}/' if config else ''}{split}]", zero_based)
+    table, rows = f"{name} [{f'{config}/' if config else ''}{split}]", dataset.to_list()
+    if NO_JSON.search(str(dataset.data.schema)):
+        rows = plain_rows(rows, table)
+    records = table_records(rows, table, zero_based)
     if not records:
         raise InputError(f"hub dataset {name}: expected at least one record in split {split}, got none")
     return records

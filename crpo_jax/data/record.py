@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any, NoReturn
 
 from crpo_jax.data.number import read_number
@@ -156,10 +155,10 @@ class Record:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def number_text(value: float | Decimal) -> str:
+def number_text(value: float) -> str:
     """The shortest text of a number; "" of one that is too long."""
     if isinstance(value, int) and value.bit_length() > 1024:
         return ""
