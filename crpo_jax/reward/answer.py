@@ -95,6 +95,18 @@ def is_right(question: Question, answer: str | None, settings: Reward) -> bool:
     return False
 
 
+def write_answer(answer: str, settings: Reward) -> str:
+    """An answer as `find_answer` reads it; InputError where that is by a pattern, which cannot be written."""
+    place = answer_place(settings.answer_in)
+    if place.kind == "pattern":
+        raise InputError(
+            f"reward.answer_in: expected box, tag:NAME or after:MARK, in which an answer can be written, got "
+            f"{settings.answer_in!r}"
+        )
+    forms = {"box": f"{BOX}{{{answer}}}", "tag": f"<{place.name}>{answer}</{place.name}>"}
+    return forms.get(place.kind, f"\n{place.name} {answer}")
+
+
 @lru_cache(maxsize=64)
 def answer_place(answer_in: str) -> Place:
     """The setting `reward.answer_in`, read; InputError where it says nothing."""

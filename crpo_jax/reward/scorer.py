@@ -219,9 +219,7 @@ class Scorer:
         """A batch of one response per question, to be handed over by `add`, some responses at a time."""
         if not self._open:
             raise RuntimeError("Scorer: use it in a with statement; this one is not open")
-        if "released" in self.names:
-            for question in questions:
-                require_choices(question)
+        require_choices(self.settings, questions)
         n = len(questions)
         values: dict[str, list[Value | Failure]] = {name: [None] * n for name in self.names}
         batch = ScoringBatch(questions, [""] * n, [None] * n, values, n * len(self.names), next(self._batches), n)
