@@ -3,6 +3,7 @@
 import math
 import resource
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from crpo_jax.config import Config, Lora
+from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.hardware import peak_flops
 from crpo_jax.model.lora import trained_shapes
@@ -70,6 +72,7 @@ def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestion
         *model_and_devices(runtime, start, settings.lora),
         f"  questions  {settings.data.source}: {len(training.questions):,} to train on, "
         f"{len(held_out.questions):,} held out",
+        *answers_line(settings, training.questions),
         *([set_aside_line(settings, questions.set_aside)] if questions.set_aside else []),
         f"  workdir    {workdir}",
     ]
@@ -81,6 +84,15 @@ def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestion
             limit = f"data.max_prompt_tokens={settings.data.max_prompt_tokens}"
             lines.append(f"  dropped    {len(chosen.dropped)} {name} questions longer than {limit}")
     return "\n".join(lines)
+
+
+def answers_line(settings: Config, questions: Sequence[Question]) -> list[str]:
+    """The kinds of right answers, where some are no options."""
+    kinds = Counter(question.kind for question in questions)
+    if kinds.keys() <= {"choice"}:
+        return []
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return [f"  answers    {counts}; in a response: {settings.reward.answer_in}"]
 
 
 def set_aside_line(settings: Config, count: int) -> str:
@@ -218,9 +230,9 @@ def before_and_after(workdir: Path, first: int, last: int) -> str:
         if not pairs:
             raise InputError("none is scored in both files")
         old, new = max(pairs, key=lambda pair: pair[1]["total"] - pair[0]["total"])
-        options = "\n".join(f"{letter}) {text}" for letter, text in new["options"].items())
+        options = "".join(f"{letter}) {text}\n" for letter, text in new.get("options", {}).items())
         return (
-            f"{new['question']}\n{options}\n(answer {new['answer']})\n\n"
+            f"{new['question']}\n{options}(answer {new['answer']})\n\n"
             f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n"
             f"-- after, reward {new['total']:.2f}:\n{new['response']}"
         )
