@@ -15,7 +15,7 @@ ROOMS = {
     "disk": {"errors"},
     "config": {"errors"},
     "cli": {"errors", "disk", "config"},
-    "parallel": {"errors"},
+    "parallel": {"errors", "disk"},
     "data": {"errors", "config"},
     "reward": {"errors", "config", "data"},
     "model": {"errors", "disk", "config", "parallel"},
