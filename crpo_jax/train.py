@@ -50,7 +50,7 @@ def train(
             "rollout.temperature: expected more than 0 to train, got 0: a group's responses would be equal"
         )
     require_same_workdir(workdir)
-    inputs, traces = open_questions(runtime, questions, held_out), cold_start_traces(runtime, workdir)
+    inputs, traces = open_questions(runtime, questions, held_out, workdir), cold_start_traces(runtime, workdir)
     steps = crpo.steps or inputs.batches.steps(crpo.epochs)
     scorer, examiner = open_scorers(runtime, reward_functions)
     # The scorers first: a reward function that cannot be loaded is found before anything is written or computed.

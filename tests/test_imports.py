@@ -15,7 +15,7 @@ ROOMS = {
     "disk": {"errors"},
     "config": {"errors"},
     "cli": {"errors", "disk", "config"},
-    "parallel": {"errors"},
+    "parallel": {"errors", "disk"},
     "data": {"errors", "config"},
     "reward": {"errors", "config", "data"},
     "model": {"errors", "disk", "config", "parallel"},
@@ -138,7 +138,7 @@ def test_the_table_allows_nothing_that_is_not_used(name: str):
 HOST_MODULES = [
     *("errors", "hardware", "config", "cli", "api", "score", "distill", "evaluate", "plan", "planner.targets"),
     *("answer.records", "answer.statistics", "answer.truth", "runtime.progress", "runtime.signals"),
-    *("store.files", "store.journal", "store.skipped", "store.workdir"),
+    *("store.event_file", "store.files", "store.journal", "store.logs", "store.skipped", "store.workdir"),
     *(
         f"{folder}.{path.stem}"
         for folder in ("chat", "data", "judge", "reward")

@@ -283,6 +283,14 @@ def test_the_plan_prints_tables_and_a_verdict(capsys: pytest.CaptureFixture[str]
     assert max(map(len, lines)) <= 150
 
 
+def test_the_plan_of_a_text_model_says_that_its_folder_holds_more(capsys: pytest.CaptureFixture[str]):
+    plan.main(["--target", "8xh100", "--fast", "model.path=google/gemma-3-4b-it"])
+    said = "the text model alone: train refuses the hub's folder, which has a vision tower (model_type gemma3)"
+    assert said in capsys.readouterr().out.splitlines()
+    plan.main(["--target", "8xh100", "--fast", "model.path=Qwen/Qwen3-4B"])
+    assert "vision" not in capsys.readouterr().out
+
+
 def test_what_does_not_fit_names_a_setting_and_exits_with_1(capsys: pytest.CaptureFixture[str]):
     assert plan.main(["--target", "v5e-16", "--mesh", "16x1", "--fast", "--json"]) == 1
     planned = json.loads(capsys.readouterr().out)
