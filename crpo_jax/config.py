@@ -273,7 +273,11 @@ class Crpo:
         "most extra batches of questions per step, to replace groups whose rewards are all equal (DAPO)",
         unit="batches",
     )
-    kl_coef: Number = setting(0.001, "beta, weight of the k3 KL to the frozen start model", source="authors' code")
+    kl_coef: Number = setting(
+        0.001,
+        "beta, weight of the KL to the frozen start model; 0: no KL, and no start model is held or run",
+        source="authors' code",
+    )
     kl_target: Number = setting(
         0.0,
         "above 0: kl_coef is adapted to hold the mean KL at this value (arXiv 1909.08593, section 2.2)",
@@ -296,6 +300,11 @@ class Crpo:
         "train on responses cut at rollout.max_new_tokens, or leave them out of the gradient",
         source="authors' code",
     )
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a KL, also an adaptive one: its coefficient starts above 0."""
+        return self.kl_coef > 0
 
 
 @dataclass(frozen=True, config=STRICT)

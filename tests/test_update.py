@@ -428,6 +428,23 @@ def test_crpo_mini_batches_mark_the_first_as_on_policy(minis: list[Mini]):
     assert [{bool(x) for batch in mini_batch for x in batch.on_policy} for mini_batch in batches] == [{True}, {False}]
 
 
+def test_without_a_kl_no_reference_is_held_or_run(model: Transformer, minis: list[Mini], one_device: Mesh):
+    """The gradient is that of a coefficient too small to matter, and a step needs no frozen weights."""
+    gradients = []
+    for beta in (1e-30, 0.0):
+        trainer = trainer_of(one_device, settings_with(crpo__kl_coef=beta))
+        state = initial_state(trainer, model, one_device)
+        assert (state.frozen is None) == (beta == 0)
+        batch = whole(minis[0], one_device)._replace(reference=None)
+        ((scored,),) = trainer.with_logprobs(state, [[batch]])
+        assert (scored.reference is None) == (beta == 0)
+        gradients.append(trainer.gradients(state, [scored])[0])
+        state, update = trainer.update(state, [scored])
+        assert float(update.applied) == 1
+        assert ("sum/kl" in update.metrics) == (beta > 0)
+    assert_same_gradient(gradients[0], flat(gradients[1]))
+
+
 def test_measure_is_accumulate_without_the_gradient(model: Transformer, minis: list[Mini], one_device: Mesh):
     trainer, policy, batch = trainer_of(one_device), policy_on(model, one_device), whole(minis[0], one_device)
     metrics = as_floats(trainer.measure(policy, batch))

@@ -21,6 +21,7 @@ from crpo_jax.planner.memory import (
     count_activation_bytes,
     count_resident_memory,
     count_waiting_bytes,
+    list_phases,
     select_axes,
 )
 from crpo_jax.planner.planned_run import PlannedRun
@@ -159,21 +160,22 @@ def list_update_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
         attention=run.attention,
     )
     unscored = abstract_batch(run, mesh)
-    batch = unscored._replace(reference=unscored.sampler, old=unscored.sampler if several else None)
+    reference = unscored.sampler if settings.crpo.has_reference else None
+    batch = unscored._replace(reference=reference, old=unscored.sampler if several else None)
     gradients, metrics = jax.eval_shape(trainer.zero)
     gradients = attach_shardings(gradients, trainer.shardings.master)
     whole = NamedSharding(mesh, PartitionSpec())
     metrics = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), metrics)
     state, frozen = trainer.abstract_state(), abstract_frozen(run, mesh)
     policy = policy_of(abstract_trained(run, mesh, "compute", settings.model.dtype), frozen)
-    old = [PhaseProgram("old log-probs", trainer.logprobs, (policy, unscored))] if several else []
-    return [
+    programs = [
         PhaseProgram("compute copy", trainer.compute_copy, (state.master,)),
         PhaseProgram("reference log-probs", trainer.logprobs, (Policy(frozen), unscored)),
-        *old,
+        PhaseProgram("old log-probs", trainer.logprobs, (policy, unscored)),
         PhaseProgram("accumulate", trainer.accumulate, (gradients, metrics, policy, batch, state.kl_coef)),
         PhaseProgram("optimizer step", trainer.apply, (state, gradients, metrics)),
     ]
+    return [program for program in programs if program.phase in list_phases(run)]
 
 
 def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:

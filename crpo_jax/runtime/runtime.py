@@ -179,7 +179,7 @@ def open_runtime(settings: Config) -> Runtime:
     if settings.parallel.layout == "auto":
         memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 0)
         smallest = min(gather_from_processes([memory])) or None  # all processes must choose the same layout
-        layout = automatic_layout(shape, mesh, settings.model.dtype, smallest)
+        layout = automatic_layout(shape, mesh, settings.model.dtype, smallest, settings.crpo.has_reference)
         settings = replaced(settings, {"parallel.layout": layout})
     check_layout(find_layout(settings.parallel.layout), mesh, {dim: getattr(shape, dim) for dim in "dnkhfv"})
     vocabulary, model = open_vocabulary(settings, shape), settings.model

@@ -149,7 +149,6 @@ def crpo_loss(
     mask, advantages = response_mask(batch), batch.advantages
     assert advantages is not None
     assert batch.sampler is not None
-    assert batch.reference is not None
     old = jax.lax.stop_gradient(logprobs) if batch.old is None else batch.old
     if batch.old is not None and batch.on_policy is not None:  # two compiled programs round differently
         old = jnp.where(batch.on_policy[:, None], jax.lax.stop_gradient(logprobs), old)
@@ -161,25 +160,27 @@ def crpo_loss(
     if not by_token:
         log_ratio = response_log_ratio(log_ratio, mask)
     objective, was_clipped = clipped_objective(log_ratio, advantages, clip_low, clip_high)
-    kl = jnp.where(mask, k3(jnp.where(mask, logprobs, 0), jnp.where(mask, batch.reference, 0)), 0)
     entropy = jnp.where(mask, entropy, 0)
     each = mask * batch.weights[:, None]
-    policy, divergence, spread = jnp.sum(each * objective), jnp.sum(each * kl), jnp.sum(each * entropy)
-    loss = -policy + kl_coef * divergence - (crpo.entropy_coef * spread if crpo.entropy_coef else 0.0)
+    policy, spread = jnp.sum(each * objective), jnp.sum(each * entropy)
+    loss = -policy - (crpo.entropy_coef * spread if crpo.entropy_coef else 0.0)
     fixed = jax.lax.stop_gradient
+    of_kl = {}
+    if batch.reference is not None:
+        kl = jnp.where(mask, k3(jnp.where(mask, logprobs, 0), jnp.where(mask, batch.reference, 0)), 0)
+        loss += kl_coef * jnp.sum(each * kl)
+        of_kl = {"sum/kl": jnp.sum(fixed(kl)), "max/kl": jnp.max(fixed(kl), initial=0)}
     good = (advantages > 0)[:, None]
     difference = jnp.where(mask, jnp.abs(old - batch.sampler), 0)
-    return loss, {
+    return loss, of_kl | {
         "sum/loss": fixed(loss),
         "sum/policy": fixed(-policy),
-        "sum/kl": jnp.sum(fixed(kl)),
         "sum/entropy": jnp.sum(fixed(entropy)),
         "sum/clipped_high": jnp.sum(fixed(was_clipped & mask & good), dtype=jnp.float32),
         "sum/clipped_low": jnp.sum(fixed(was_clipped & mask & ~good), dtype=jnp.float32),
         "sum/tokens": jnp.sum(mask, dtype=jnp.float32),
         "sum/sampler_difference": jnp.sum(difference),
         "max/sampler_difference": jnp.max(difference, initial=0),
-        "max/kl": jnp.max(fixed(kl), initial=0),
         "max/log_ratio": jnp.max(fixed(log_ratio), initial=0),
         "min/log_ratio": jnp.min(fixed(log_ratio), initial=0),
     }

@@ -41,9 +41,7 @@ class TrainState(NamedTuple):
     """Everything that an optimizer step reads besides its batch; a checkpoint holds all of it but `frozen`."""
 
     master: Any  # what is trained, float32: a Transformer, or its Adapters alone
-    frozen: (
-        Transformer | None
-    )  # the start model in the compute type: the KL's reference, and what adapters are trained on
+    frozen: Transformer | None  # the start in the compute type: the KL's reference, where there is one, and LoRA's base
     optimizer: Any
     step: Array
     kl_coef: Array  # beta: a constant, or the adaptive controller's current value
@@ -164,9 +162,9 @@ class Trainer:
     # ---- what a training loop calls ----------------------------------------------------------------------------------
 
     def begin(self, master: Any, frozen: Transformer | None = None) -> TrainState:
-        """The state before the first step. `frozen` is the base of adapters; a full CRPO run keeps a copy of its
-        start."""
-        if frozen is None and self.loss == "crpo":
+        """The state before the first step. `frozen` is the base of adapters; a full CRPO run with a KL keeps a copy of
+        its start."""
+        if frozen is None and self.loss == "crpo" and self.crpo.has_reference:
             frozen = self.reference_copy(master)
         return self.initial_state(master)._replace(frozen=frozen)
 
@@ -183,13 +181,15 @@ class Trainer:
         return [jax.tree.map(place, batch) for batch in batches]
 
     def with_logprobs(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-        """A rollout's mini-batches, on the devices, with the log-probs of the reference and, where several optimizer
-        steps follow, of the policy that sampled: for the steps after the first, which is on-policy."""
-        assert state.frozen is not None
-        reference, weights = Policy(state.frozen), self.weights(state) if len(mini_batches) > 1 else None
+        """A rollout's mini-batches, on the devices, with the log-probs of the reference, where there is a KL, and where
+        several optimizer steps follow of the policy that sampled: for the steps after the first, which is
+        on-policy."""
+        reference = Policy(cast(Transformer, state.frozen)) if self.crpo.has_reference else None
+        weights = self.weights(state) if len(mini_batches) > 1 else None
 
         def complete(batch: Batch, first: bool) -> Batch:
-            batch = batch._replace(reference=self.logprobs(reference, batch))
+            if reference is not None:
+                batch = batch._replace(reference=self.logprobs(reference, batch))
             if weights is None:
                 return batch
             return batch._replace(old=batch.sampler if first else self.logprobs(weights, batch))
@@ -278,7 +278,8 @@ class Trainer:
         """Gradients and metrics of no rows at all."""
         per_row, per_token = jnp.zeros(0), jnp.zeros((0, 0))
         lengths, tokens = jnp.zeros(0, jnp.int32), jnp.zeros((0, 0), jnp.int32)
-        batch = Batch(tokens, lengths, lengths, per_row, per_row, per_token, per_token, per_token)
+        reference = per_token if self.crpo.has_reference else None
+        batch = Batch(tokens, lengths, lengths, per_row, per_row, per_token, reference)
         metrics = self._loss_of(per_token, per_token, batch, self.crpo.kl_coef)[1]
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.shapes), metrics
 
