@@ -141,6 +141,7 @@ def abstract_batch(run: PlannedRun, mesh: Mesh) -> Batch:
         advantages=array((b,), jnp.float32),
         sampler=array((b, t), jnp.float32),
         on_policy=array((b,), jnp.bool_),
+        responses=array((b,), jnp.int32),
     )
 
 
@@ -148,7 +149,7 @@ def abstract_batch(run: PlannedRun, mesh: Mesh) -> Batch:
 
 
 def list_update_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
-    settings, several = run.settings, run.optimizer_steps > 1
+    settings, phases = run.settings, list_phases(run)
     trainer = Trainer(
         run.shape,
         mesh,
@@ -160,8 +161,8 @@ def list_update_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
         attention=run.attention,
     )
     unscored = abstract_batch(run, mesh)
-    reference = unscored.sampler if settings.crpo.has_reference else None
-    batch = unscored._replace(reference=reference, old=unscored.sampler if several else None)
+    reference = unscored.sampler if "reference log-probs" in phases else None
+    batch = unscored._replace(reference=reference, old=unscored.sampler if "old log-probs" in phases else None)
     gradients, metrics = jax.eval_shape(trainer.zero)
     gradients = attach_shardings(gradients, trainer.shardings.master)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -175,7 +176,7 @@ def list_update_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
         PhaseProgram("accumulate", trainer.accumulate, (gradients, metrics, policy, batch, state.kl_coef)),
         PhaseProgram("optimizer step", trainer.apply, (state, gradients, metrics)),
     ]
-    return [program for program in programs if program.phase in list_phases(run)]
+    return [program for program in programs if program.phase in phases]
 
 
 def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:

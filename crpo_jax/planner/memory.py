@@ -139,7 +139,9 @@ def count_activation_bytes(run: PlannedRun) -> float:
 
 
 def list_phases(run: PlannedRun) -> list[str]:
-    needed = {"reference log-probs": run.settings.crpo.has_reference, "old log-probs": run.optimizer_steps > 1}
+    crpo = run.settings.crpo
+    old = run.optimizer_steps > 1 and crpo.old_logprobs == "trainer"
+    needed = {"reference log-probs": crpo.has_reference, "old log-probs": old}
     return [phase for phase in PHASES if needed.get(phase, True)]
 
 

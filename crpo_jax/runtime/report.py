@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +129,23 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
         "policy/clipped_high": total("clipped_high") / tokens,
         "policy/ratio_max": float(np.exp(largest("log_ratio"))),
         "policy/ratio_min": float(np.exp(min(each["min/log_ratio"] for each in metrics))),
-        "policy/sampler_difference_mean": total("sampler_difference") / tokens,
+        "policy/sampler_difference_mean": total("sampler_difference") / max(total("sampler_tokens"), 1.0),
         "policy/sampler_difference_max": largest("sampler_difference"),
+        **importance_metrics(total),
         "policy/gradient_norm": float(np.mean([update.norm for update in updates])),
         "policy/skipped_updates": float(len(updates) - sum(float(update.applied) for update in updates)),
+    }
+
+
+def importance_metrics(total: Callable[[str], float]) -> dict[str, float]:
+    """Of the importance weights w of n tokens or responses: their mean, the effective sample size (sum w)^2 / sum w^2
+    as a share of n, and the shares that were truncated and masked."""
+    units, squares = max(total("importance_units"), 1.0), total("importance_squared")
+    return {
+        "importance/mean": total("importance") / units,
+        "importance/effective_sample_size": total("importance") ** 2 / (squares * units) if squares else 0.0,
+        "importance/truncated": total("importance_capped") / units,
+        "importance/masked": total("importance_masked") / units,
     }
 
 
@@ -171,9 +184,10 @@ def time_metrics(
 
 def update_flops(shape: Shape, settings: Config, lengths: Sequence[int], mini_batch: int) -> float:
     """Model FLOPs of a step's update on rows of these lengths, `mini_batch` of them at a time: the forward of the
-    reference, where there is one, that of the old policy for every mini-batch but the first, and forward and backward
-    of the policy. Recomputation counts nothing; a weight frozen under adapters has no gradient."""
-    lora = settings.lora
+    reference, where there is one, that of the old policy for every mini-batch but the first, unless the sampler's
+    log-probs serve, and forward and backward of the policy. Recomputation counts nothing; a weight frozen under
+    adapters has no gradient."""
+    lora, later = settings.lora, lengths[mini_batch:] if settings.crpo.old_logprobs == "trainer" else []
     adapters = sum(leaf.size for leaf in jax.tree.leaves(trained_shapes(shape, lora))) if lora.rank else 0
 
     def policy_forward(lengths: Sequence[int]) -> float:
@@ -181,7 +195,7 @@ def update_flops(shape: Shape, settings: Config, lengths: Sequence[int], mini_ba
 
     reference = sum(forward_flops(shape, length) for length in lengths) if settings.crpo.has_reference else 0.0
     backward = sum(backward_flops(shape, length, adapters) for length in lengths)
-    return reference + policy_forward(lengths[mini_batch:]) + policy_forward(lengths) + backward
+    return reference + policy_forward(later) + policy_forward(lengths) + backward
 
 
 def evaluations(metrics: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:

@@ -92,7 +92,8 @@ class Runtime:
     def sampler(self) -> Engine:
         """With the settings of `rollout`."""
         rollout, parallel = self.settings.rollout, self.settings.parallel
-        how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, self.vocabulary.stop_ids)
+        renormalize = self.settings.crpo.old_logprobs == "sampler"
+        how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, self.vocabulary.stop_ids, renormalize)
         platform = self.mesh.devices.flat[0].platform
         attention = choose_attention(parallel.attention, platform, self.settings.model.dtype, self.shape.h)
         return Engine(self.shape, self.mesh, how, rollout.max_new_tokens, rollout.slots, rollout.chunk, attention)

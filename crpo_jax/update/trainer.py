@@ -8,11 +8,13 @@ run.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jax.sharding import Mesh, NamedSharding
@@ -28,9 +30,17 @@ from crpo_jax.model.placement import training_placement, weight_shardings
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import LOGITS_BTV, ROWS_B, TOKENS_BT, find_layout
-from crpo_jax.parallel.mesh import data_size, put
+from crpo_jax.parallel.mesh import data_size, fetch, put
+from crpo_jax.update.batches import select_rows
 from crpo_jax.update.logprobs import chunk_length, token_logprobs
-from crpo_jax.update.losses import Batch, adapted_kl_coef, combine_metrics, crpo_loss, supervised_loss
+from crpo_jax.update.losses import (
+    Batch,
+    adapted_kl_coef,
+    combine_metrics,
+    crpo_loss,
+    response_kl,
+    supervised_loss,
+)
 
 Metrics = dict[str, Array]
 Loss = Literal["crpo", "supervised"]
@@ -155,6 +165,7 @@ class Trainer:
             lambda policy, batch: self._forward(policy, batch, False)[0], NamedSharding(mesh, TOKENS_BT)
         )
         self.measure = shard(lambda policy, batch: self._loss(policy, batch, self.crpo.kl_coef)[1], whole)
+        self.row_kl = shard(lambda batch: response_kl(batch, self.crpo.kl_estimator), whole)
         self.zero = shard(self._zero, (master, whole))
         self.accumulate = shard(self._accumulate, (master, whole), (0, 1))
         self.apply = shard(self._apply, (self.shardings, whole, whole), (0,))
@@ -182,10 +193,11 @@ class Trainer:
 
     def with_logprobs(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
         """A rollout's mini-batches, on the devices, with the log-probs of the reference, where there is a KL, and where
-        several optimizer steps follow of the policy that sampled: for the steps after the first, which is
-        on-policy."""
+        several optimizer steps follow of the policy that sampled, unless the sampler's serve: for the steps after the
+        first, which is on-policy."""
         reference = Policy(cast(Transformer, state.frozen)) if self.crpo.has_reference else None
-        weights = self.weights(state) if len(mini_batches) > 1 else None
+        several = len(mini_batches) > 1 and self.crpo.old_logprobs == "trainer"
+        weights = self.weights(state) if several else None
 
         def complete(batch: Batch, first: bool) -> Batch:
             if reference is not None:
@@ -195,6 +207,23 @@ class Trainer:
             return batch._replace(old=batch.sampler if first else self.logprobs(weights, batch))
 
         return [[complete(batch, mini == 0) for batch in batches] for mini, batches in enumerate(mini_batches)]
+
+    def kl_penalties(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]], count: int) -> np.ndarray:
+        """What kl_in=reward takes off the rewards of a rollout's `count` trained responses, on the host."""
+        kl = np.zeros(count)
+        for batch in itertools.chain.from_iterable(mini_batches):
+            rows, values = fetch((batch.responses, self.row_kl(batch)))
+            kl[rows[rows >= 0]] = values[rows >= 0]
+        return float(jax.device_get(state.kl_coef)) * kl
+
+    def with_advantages(self, mini_batches: Sequence[Sequence[Batch]], advantages: np.ndarray) -> list[list[Batch]]:
+        """The mini-batches with these advantages, one for each of the rollout's trained responses."""
+
+        def replace(batch: Batch) -> Batch:
+            new = select_rows(advantages, fetch(batch.responses))
+            return batch._replace(advantages=put(new, self.mesh, ROWS_B))
+
+        return [[replace(batch) for batch in batches] for batches in mini_batches]
 
     def gradients(self, state: TrainState, batches: Sequence[Batch]) -> tuple[Any, Metrics]:
         """Gradients and metrics of a mini-batch, summed over its micro-batches."""
