@@ -295,6 +295,10 @@ class Lora:
     targets: Strings = setting(LINEAR_LAYERS, "linear layers that get adapters")
 
 
+POLICY_LOSSES = ("clip", "cispo", "sapo")
+"""The values of crpo.loss besides a user's own."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class Crpo:
     steps: Count = setting(0, "RL steps; 0: as many as crpo.epochs takes", unit="steps")
@@ -302,11 +306,32 @@ class Crpo:
     prompts_per_step: PositiveCount = setting(512, "questions per rollout", source="authors' code")
     group_size: Whole = setting(5, "responses per question (G)", source="paper, section 4.3", ge=2)
     mini_batch_prompts: PositiveCount = setting(16, "questions per optimizer step", source="authors' code")
-    advantage: Literal["grpo", "dr_grpo"] = setting(
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = setting(
         "grpo",
         "reward minus its group's mean, divided by the group's standard deviation (equation 3); "
-        "dr_grpo: not divided (arXiv 2503.20783)",
+        "dr_grpo: not divided (arXiv 2503.20783); rloo: minus the mean of the group's others (arXiv 2402.14740); "
+        "reinforce_plus_plus: normalized over the batch (arXiv 2501.03262); _baseline: after the group's mean is taken "
+        "off",
         source="paper, equation 3",
+    )
+    loss: String = setting(
+        "clip",
+        "policy loss: clip (PPO's), cispo (arXiv 2506.13585), sapo (arXiv 2511.20347), or your own as module:function",
+        source="authors' code",
+    )
+    old_logprobs: Literal["trainer", "sampler"] = setting(
+        "trainer",
+        "the ratio's denominator: log-probs of the trainer, which take a forward pass, or those that the sampler drew "
+        "with",
+        source="authors' code",
+    )
+    importance: Literal["off", "token", "sequence"] = setting(
+        "off",
+        "truncated importance sampling (TIS) for the difference of sampler and trainer, by token or by response",
+    )
+    importance_cap: Real = setting(2.0, "importance weights are truncated at this", ge=1)
+    importance_bound: Number = setting(
+        0.0, "tokens or responses whose importance weight leaves 1/bound to bound are masked; 0: off"
     )
     ratio: Literal["token", "sequence"] = setting(
         "token",
@@ -321,12 +346,30 @@ class Crpo:
         3e-4, "clip_low with ratio=sequence, a ratio that varies far less", source="arXiv 2507.18071, section 5.1"
     )
     sequence_clip_high: Number = setting(4e-4, "clip_high with ratio=sequence", source="arXiv 2507.18071, section 5.1")
+    sapo_tau_positive: Real = setting(
+        1.0, "loss=sapo: temperature of the gate of good responses", source="arXiv 2511.20347, section 5.1", gt=0
+    )
+    sapo_tau_negative: Real = setting(
+        1.05, "loss=sapo: temperature of the gate of the others", source="arXiv 2511.20347, section 5.1", gt=0
+    )
     dynamic_sampling: Count = setting(
         0,
         "most extra batches of questions per step, to replace groups whose rewards are all equal (DAPO)",
         unit="batches",
     )
-    kl_coef: Number = setting(0.001, "beta, weight of the k3 KL to the frozen start model", source="authors' code")
+    kl_coef: Number = setting(
+        0.001,
+        "beta, weight of the KL to the frozen start model; 0: no KL, and no start model is held or run",
+        source="authors' code",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = setting(
+        "k3", "estimate of the KL per token (joschu.net/blog/kl-approx.html)", source="paper, equation 2"
+    )
+    kl_in: Literal["loss", "reward"] = setting(
+        "loss",
+        "the KL is a term of the loss, or taken off a response's reward, as the KL of the policy that sampled",
+        source="authors' code",
+    )
     kl_target: Number = setting(
         0.0,
         "above 0: kl_coef is adapted to hold the mean KL at this value (arXiv 1909.08593, section 2.2)",
@@ -349,6 +392,11 @@ class Crpo:
         "train on responses cut at rollout.max_new_tokens, or leave them out of the gradient",
         source="authors' code",
     )
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a KL, also an adaptive one: its coefficient starts above 0."""
+        return self.kl_coef > 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -729,6 +777,15 @@ def check_config(config: Config, model: bool = True) -> None:
     if c.crpo.kl_target and not c.crpo.kl_coef:
         wanted = f"more than 0, from which crpo.kl_target={c.crpo.kl_target} can move it"
         raise InputError(f"crpo.kl_coef: expected {wanted}, got 0")
+    if c.crpo.loss not in POLICY_LOSSES and ":" not in c.crpo.loss:
+        close = difflib.get_close_matches(c.crpo.loss, POLICY_LOSSES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        wanted = f"{', '.join(POLICY_LOSSES)} or a function of your own as module:function"
+        raise InputError(f"crpo.loss: expected {wanted}, got {brief(c.crpo.loss)}{hint}")
+    if 0 < c.crpo.importance_bound < 1:
+        raise InputError(f"crpo.importance_bound: expected 0 or at least 1, got {c.crpo.importance_bound}")
+    if c.crpo.kl_in == "reward" and not c.crpo.kl_coef:
+        raise InputError("crpo.kl_coef: expected more than 0, since crpo.kl_in=reward takes a KL off rewards, got 0")
     if c.reward.design == "grpo" and len(c.reward.grpo_tags) != 2:
         raise InputError(f"reward.grpo_tags: expected two tags, got {list(c.reward.grpo_tags)}")
     if c.data.source not in ("file", "hub", "jsonl") and (c.data.columns != Columns() or c.data.answer != "auto"):

@@ -53,7 +53,13 @@ def annotations_hold(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Before anything imports these: in the tests, array shapes and types are checked with every call and every trace.
 install_import_hook(
-    ["crpo_jax.update.losses", "crpo_jax.update.logprobs", "crpo_jax.rollout.draw", "crpo_jax.model.attention"],
+    [
+        "crpo_jax.update.losses",
+        "crpo_jax.update.advantages",
+        "crpo_jax.update.logprobs",
+        "crpo_jax.rollout.draw",
+        "crpo_jax.model.attention",
+    ],
     "conftest.annotations_hold",
 )
 

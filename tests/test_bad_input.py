@@ -135,6 +135,15 @@ BAD: list[tuple[list[str], str]] = [
     (["crpo.clip_low=2"], "crpo.clip_low: expected a number >= 0 and <= 1, got 2"),
     (["crpo.kl_coef=-0.1"], "crpo.kl_coef: expected a number >= 0, got -0.1"),
     (["crpo.kl_coef=.nan"], "crpo.kl_coef: expected a number >= 0, got nan"),
+    (
+        ["crpo.loss=cipso"],
+        "crpo.loss: expected clip, cispo, sapo or a function of your own as module:function, got 'cipso'; "
+        "did you mean cispo?",
+    ),
+    (["crpo.loss=no_such_module:loss"], "no_such_module:loss cannot be imported: ModuleNotFoundError"),
+    (["crpo.importance_cap=0.5"], "crpo.importance_cap: expected a number >= 1, got 0.5"),
+    (["crpo.importance_bound=0.5"], "crpo.importance_bound: expected 0 or at least 1, got 0.5"),
+    (["crpo.kl_in=reward", "crpo.kl_coef=0"], "crpo.kl_coef: expected more than 0, since crpo.kl_in=reward"),
     (["crpo.truncated=drop"], "crpo.truncated: expected keep | mask, got 'drop'"),
     (["run.seed=-1"], "run.seed: expected a whole number >= 0 and <= 9223372036854775807, got -1"),
     (

@@ -12,15 +12,16 @@ PACKAGE = Path(__file__).parents[1] / "crpo_jax"
 ROOMS = {
     "errors": set(),
     "hardware": set(),
+    "user_code": {"errors"},
     "disk": {"errors"},
     "config": {"errors"},
     "cli": {"errors", "disk", "config"},
-    "parallel": {"errors", "disk"},
+    "parallel": {"errors", "user_code", "disk"},
     "data": {"errors", "config"},
     "reward": {"errors", "config", "data"},
     "model": {"errors", "disk", "config", "parallel"},
     "rollout": {"errors", "parallel", "model"},
-    "update": {"config", "parallel", "model"},
+    "update": {"errors", "user_code", "config", "parallel", "model"},
     "store": {"errors", "disk", "config"},
     "chat": {"errors", "config", "data", "reward"},
     "runtime": {

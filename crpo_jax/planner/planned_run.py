@@ -193,6 +193,7 @@ def resolve_run(settings: Config, target: Target, mesh: str = "") -> PlannedRun:
     shape = resolve_shape(settings)
     if settings.parallel.layout == "auto":
         devices: Any = AbstractMesh((data, model), (DATA, MODEL))
-        layout = automatic_layout(shape, devices, settings.model.dtype, target.chip.memory)
+        reference = settings.crpo.has_reference
+        layout = automatic_layout(shape, devices, settings.model.dtype, target.chip.memory, reference)
         settings = replaced(settings, {"parallel.layout": layout})
     return PlannedRun(settings, shape, target, data, model)

@@ -95,7 +95,8 @@ class Runtime:
     def sampler(self) -> Engine:
         """With the settings of `rollout`."""
         rollout, parallel = self.settings.rollout, self.settings.parallel
-        how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, self.vocabulary.stop_ids)
+        renormalize = self.settings.crpo.old_logprobs == "sampler"
+        how = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, self.vocabulary.stop_ids, renormalize)
         platform = self.mesh.devices.flat[0].platform
         attention = choose_attention(parallel.attention, platform, self.settings.model.dtype, self.shape.h)
         return Engine(self.shape, self.mesh, how, rollout.max_new_tokens, rollout.slots, rollout.chunk, attention)
@@ -182,7 +183,7 @@ def open_runtime(settings: Config) -> Runtime:
     if settings.parallel.layout == "auto":
         memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 0)
         smallest = min(gather_from_processes([memory])) or None  # all processes must choose the same layout
-        layout = automatic_layout(shape, mesh, settings.model.dtype, smallest)
+        layout = automatic_layout(shape, mesh, settings.model.dtype, smallest, settings.crpo.has_reference)
         settings = replaced(settings, {"parallel.layout": layout})
     check_layout(find_layout(settings.parallel.layout), mesh, {dim: getattr(shape, dim) for dim in "dnkhfv"})
     vocabulary, model = open_vocabulary(settings, shape), settings.model
