@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from crpo_jax.data.tokenizer import load_tokenizer
 from crpo_jax.errors import InputError
-from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.metrics import read_metrics
 
 export = import_module("crpo_jax.export")
 score = import_module("crpo_jax.score")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from crpo_jax.config import Config, config_folder
 from crpo_jax.errors import InputError
 
 EFFECTIVE_RANGES = (
@@ -154,3 +155,13 @@ def read_tokenizer(tokenizer_json: str | Path) -> tuple[Mapping[str, int], Mappi
             f"{tokenizer_json}: expected a byte-level BPE tokenizer, with model.vocab and a ByteLevel decoder"
         )
     return vocabulary, {token["id"]: token for token in tokenizer.get("added_tokens") or ()}
+
+
+def find_effective_table(settings: Config) -> np.ndarray | None:
+    """The table of tokenizer.path or the model's folder; None if neither is on this machine."""
+    for path in filter(None, (settings.tokenizer.path, settings.model.path)):
+        for folder in (Path(path).expanduser(), config_folder().parent / path):
+            file = folder / "tokenizer.json"
+            if file.is_file():
+                return effective_table(file, max(read_vocabulary(file).values()) + 1)
+    return None

@@ -1,0 +1,301 @@
+"""What a page holds of a workdir: its curves, its tables, and as many of its responses as fit."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crpo_jax.answer.records import read_answer
+from crpo_jax.answer.statistics import extract_letter
+from crpo_jax.config import Config, load_config
+from crpo_jax.data.record import Record
+from crpo_jax.errors import InputError, one_line
+from crpo_jax.page.lines import Lines, spread
+from crpo_jax.page.marks import clip, in_utf16, question_marks, response_marks
+from crpo_jax.page.measures import evaluation_tables, held_out_files, held_out_step, read_curves
+from crpo_jax.page.parts import number, reasons_of, reward_parts
+from crpo_jax.reward.effective import find_effective_table
+from crpo_jax.reward.rules import score_response
+from crpo_jax.reward.scorer import score_row
+
+MAX_BYTES = 4_600_000  # of questions and responses in one page; its programs, curves and tables are the rest of 5 MB
+MAX_RESPONSES = 2000
+WHOLE_HISTORIES = 16  # held-out questions shown at every evaluation; further ones at the first and the last alone
+HEAD, TAIL, MAX_MARKS = 14_000, 6_000, 1500  # characters of a long text, and marks of any
+
+
+@dataclass(frozen=True)
+class ResponseSet:
+    """A file of responses; `design` is the reward that scored them."""
+
+    name: str
+    path: Path
+    design: str
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which responses a page is to hold: those of one step, or to one question; all where both are None."""
+
+    step: int | None = None
+    question: str | None = None
+
+    def wants(self, line: bytes) -> bool:
+        """Whether a line may be one of them, by its bytes; `wants_row` looks closer."""
+        return (self.step is None or f'"step": {self.step},'.encode() in line) and (
+            self.question is None or json.dumps(self.question, ensure_ascii=False).encode(errors="replace") in line
+        )
+
+    def wants_row(self, row: Mapping[str, Any], step: int | None) -> bool:
+        return (self.step is None or row.get("step", step) == self.step) and (
+            self.question is None or row.get("id") == self.question
+        )
+
+
+EVERYTHING = Selection()
+
+
+def response_sets(workdir: Path, settings: Config) -> list[ResponseSet]:
+    """The files of responses in a workdir: a run's, its held-out questions by step, an evaluation's data sets."""
+    sets = [ResponseSet("training", workdir / "samples.jsonl", settings.reward.design)]
+    for path in held_out_files(workdir):
+        step = held_out_step(path)
+        sets.append(ResponseSet(f"held out, step {step}", path, "crpo", step))
+    sets += [ResponseSet(path.stem, path, "crpo") for path in sorted((workdir / "responses").glob("*.jsonl"))]
+    return [each for each in sets if each.path.is_file()]
+
+
+def read_content(workdir: Path, selection: Selection = EVERYTHING) -> dict[str, Any]:
+    """Everything that a page shows, as plain values; InputError names a file that cannot be read."""
+    settings = load_config(workdir / "config.yaml", model=False)
+    collected = Collected(settings)
+    with contextlib.ExitStack() as files:
+        sets = response_sets(workdir, settings)
+        opened = {each: files.enter_context(Lines(each.path, wanted(each, selection))) for each in sets}
+        for turn in takes(opened, selection):
+            if not collected.add(*turn):
+                break
+    written = datetime.now(UTC).isoformat(timespec="seconds")
+    return {
+        "run": {
+            "name": workdir.resolve().name,
+            "facts": run_facts(settings),
+            "written": written,
+        },
+        "selection": {"step": selection.step, "question": selection.question},
+        "curves": read_curves(workdir),
+        "tables": evaluation_tables(workdir),
+        "sets": [
+            {"name": each.name, "step": each.step, "total": len(lines), "shown": collected.shown.get(each.name, 0)}
+            for each, lines in opened.items()
+        ],
+        "questions": list(collected.questions.values()),
+        "responses": collected.in_order(sets),
+    }
+
+
+def wanted(responses: ResponseSet, selection: Selection) -> Callable[[bytes], bool]:
+    """The lines of a file that a selection takes; a held-out file is of one step, which its lines do not name."""
+    if responses.step is None:
+        return selection.wants
+    if selection.step not in (None, responses.step):
+        return lambda line: False
+    return replace(selection, step=None).wants
+
+
+Take = tuple[ResponseSet, int, dict[str, Any]]
+
+
+def takes(opened: Mapping[ResponseSet, Lines], selection: Selection) -> Iterator[list[Take]]:
+    """The responses in the order in which they are taken while there is room, some at a time: held-out questions at
+    every evaluation or at the first and the last, groups of a training step whole, samples of a data set."""
+    held_out = {each: lines for each, lines in opened.items() if each.step is not None}
+    others = {each: lines for each, lines in opened.items() if each.step is None}
+    streams = [held_out_takes(held_out)] if held_out else []
+    streams += [group_takes(each, lines) for each, lines in others.items()]
+    while streams:
+        for stream in list(streams):
+            rows = next(stream, None)
+            if rows is None:
+                streams.remove(stream)
+            elif kept := [take for take in rows if selection.wants_row(take[2], take[0].step)]:
+                yield kept
+
+
+def held_out_takes(opened: Mapping[ResponseSet, Lines]) -> Iterator[list[Take]]:
+    """The same questions at the first and the last evaluation, some at all of them; then what is left."""
+    places, ends = list(spread(max(map(len, opened.values())))), (min(opened, key=step_of), max(opened, key=step_of))
+    histories = set(places[:WHOLE_HISTORIES])
+    for now in (True, False):
+        for place in places:
+            sets = [each for each in opened if (each in ends or place in histories) == now]
+            yield [(each, place, opened[each][place]) for each in sets if place < len(opened[each])]
+
+
+def step_of(responses: ResponseSet) -> int:
+    return responses.step or 0
+
+
+def group_takes(responses: ResponseSet, lines: Lines) -> Iterator[list[Take]]:
+    taken: set[int] = set()
+    for place in spread(len(lines)):
+        if place not in taken:
+            rows = lines.group(place)
+            taken.update(place for place, _ in rows)
+            yield [(responses, place, row) for place, row in rows]
+
+
+class Collected:
+    """Questions and responses, until a page is full."""
+
+    def __init__(self, settings: Config) -> None:
+        self.settings = settings
+        self.questions: dict[tuple[str, str], dict[str, Any]] = {}
+        self.responses: list[dict[str, Any]] = []
+        self.shown: dict[str, int] = {}
+        self._bytes = 0
+        self._effective: list[np.ndarray | None] = []
+
+    def add(self, *turn: Take) -> bool:
+        """Adds responses that belong together; False once there is no more room."""
+        entries, new = [], dict(self.questions)
+        for responses, place, row in turn:
+            row = self.scored(responses, row)
+            key = str(row.get("id", "")), str(row.get("question", row.get("prompt", "")))
+            if key not in new:
+                new[key] = question_entry(row, len(new))
+            entry = self.response_entry(responses, row)
+            entries.append({"set": responses.name, "place": place, "question": new[key]["number"], **entry})
+        added = [*entries, *list(new.values())[len(self.questions) :]]
+        size = sum(len(encoded(each)) + 1 for each in added)
+        if self._bytes + size > MAX_BYTES or len(self.responses) + len(entries) > MAX_RESPONSES:
+            return False
+        self._bytes += size
+        self.questions = new
+        self.responses += entries
+        for entry in entries:
+            self.shown[entry["set"]] = self.shown.get(entry["set"], 0) + 1
+        return True
+
+    def in_order(self, sets: Sequence[ResponseSet]) -> list[dict[str, Any]]:
+        """The responses as their files have them."""
+        order = {each.name: number for number, each in enumerate(sets)}
+        return sorted(self.responses, key=lambda entry: (order[entry["set"]], entry["place"]))
+
+    def scored(self, responses: ResponseSet, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its score, which the responses of an evaluation do not have on disk."""
+        if responses.step is not None or responses.path.parent.name != "responses":
+            return row
+        try:
+            answer = read_answer(Record(row, str(responses.path)), {})
+        except InputError as problem:
+            return row | {"error": str(problem)}
+        reward = replace(self.settings.reward, design=responses.design)
+        ids, effective = answer.token_ids, self.effective_table() if answer.token_ids is not None else None
+        score = score_row(score_response(answer.question, answer.response, reward, ids, effective))
+        right = extract_letter(answer, self.settings) == answer.question.answer
+        return row | score | {"right": right}
+
+    def effective_table(self) -> np.ndarray | None:
+        if not self._effective:
+            self._effective.append(find_effective_table(self.settings))
+        return self._effective[0]
+
+    def response_entry(self, responses: ResponseSet, row: Mapping[str, Any]) -> dict[str, Any]:
+        response, question = text_of(row, "response"), text_of(row, "question", "prompt")
+        why = reasons_of(row)
+        tags, systems = asked_format(responses.design, self.settings)
+        asked_about = question_marks(question, response, why, tags)
+        marks = response_marks(response, why, tags, systems=systems)
+        question, asked_about = clip(question, asked_about, HEAD, TAIL, MAX_MARKS)
+        response, marks = clip(response, marks, HEAD, TAIL, MAX_MARKS)
+        accuracy = number(row.get("accuracy"))
+        right = row.get("right", None if accuracy is None else accuracy >= 1)
+        entry = {
+            "step": number(row.get("step", responses.step)),
+            "sample": number(row.get("sample")),
+            "text": response,
+            "marks": in_utf16(response, marks),
+            "question_marks": in_utf16(question, asked_about),
+            "total": number(row.get("total")),
+            "right": right if row.get("answer") else None,
+            "answer": clipped(row, "answer_found"),
+            "parts": reward_parts(row, responses.design, self.settings.reward),
+            "tokens": number(row.get("tokens")),
+            "stopped": flag(row, "stopped"),
+            "advantage": number(row.get("advantage")),
+            "trained": flag(row, "trained"),
+            "error": clipped(row, "error"),
+            "traceback": clipped(row, "traceback"),
+            "teacher": clipped(row, "teacher"),
+        }
+        return {name: value for name, value in entry.items() if value not in (None, [], "")}
+
+
+def asked_format(design: str, settings: Config) -> tuple[tuple[str, str], bool]:
+    """The tags of the two parts that a design wants, and whether it wants System 1 and System 2 in the first."""
+    names = [name.partition("*")[0].strip() for name in design.split("+")]
+    if "grpo" in names and "crpo" not in names:
+        first, second = settings.reward.grpo_tags
+        return (first, second), False
+    return (("think", "answer"), False) if "released" in names else (("dx", "conclusion"), True)
+
+
+def question_entry(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+    options = row.get("options")
+    turns = row.get("turns")
+    text, _ = clip(text_of(row, "question", "prompt"), [], HEAD, TAIL, MAX_MARKS)
+    return {
+        "number": place,
+        "id": str(row.get("id", "")),
+        "text": text,
+        "options": [[str(name), str(option)[:HEAD]] for name, option in options.items()]
+        if isinstance(options, Mapping)
+        else [],
+        "answer": str(row.get("answer", ""))[:HEAD],
+        "turns": [turn_entry(turn) for turn in turns] if isinstance(turns, list) else [],
+        "source": " ".join(str(row[name]) for name in ("source", "split") if row.get(name)),
+    }
+
+
+def turn_entry(turn: Any) -> list[str]:
+    """Role and content of an earlier turn, written as a pair or as an object."""
+    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (*turn, "", "")[:2]
+    return [str(role), str(content)[: HEAD + TAIL]]
+
+
+def text_of(row: Mapping[str, Any], *names: str) -> str:
+    """The first of these fields that is a text that is not empty."""
+    return next((row[name] for name in names if isinstance(row.get(name), str) and row[name]), "")
+
+
+def clipped(row: Mapping[str, Any], name: str) -> str:
+    return clip(text_of(row, name), [], HEAD, TAIL, MAX_MARKS)[0]
+
+
+def flag(row: Mapping[str, Any], name: str) -> bool | None:
+    return row[name] if isinstance(row.get(name), bool) else None
+
+
+def run_facts(settings: Config) -> list[tuple[str, str]]:
+    """What the head of the page says of a run."""
+    facts = {
+        "model": one_line(settings.model.path or "from scratch", 120),
+        "questions": settings.data.source,
+        "reward": one_line(settings.reward.design, 200),
+        "seed": str(settings.run.seed),
+    }
+    return list(facts.items())
+
+
+def encoded(value: Any) -> bytes:
+    """JSON that can stand in a script element: no `<`, and a lone surrogate as the escape it came from."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return text.encode("utf-8", "backslashreplace")

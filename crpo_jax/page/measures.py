@@ -1,0 +1,142 @@
+"""The curves and the tables of evaluations that a page shows, from a run's files."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crpo_jax.answer.records import read_summary
+from crpo_jax.answer.statistics import estimate_count, estimate_share
+from crpo_jax.page.lines import Lines
+from crpo_jax.page.parts import number
+from crpo_jax.store.metrics import read_metrics
+
+MAX_POINTS = 400  # of a curve; more steps are averaged
+SHARES = ("accuracy", "format", "cross_reference", "consistency")
+EVALUATION = "eval/"
+
+
+def held_out_step(path: Path) -> int:
+    """The step of a file report/held_out_<step>.jsonl."""
+    return int(path.stem.rpartition("_")[2])
+
+
+def held_out_files(workdir: Path) -> list[Path]:
+    paths = (workdir / "report").glob("held_out_*.jsonl")
+    return sorted((path for path in paths if path.stem.rpartition("_")[2].isdecimal()), key=held_out_step)
+
+
+def read_curves(workdir: Path) -> dict[str, Any]:
+    """Every metric by step; `every` steps in a row are one point, their mean, at the first of them.
+
+    Evaluations stand apart, at their own steps.
+    """
+    rows = read_metrics(workdir)
+    trained = [row for row in rows if any(name != "step" and not name.startswith(EVALUATION) for name in row)]
+    every = max(1, math.ceil(len(trained) / MAX_POINTS))
+    bins = [trained[start : start + every] for start in range(0, len(trained), every)]
+    names = dict.fromkeys(name for row in trained for name in row if name != "step" and not name.startswith(EVALUATION))
+    evaluated = [row for row in rows if any(name.startswith(EVALUATION) for name in row)]
+    measured = dict.fromkeys(name for row in evaluated for name in row if name.startswith(EVALUATION))
+    return {
+        "every": every,
+        "steps": [part[0]["step"] for part in bins],
+        "metrics": {name: [mean_of(part, name) for part in bins] for name in names},
+        "evaluated": [row["step"] for row in evaluated],
+        "measured": {name: [short(row.get(name)) for row in evaluated] for name in measured},
+    }
+
+
+def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [value for row in rows if (value := row.get(name)) is not None]
+    return short(sum(values) / len(values)) if values else None
+
+
+def short(value: Any) -> float | None:
+    """A number with the digits that a curve needs."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+
+
+def evaluation_tables(workdir: Path) -> list[dict[str, Any]]:
+    """A table of the held-out evaluations of a training run, and one of an evaluation's summary, where there are
+    such."""
+    return [table for table in (held_out_table(workdir), summary_table(workdir)) if table["rows"]]
+
+
+def held_out_table(workdir: Path) -> dict[str, Any]:
+    """A row per evaluation; the intervals are of 95% over questions."""
+    evaluations = {held_out_step(path): measure_held_out(path) for path in held_out_files(workdir)}
+    rows = {
+        row["step"]: {name: estimate for name in row if (estimate := only_mean(row, name))}
+        for row in read_metrics(workdir)
+        if any(name.startswith(EVALUATION) for name in row)
+    }
+    cells = rows | {step: rows.get(step, {}) | measures for step, measures in evaluations.items()}
+    columns = list(dict.fromkeys(name for measures in cells.values() for name in measures))
+    return {
+        "title": "Held-out questions",
+        "first": "step",
+        "columns": columns,
+        "rows": [{"name": str(step), "cells": [cells[step].get(name) for name in columns]} for step in sorted(cells)],
+    }
+
+
+def only_mean(row: Mapping[str, Any], name: str) -> dict[str, float] | None:
+    value = number(row[name]) if name.startswith(EVALUATION) else None
+    return None if value is None else {"mean": value}
+
+
+def measure_held_out(path: Path) -> dict[str, dict[str, float]]:
+    """The measures of one evaluation with their intervals, under the names that metrics.jsonl gives them."""
+    values: dict[str, list[list[float]]] = {}
+
+    def add(name: str, value: Any) -> None:
+        if (value := number(value)) is not None:
+            values.setdefault(EVALUATION + name, []).append([value])
+
+    with Lines(path) as lines:
+        for place in range(len(lines)):
+            row = lines[place]
+            add("mean", row.get("total"))
+            for name in SHARES:
+                add(name, row.get(name))
+            add("failed", float("error" in row))
+            add("length", row.get("tokens"))
+            add("truncated", float(row.get("stopped") is False))
+    return {name: estimate(values[name]) for name in values}
+
+
+def estimate(by_question: list[list[float]]) -> dict[str, float]:
+    shares = all(0 <= value <= 1 for values in by_question for value in values)
+    of: Callable[[Sequence[Sequence[float]]], dict[str, float]] = estimate_share if shares else estimate_count
+    return rounded(of(by_question))
+
+
+def rounded(estimate: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name in ("mean", "low", "high") if (value := number(estimate.get(name))) is not None}
+
+
+def summary_table(workdir: Path) -> dict[str, Any]:
+    """A row per measure of summary.json, a column per data set."""
+    path = workdir / "summary.json"
+    data = read_summary(path)["data"] if path.exists() else {}
+    cells = {name: dict(estimates(results)) for name, results in data.items()}
+    measures = list(dict.fromkeys(measure for of_set in cells.values() for measure in of_set))
+    return {
+        "title": "Evaluation",
+        "first": "measure",
+        "columns": [f"{name} ({results.get('questions')} questions)" for name, results in data.items()],
+        "rows": [{"name": measure, "cells": [cells[name].get(measure) for name in cells]} for measure in measures],
+    }
+
+
+def estimates(results: Mapping[str, Any], path: str = "") -> list[tuple[str, dict[str, float]]]:
+    """Everything in a data set's results that has a mean, with the path that leads to it."""
+    entries: list[tuple[str, dict[str, float]]] = []
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            if number(value.get("mean")) is not None:
+                entries.append((f"{path}{name}", rounded(value)))
+            else:
+                entries += estimates(value, f"{path}{name} / ")
+    return entries
