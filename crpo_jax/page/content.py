@@ -16,12 +16,13 @@ from crpo_jax.config import Config, load_config
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError, one_line
 from crpo_jax.page.lines import Lines, spread
-from crpo_jax.page.marks import clip, in_utf16, question_marks, response_marks
+from crpo_jax.page.marks import clip, find_marks, in_utf16
 from crpo_jax.page.measures import evaluation_tables, held_out_files, held_out_step, read_curves
 from crpo_jax.page.parts import number, reasons_of, reward_parts
 from crpo_jax.reward.effective import find_effective_table
 from crpo_jax.reward.rules import score_response
 from crpo_jax.reward.scorer import score_row
+from crpo_jax.store.metrics import read_metrics
 
 MAX_BYTES = 4_600_000  # of questions and responses in one page; its programs, curves and tables are the rest of 5 MB
 MAX_RESPONSES = 2000
@@ -73,7 +74,7 @@ def response_sets(workdir: Path, settings: Config) -> list[ResponseSet]:
 
 def read_content(workdir: Path, selection: Selection = EVERYTHING) -> dict[str, Any]:
     """Everything that a page shows, as plain values; InputError names a file that cannot be read."""
-    settings = load_config(workdir / "config.yaml", model=False)
+    settings, metrics = load_config(workdir / "config.yaml", model=False), read_metrics(workdir)
     collected = Collected(settings)
     with contextlib.ExitStack() as files:
         sets = response_sets(workdir, settings)
@@ -89,8 +90,8 @@ def read_content(workdir: Path, selection: Selection = EVERYTHING) -> dict[str, 
             "written": written,
         },
         "selection": {"step": selection.step, "question": selection.question},
-        "curves": read_curves(workdir),
-        "tables": evaluation_tables(workdir),
+        "curves": read_curves(metrics),
+        "tables": evaluation_tables(workdir, metrics),
         "sets": [
             {"name": each.name, "step": each.step, "total": len(lines), "shown": collected.shown.get(each.name, 0)}
             for each, lines in opened.items()
@@ -211,8 +212,7 @@ class Collected:
         response, question = text_of(row, "response"), text_of(row, "question", "prompt")
         why = reasons_of(row)
         tags, systems = asked_format(responses.design, self.settings)
-        asked_about = question_marks(question, response, why, tags)
-        marks = response_marks(response, why, tags, systems=systems)
+        asked_about, marks = find_marks(question, response, why, tags, systems=systems)
         question, asked_about = clip(question, asked_about, HEAD, TAIL, MAX_MARKS)
         response, marks = clip(response, marks, HEAD, TAIL, MAX_MARKS)
         accuracy = number(row.get("accuracy"))

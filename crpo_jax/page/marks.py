@@ -29,61 +29,71 @@ class Token(NamedTuple):
     term: str
 
 
-def response_marks(response: str, why: Mapping[str, Any], tags: tuple[str, str], *, systems: bool) -> list[Mark]:
-    """The marks of a response; `tags` and `systems` are those of the format it was asked for (`parse_response`)."""
-    parsed = parse_response(response, tags, systems)
-    marks = [Mark(box.start, box.end, "box") for box in parsed.boxes]
-    marks += tag_marks(response, tags)
-    marks += format_marks(response, parsed, tags, why.get("format"))
-    marks += language_marks(response)
-    marks += user_marks(why, response)
-    citation = why.get("cross_reference")
-    if isinstance(citation, Mapping) and parsed.dx is not None and parsed.conclusion is not None:
-        start = response.find(f"<{tags[0]}>") + len(tags[0]) + 2
-        conclusion = read_tokens(parsed.conclusion)
-        for tokens, at in ((read_tokens(parsed.dx), start), (conclusion, parsed.conclusion_start)):
-            marks += [
-                Mark(at + mark.start, at + mark.end, mark.kind) for mark in citation_marks(tokens, conclusion, citation)
-            ]
-    return sorted(set(marks))
-
-
-def question_marks(question: str, response: str, why: Mapping[str, Any], tags: tuple[str, str]) -> list[Mark]:
-    """What of a question the conclusion of a response cites."""
-    citation, conclusion = why.get("cross_reference"), parse_response(response, tags, systems=False).conclusion
-    if not isinstance(citation, Mapping) or conclusion is None:
-        return []
-    return citation_marks(read_tokens(question), read_tokens(conclusion), citation)
+def find_marks(
+    question: str, response: str, why: Mapping[str, Any], tags: tuple[str, str], *, systems: bool
+) -> tuple[list[Mark], list[Mark]]:
+    """The marks of a question and of a response; `tags` and `systems` are those of the format that the response was
+    asked for (`parse_response`)."""
+    parsed, dx_start = parse_response(response, tags, systems), response.find(f"<{tags[0]}>") + len(f"<{tags[0]}>")
+    of_question, of_response = citation_marks(question, parsed, why.get("cross_reference"), dx_start)
+    of_response += [Mark(box.start, box.end, "box") for box in parsed.boxes]
+    of_response += tag_marks(response, tags)
+    of_response += format_marks(response, parsed, tags, why.get("format"))
+    of_response += language_marks(response)
+    of_response += user_marks(why, response)
+    return of_question, sorted(set(of_response))
 
 
 # ---- citation --------------------------------------------------------------------------------------------------------
 
 
 def read_tokens(text: str) -> list[Token]:
-    """The words, numbers and punctuation of a text with their terms, as `reward.terms` reads them."""
-    lowered = "".join(low if len(low := character.lower()) == 1 else character for character in text)
+    """The words, numbers and punctuation that have a term, as `reward.terms` reads them."""
+    lowered = text.lower()
+    if len(lowered) != len(text):  # a letter whose lower case is two characters stays as it is
+        lowered = "".join(low if len(low := character.lower()) == 1 else character for character in text)
     matches = islice(TOKEN.finditer(lowered.replace("\u03bc", "\u00b5")), MAX_TOKENS)
-    return [Token(match.start(), match.end(), term_of(match[0])) for match in matches]
+    return [Token(match.start(), match.end(), term) for match in matches if (term := term_of(match[0]))]
 
 
-def citation_marks(tokens: Sequence[Token], conclusion: Sequence[Token], citation: Mapping[str, Any]) -> list[Mark]:
-    """The cited terms and whole case facts in a text, by the lists of `why.cross_reference`."""
-    cited = {term for term in citation.get("cited") or () if isinstance(term, str)}
-    facts = [
-        fact_terms(conclusion, fact) for fact in citation.get("case_facts") or () if isinstance(fact, str) and fact
+def citation_marks(question: str, parsed: Parsed, citation: Any, dx_start: int) -> tuple[list[Mark], list[Mark]]:
+    """The cited terms and whole case facts in the question and in the response, by the lists of
+    `why.cross_reference`."""
+    cited, facts = (
+        [text for text in citation.get(name) or () if isinstance(text, str) and text]
+        if isinstance(citation, Mapping)
+        else []
+        for name in ("cited", "case_facts")
+    )
+    if not (cited or facts) or parsed.dx is None or parsed.conclusion is None:
+        return [], []
+    conclusion = read_tokens(parsed.conclusion)
+    facts = [fact_terms(conclusion, fact) for fact in facts]
+    places = ((read_tokens(parsed.dx), dx_start), (conclusion, parsed.conclusion_start))
+    of_response = [
+        Mark(at + start, at + end, kind)
+        for tokens, at in places
+        for start, end, kind in cited_spans(tokens, cited, facts)
     ]
-    pairs = {pair for terms in facts for pair in pairwise(terms)}
-    single = {terms[0] for terms in facts if len(terms) == 1}
-    content = [token for token in tokens if token.term]
-    marks = [Mark(token.start, token.end, "cited") for token in content if token.term in cited - {BREAK}]
-    spans = [(token.start, token.end) for token in content if token.term in single]
-    spans += [(first.start, last.end) for first, last in pairwise(content) if (first.term, last.term) in pairs]
+    return cited_spans(read_tokens(question), cited, facts), of_response
+
+
+def cited_spans(tokens: Sequence[Token], cited: Sequence[str], facts: Sequence[Sequence[str]]) -> list[Mark]:
+    """The cited terms among these tokens, and the case facts: any two of a fact's terms that stand together."""
+    pairs, single = (
+        {pair for terms in facts for pair in pairwise(terms)},
+        {terms[0] for terms in facts if len(terms) == 1},
+    )
+    terms = {*cited} - {BREAK}
+    marks = [Mark(token.start, token.end, "cited") for token in tokens if token.term in terms]
+    spans = [(token.start, token.end) for token in tokens if token.term in single]
+    spans += [(first.start, last.end) for first, last in pairwise(tokens) if (first.term, last.term) in pairs]
     return marks + [Mark(*span, "fact") for span in merged(spans)]
 
 
 def fact_terms(conclusion: Sequence[Token], fact: str) -> list[str]:
     """The terms of a case fact, which the reward has joined with blanks, although a number with its unit has one."""
-    terms = [token.term for token in conclusion if token.term]
+    terms = [token.term for token in conclusion]
     for start in range(len(terms)):
         joined, end = terms[start], start + 1
         while end < len(terms) and fact.startswith(f"{joined} "):

@@ -9,7 +9,6 @@ from crpo_jax.answer.records import read_summary
 from crpo_jax.answer.statistics import estimate_count, estimate_share
 from crpo_jax.page.lines import Lines
 from crpo_jax.page.parts import number
-from crpo_jax.store.metrics import read_metrics
 
 MAX_POINTS = 400  # of a curve; more steps are averaged
 SHARES = ("accuracy", "format", "cross_reference", "consistency")
@@ -26,12 +25,11 @@ def held_out_files(workdir: Path) -> list[Path]:
     return sorted((path for path in paths if path.stem.rpartition("_")[2].isdecimal()), key=held_out_step)
 
 
-def read_curves(workdir: Path) -> dict[str, Any]:
+def read_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Every metric by step; `every` steps in a row are one point, their mean, at the first of them.
 
     Evaluations stand apart, at their own steps.
     """
-    rows = read_metrics(workdir)
     trained = [row for row in rows if any(name != "step" and not name.startswith(EVALUATION) for name in row)]
     every = max(1, math.ceil(len(trained) / MAX_POINTS))
     bins = [trained[start : start + every] for start in range(0, len(trained), every)]
@@ -57,18 +55,18 @@ def short(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
-def evaluation_tables(workdir: Path) -> list[dict[str, Any]]:
+def evaluation_tables(workdir: Path, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A table of the held-out evaluations of a training run, and one of an evaluation's summary, where there are
     such."""
-    return [table for table in (held_out_table(workdir), summary_table(workdir)) if table["rows"]]
+    return [table for table in (held_out_table(workdir, metrics), summary_table(workdir)) if table["rows"]]
 
 
-def held_out_table(workdir: Path) -> dict[str, Any]:
+def held_out_table(workdir: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row per evaluation; the intervals are of 95% over questions."""
     evaluations = {held_out_step(path): measure_held_out(path) for path in held_out_files(workdir)}
     rows = {
         row["step"]: {name: estimate for name in row if (estimate := only_mean(row, name))}
-        for row in read_metrics(workdir)
+        for row in metrics
         if any(name.startswith(EVALUATION) for name in row)
     }
     cells = rows | {step: rows.get(step, {}) | measures for step, measures in evaluations.items()}
