@@ -105,6 +105,16 @@ class Chromium:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
+    def wait_until(self, expression: str) -> None:
+        """Waits for an expression to be true, also over a change of pages."""
+        until = time.monotonic() + LONGEST
+        while time.monotonic() < until:
+            with contextlib.suppress(RuntimeError):  # of a page that is going
+                if self.evaluate(expression) is True:
+                    return
+            time.sleep(0.05)
+        raise TimeoutError(expression)
+
     def press(self, key: str) -> None:
         text = {"text": key} if len(key) == 1 else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)

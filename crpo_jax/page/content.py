@@ -25,7 +25,7 @@ from crpo_jax.reward.scorer import score_row
 from crpo_jax.store.metrics import read_metrics
 
 MAX_BYTES = 4_600_000  # of questions and responses in one page; its programs, curves and tables are the rest of 5 MB
-MAX_RESPONSES = 2000
+MAX_RESPONSES = 3000
 WHOLE_HISTORIES = 16  # held-out questions shown at every evaluation; further ones at the first and the last alone
 HEAD, TAIL, MAX_MARKS = 14_000, 6_000, 1500  # characters of a long text, and marks of any
 
