@@ -563,5 +563,8 @@ def test_a_served_page_follows_the_run(address: str, browser):
     browser.open(address)
     assert browser.messages == []
     browser.evaluate("document.title = 'old'")
-    browser.evaluate("void follow('another state')")
+    browser.evaluate("state.touched = Date.now(), void follow('another state')")
+    browser.evaluate("new Promise((done) => setTimeout(done, 300))")
+    assert browser.evaluate("document.title") == "old"  # somebody is reading
+    browser.evaluate("state.touched = 0, void follow('another state')")
     browser.wait_until("document.title === 'run · responses'")

@@ -86,7 +86,7 @@ def read_content(workdir: Path, selection: Selection = EVERYTHING) -> dict[str, 
     return {
         "run": {
             "name": workdir.resolve().name,
-            "facts": run_facts(settings),
+            "facts": run_facts(settings, trained=bool(metrics)),
             "written": written,
         },
         "selection": {"step": selection.step, "question": selection.question},
@@ -283,15 +283,12 @@ def flag(row: Mapping[str, Any], name: str) -> bool | None:
     return row[name] if isinstance(row.get(name), bool) else None
 
 
-def run_facts(settings: Config) -> list[tuple[str, str]]:
-    """What the head of the page says of a run."""
-    facts = {
-        "model": one_line(settings.model.path or "from scratch", 120),
-        "questions": settings.data.source,
-        "reward": one_line(settings.reward.design, 200),
-        "seed": str(settings.run.seed),
-    }
-    return list(facts.items())
+def run_facts(settings: Config, *, trained: bool) -> list[tuple[str, str]]:
+    """What the head of the page says of a run; of an evaluation the data sets are in its table."""
+    facts = [("model", one_line(settings.model.path or "from scratch", 120))]
+    if trained:
+        facts += [("questions", settings.data.source), ("reward", one_line(settings.reward.design, 200))]
+    return [*facts, ("seed", str(settings.run.seed))]
 
 
 def encoded(value: Any) -> bytes:

@@ -118,14 +118,18 @@ def summary_table(workdir: Path) -> dict[str, Any]:
     """A row per measure of summary.json, a column per data set."""
     path = workdir / "summary.json"
     data = read_summary(path)["data"] if path.exists() else {}
-    cells = {name: dict(estimates(results)) for name, results in data.items()}
+    cells = {name: dict(sorted(estimates(results), key=is_subject)) for name, results in data.items()}
     measures = list(dict.fromkeys(measure for of_set in cells.values() for measure in of_set))
     return {
-        "title": "Evaluation",
+        "title": "Data sets",
         "first": "measure",
         "columns": [f"{name} ({results.get('questions')} questions)" for name, results in data.items()],
         "rows": [{"name": measure, "cells": [cells[name].get(measure) for name in cells]} for measure in measures],
     }
+
+
+def is_subject(entry: tuple[str, dict[str, float]]) -> bool:
+    return entry[0].startswith("subjects / ")
 
 
 def estimates(results: Mapping[str, Any], path: str = "") -> list[tuple[str, dict[str, float]]]:

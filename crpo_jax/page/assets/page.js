@@ -8,13 +8,14 @@ const MARKS = {
   fact: "case fact, cited whole", cited: "cited term", tag: "tag",
 };
 const PRIORITY = ["format", "language", "box", "fact", "cited"]; // the first of these that covers a place colours it
+const QUIET = 8000; // milliseconds without a touch of keys, mouse or screen, after which nobody is taken to be reading
 const LIST_LENGTH = 100; // rows that are added to the list at a time
 
 const byId = (id) => document.getElementById(id);
 const label = (name) => LABELS[name] ?? name;
 const digits = (value, most = 3) => value == null ? "–" : value.toLocaleString("en", {maximumFractionDigits: most});
 const short = (value) => Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-2) ? value.toExponential(1) : String(Number(value.toPrecision(3)));
-const signed = (value) => value ? `${value < 0 ? "−" : "+"}${digits(Math.abs(value))}` : "0";
+const signed = (value, most) => `${digits(value, most)}`.match(/[1-9]/) ? `${value < 0 ? "−" : "+"}${digits(Math.abs(value), most)}` : "0";
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function node(name, attributes = {}, ...children) {
@@ -72,7 +73,7 @@ const ORDERS = {
   "": "as sampled", lowest: "lowest reward first", highest: "highest reward first", longest: "longest first",
   gained: "gained most, before to after", lost: "lost most, before to after",
 };
-const state = {filters: {}, selected: null, compare: false, length: LIST_LENGTH};
+const state = {filters: {}, selected: null, compare: false, length: LIST_LENGTH, touched: 0};
 let matching = [];
 
 function filterList() {
@@ -181,7 +182,7 @@ function showList() {
   while (place >= state.length) state.length += LIST_LENGTH;
   list.replaceChildren(...matching.slice(0, state.length).map((response) => {
     const where = [response.step == null ? null : `step ${response.step}`, response.asked.id, response.sample == null ? null : `#${response.sample}`].filter(Boolean).join(" · ");
-    const ordered = ["gained", "lost"].includes(state.filters.order) ? signed(gain(response)) : digits(response.total, 2);
+    const ordered = ["gained", "lost"].includes(state.filters.order) ? signed(gain(response), 2) : digits(response.total, 2);
     const row = node("li", {"aria-current": response.key === state.selected, title: response.set}, node("b", {}, ordered), sign(response), node("span", {}, where));
     row.addEventListener("click", () => choose(response));
     return row;
@@ -247,7 +248,8 @@ function questionBox(response) {
     const notes = [right ? "right" : null, taken ? "chosen" : null].filter(Boolean).join(", ");
     return node("li", {class: `${right ? "is-right" : ""} ${taken ? "is-chosen" : ""}`}, `${name}) ${text}`, notes ? node("small", {}, notes) : null);
   });
-  const answer = !options.length && asked.answer ? node("p", {}, "Right answer: ", node("b", {}, asked.answer)) : null;
+  const answer = options.length || !asked.answer ? null
+    : node("p", {}, "Right answer: ", node("b", {}, asked.answer), chosen == null ? " (no answer found)" : ", found: ", chosen == null ? null : node("b", {}, chosen));
   return node("section", {class: "box question"}, node("h3", {}, "Question"), ...turns,
     node("p", {class: "text"}, ...marked(asked.text, response.question_marks ?? [], false)),
     options.length ? node("ul", {class: "options"}, ...options) : null, answer);
@@ -291,7 +293,8 @@ function titleOf(response) {
 function elsewhere(response) {
   if (response.related.length < 2) return null;
   const buttons = response.related.slice(0, 60).map((other) => {
-    const button = node("button", {type: "button", "aria-pressed": other === response, title: other.set}, `${other.step == null ? `#${other.sample ?? 0}` : `step ${other.step}`}: ${digits(other.total, 2)} `, sign(other));
+    const place = [other.step == null ? null : `step ${other.step}`, other.sample == null ? null : `#${other.sample}`].filter(Boolean).join(" ");
+    const button = node("button", {type: "button", "aria-pressed": other === response, title: other.set}, `${place}: ${digits(other.total, 2)} `, sign(other));
     button.addEventListener("click", () => choose(other));
     return button;
   });
@@ -334,7 +337,7 @@ const CHARTS = [
     ["reward/cross_reference", "eval/cross_reference", "cross-reference"], ["reward/consistency", "eval/consistency", "consistency"]]],
   ["KL from the start", [["kl/mean", null, "nats per token"]]],
   ["Response length", [["response/length", "eval/length", "tokens"]]],
-  ["Fine-tuning loss", [["sft/loss", "eval/loss", "nats per token"]]],
+  ["Fine-tuning loss", [["loss/total", "eval/loss", "nats per token"]]],
 ];
 
 function points(trained, measured) {
@@ -345,7 +348,7 @@ function points(trained, measured) {
 function chart(title, series, small) {
   const drawn = series.map(([trained, measured, name], i) => ({name, colour: `c${i % 4 + 1}`, ...points(trained, measured)})).filter(({line, dots}) => line.length + dots.length);
   if (!drawn.length) return null;
-  const width = small ? 230 : 340, height = small ? 90 : 150, [left, right, top, bottom] = [42, 8, 8, 18];
+  const width = small ? 230 : 340, height = small ? 90 : 150, [left, right, top, bottom] = [50, 8, 8, 18];
   const all = drawn.flatMap(({line, dots}) => [...line, ...dots]);
   const range = (i) => all.reduce(([low, high], point) => [Math.min(low, point[i]), Math.max(high, point[i])], [Infinity, -Infinity]);
   const [x0, x1] = range(0), [low, high] = range(1), margin = (high - low || Math.abs(high) || 1) * 0.06;
@@ -382,8 +385,10 @@ function chart(title, series, small) {
 
 function showCurves() {
   const {curves} = data;
-  const main = CHARTS.map(([title, series]) => chart(title, series)).filter(Boolean);
-  const used = new Set(CHARTS.flatMap(([, series]) => series.flat()));
+  const fineTuned = "eval/loss" in curves.measured; // loss/total is something else in RL, and stands with the others there
+  const charts = CHARTS.filter(([title]) => fineTuned || title !== "Fine-tuning loss");
+  const main = charts.map(([title, series]) => chart(title, series)).filter(Boolean);
+  const used = new Set(charts.flatMap(([, series]) => series.flat()));
   const others = Object.keys(curves.metrics).filter((name) => !used.has(name));
   byId("curves").hidden = !main.length && !others.length;
   byId("charts").append(...main);
@@ -401,9 +406,10 @@ function showCurves() {
 const COLUMNS = {"eval/mean": "reward", "eval/accuracy": "right answer", "eval/cross_reference": "cross-reference", "eval/failed": "not scored", "eval/length": "tokens"};
 
 function tableOf(table) {
+  const intervals = table.rows.some((row) => row.cells.some((value) => value?.low != null));
   const exact = (value) => digits(value, Math.abs(value) < 10 ? 3 : 1);
   const cell = (value) => value == null ? node("td", {}, "–") : node("td", {}, exact(value.mean), value.low == null ? null : node("small", {}, `${exact(value.low)} to ${exact(value.high)}`));
-  return node("div", {}, node("h3", {}, table.title), node("p", {class: "note"}, "Means, with intervals of 95% over questions."), node("div", {class: "scroll"}, node("table", {},
+  return node("div", {}, node("h3", {}, table.title), node("p", {class: "note"}, intervals ? "Means, with intervals of 95% over questions." : "Means."), node("div", {class: "scroll"}, node("table", {},
     node("thead", {}, node("tr", {}, node("th", {}, table.first), ...table.columns.map((name) => node("th", {}, COLUMNS[name] ?? name.replace("eval/", "").replaceAll("_", " "))))),
     node("tbody", {}, ...table.rows.map((row) => node("tr", {}, node("td", {}, row.name), ...row.cells.map(cell)))))));
 }
@@ -450,12 +456,12 @@ function pressed(event) {
 }
 
 async function follow(known) {
-  // The page is read again when the run's files have changed; the address says which response and filters.
+  // The page is read again when the run's files have changed and nobody is reading; the address has filters and response.
   try {
     const answer = await fetch("state", {cache: "no-store"});
     const current = await answer.text();
-    if (answer.ok && known != null && current !== known) return location.reload();
-    if (answer.ok) known = current;
+    if (answer.ok) known ??= current;
+    if (answer.ok && current !== known && Date.now() - state.touched > QUIET) return location.reload();
   } catch { /* the server has ended: the page stays as it is */ }
   setTimeout(follow, 3000, known);
 }
@@ -468,8 +474,10 @@ readAddress();
 refresh();
 byId("more").addEventListener("click", () => { state.length += LIST_LENGTH; showList(); });
 document.addEventListener("keydown", pressed);
+for (const link of document.querySelectorAll("nav a")) link.hidden = byId(link.hash.slice(1)).hidden;
 document.querySelector("nav").addEventListener("click", (event) => { // the address holds filters, not a place
   const target = event.target.hash && byId(event.target.hash.slice(1));
   if (target) { event.preventDefault(); target.scrollIntoView(); }
 });
+for (const touch of ["keydown", "pointermove", "pointerdown", "wheel", "touchmove"]) document.addEventListener(touch, () => { state.touched = Date.now(); }, {passive: true});
 if (location.protocol.startsWith("http")) follow(null);
