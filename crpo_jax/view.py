@@ -15,8 +15,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from crpo_jax.cli import Parser, path_of, run_command
 from crpo_jax.errors import InputError
-from crpo_jax.page.content import Selection, read_content
+from crpo_jax.page.content import read_content
 from crpo_jax.page.html import render_page
+from crpo_jax.page.selection import Selection
 
 HOST = "127.0.0.1"
 LOCAL_NAMES = (HOST, "localhost")

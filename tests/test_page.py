@@ -15,11 +15,12 @@ from crpo_jax import config, view
 from crpo_jax.cli import run_command
 from crpo_jax.data.question import Question
 from crpo_jax.errors import Fault, InputError
-from crpo_jax.page import content, html
-from crpo_jax.page.content import Selection, read_content
+from crpo_jax.page import content, html, selection
+from crpo_jax.page.content import read_content
 from crpo_jax.page.lines import Lines, spread
 from crpo_jax.page.marks import Mark, clip, find_marks, in_utf16
 from crpo_jax.page.parts import reward_parts
+from crpo_jax.page.selection import Selection
 from crpo_jax.reward.rules import score_response
 from crpo_jax.store.files import encode_rows
 
@@ -214,10 +215,10 @@ def test_places_are_spread_and_each_comes_once(count: int):
 def test_lines_leave_a_torn_end_and_name_a_damaged_one(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"step": 0}\nbroken\n{"step": 2}\n{"step": 3')
-    with Lines(path) as lines:
-        assert (len(lines), lines[2]) == (3, {"step": 2})
-        with pytest.raises(InputError, match=r"rows.jsonl:2: expected a JSON object, got b'broken"):
-            lines[1]
+    lines = Lines(path)
+    assert (len(lines), lines[2]) == (3, {"step": 2})
+    with pytest.raises(InputError, match=r"rows.jsonl:2: expected a JSON object, got b'broken"):
+        lines[1]
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,7 @@ def test_a_selection_has_every_response_of_a_step_or_to_a_question(many: Path):
 
 def test_held_out_questions_are_the_same_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(content, "MAX_RESPONSES", 40)
-    monkeypatch.setattr(content, "WHOLE_HISTORIES", 2)
+    monkeypatch.setattr(selection, "WHOLE_HISTORIES", 2)
     asked = [Question(f"h{number}", CASE, QUESTION.options, "A") for number in range(50)]
     row = sample_row(QUESTION, WRONG, 0)
     held_out = {step: [row | {"id": each.id} for each in asked] for step in (0, 10, 20)}

@@ -1,10 +1,10 @@
 """What a page holds of a workdir: its curves, its tables, and as many of its responses as fit."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from crpo_jax.answer.statistics import extract_letter
 from crpo_jax.config import Config, load_config
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError, one_line
-from crpo_jax.page.lines import Lines, spread
+from crpo_jax.page.lines import Lines
 from crpo_jax.page.marks import clip, find_marks, in_utf16
-from crpo_jax.page.measures import evaluation_tables, held_out_files, held_out_step, read_curves
+from crpo_jax.page.measures import evaluation_tables, read_curves
 from crpo_jax.page.parts import number, reasons_of, reward_parts
+from crpo_jax.page.selection import EVERYTHING, ResponseSet, Selection, Take, response_sets, takes
 from crpo_jax.reward.effective import find_effective_table
 from crpo_jax.reward.rules import score_response
 from crpo_jax.reward.scorer import score_row
@@ -26,62 +27,18 @@ from crpo_jax.store.metrics import read_metrics
 
 MAX_BYTES = 4_600_000  # of questions and responses in one page; its programs, curves and tables are the rest of 5 MB
 MAX_RESPONSES = 3000
-WHOLE_HISTORIES = 16  # held-out questions shown at every evaluation; further ones at the first and the last alone
 HEAD, TAIL, MAX_MARKS = 14_000, 6_000, 1500  # characters of a long text, and marks of any
-
-
-@dataclass(frozen=True)
-class ResponseSet:
-    """A file of responses; `design` is the reward that scored them."""
-
-    name: str
-    path: Path
-    design: str
-    step: int | None = None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which responses a page is to hold: those of one step, or to one question; all where both are None."""
-
-    step: int | None = None
-    question: str | None = None
-
-    def wants(self, line: bytes) -> bool:
-        """Whether a line may be one of them, by its bytes; `wants_row` looks closer."""
-        return (self.step is None or f'"step": {self.step},'.encode() in line) and (
-            self.question is None or json.dumps(self.question, ensure_ascii=False).encode(errors="replace") in line
-        )
-
-    def wants_row(self, row: Mapping[str, Any], step: int | None) -> bool:
-        return (self.step is None or row.get("step", step) == self.step) and (
-            self.question is None or row.get("id") == self.question
-        )
-
-
-EVERYTHING = Selection()
-
-
-def response_sets(workdir: Path, settings: Config) -> list[ResponseSet]:
-    """The files of responses in a workdir: a run's, its held-out questions by step, an evaluation's data sets."""
-    sets = [ResponseSet("training", workdir / "samples.jsonl", settings.reward.design)]
-    for path in held_out_files(workdir):
-        step = held_out_step(path)
-        sets.append(ResponseSet(f"held out, step {step}", path, "crpo", step))
-    sets += [ResponseSet(path.stem, path, "crpo") for path in sorted((workdir / "responses").glob("*.jsonl"))]
-    return [each for each in sets if each.path.is_file()]
 
 
 def read_content(workdir: Path, selection: Selection = EVERYTHING) -> dict[str, Any]:
     """Everything that a page shows, as plain values; InputError names a file that cannot be read."""
     settings, metrics = load_config(workdir / "config.yaml", model=False), read_metrics(workdir)
     collected = Collected(settings)
-    with contextlib.ExitStack() as files:
-        sets = response_sets(workdir, settings)
-        opened = {each: files.enter_context(Lines(each.path, wanted(each, selection))) for each in sets}
-        for turn in takes(opened, selection):
-            if not collected.add(*turn):
-                break
+    sets = response_sets(workdir, settings)
+    lines = {each: Lines(each.path, partial(selection.wants, step=each.step)) for each in sets}
+    for turn in takes(lines):
+        if not collected.add(*turn):
+            break
     written = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "run": {
@@ -93,63 +50,17 @@ def read_content(workdir: Path, selection: Selection = EVERYTHING) -> dict[str, 
         "curves": read_curves(metrics),
         "tables": evaluation_tables(workdir, metrics),
         "sets": [
-            {"name": each.name, "step": each.step, "total": len(lines), "shown": collected.shown.get(each.name, 0)}
-            for each, lines in opened.items()
+            {
+                "name": each.name,
+                "step": each.step,
+                "total": len(lines[each]),
+                "shown": collected.shown.get(each.name, 0),
+            }
+            for each in sets
         ],
         "questions": list(collected.questions.values()),
         "responses": collected.in_order(sets),
     }
-
-
-def wanted(responses: ResponseSet, selection: Selection) -> Callable[[bytes], bool]:
-    """The lines of a file that a selection takes; a held-out file is of one step, which its lines do not name."""
-    if responses.step is None:
-        return selection.wants
-    if selection.step not in (None, responses.step):
-        return lambda line: False
-    return replace(selection, step=None).wants
-
-
-Take = tuple[ResponseSet, int, dict[str, Any]]
-
-
-def takes(opened: Mapping[ResponseSet, Lines], selection: Selection) -> Iterator[list[Take]]:
-    """The responses in the order in which they are taken while there is room, some at a time: held-out questions at
-    every evaluation or at the first and the last, groups of a training step whole, samples of a data set."""
-    held_out = {each: lines for each, lines in opened.items() if each.step is not None}
-    others = {each: lines for each, lines in opened.items() if each.step is None}
-    streams = [held_out_takes(held_out)] if held_out else []
-    streams += [group_takes(each, lines) for each, lines in others.items()]
-    while streams:
-        for stream in list(streams):
-            rows = next(stream, None)
-            if rows is None:
-                streams.remove(stream)
-            elif kept := [take for take in rows if selection.wants_row(take[2], take[0].step)]:
-                yield kept
-
-
-def held_out_takes(opened: Mapping[ResponseSet, Lines]) -> Iterator[list[Take]]:
-    """The same questions at the first and the last evaluation, some at all of them; then what is left."""
-    places, ends = list(spread(max(map(len, opened.values())))), (min(opened, key=step_of), max(opened, key=step_of))
-    histories = set(places[:WHOLE_HISTORIES])
-    for now in (True, False):
-        for place in places:
-            sets = [each for each in opened if (each in ends or place in histories) == now]
-            yield [(each, place, opened[each][place]) for each in sets if place < len(opened[each])]
-
-
-def step_of(responses: ResponseSet) -> int:
-    return responses.step or 0
-
-
-def group_takes(responses: ResponseSet, lines: Lines) -> Iterator[list[Take]]:
-    taken: set[int] = set()
-    for place in spread(len(lines)):
-        if place not in taken:
-            rows = lines.group(place)
-            taken.update(place for place, _ in rows)
-            yield [(responses, place, row) for place, row in rows]
 
 
 class Collected:

@@ -4,7 +4,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from crpo_jax.errors import InputError
 
@@ -18,23 +18,28 @@ class Lines:
 
     def __init__(self, path: Path, wanted: Callable[[bytes], bool] = lambda line: True) -> None:
         self.path, self._starts, self._numbers = path, array("q"), array("q")
-        try:
-            self._file = path.open("rb")
-        except OSError as error:
-            raise InputError(f"{path}: expected a file of JSON lines, got: {error.strerror}") from None
         start = 0
-        for number, line in enumerate(self._file, start=1):
-            if line.endswith(b"\n") and wanted(line):
-                self._starts.append(start)
-                self._numbers.append(number)
-            start += len(line)
+        with self._open() as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n") and wanted(line):
+                    self._starts.append(start)
+                    self._numbers.append(number)
+                start += len(line)
+
+    def _open(self) -> BinaryIO:
+        """Opened for each reading: a run may have more evaluations than a process may have open files."""
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise InputError(f"{self.path}: expected a file of JSON lines, got: {error.strerror}") from None
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        self._file.seek(self._starts[place])
-        line = self._file.readline()
+        with self._open() as file:
+            file.seek(self._starts[place])
+            line = file.readline()
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -42,12 +47,6 @@ class Lines:
         if not isinstance(row, dict):
             raise InputError(f"{self.path}:{self._numbers[place]}: expected a JSON object, got {line[:60]!r}")
         return row
-
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     def group(self, place: int, most: int = 64) -> list[tuple[int, dict[str, Any]]]:
         """The neighbours of a row that answer the same question in the same step, with their places."""

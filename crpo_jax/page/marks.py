@@ -208,11 +208,11 @@ def clip(text: str, marks: Iterable[Mark], head: int, tail: int, most: int) -> t
     if left_out > 0:
         note = f"\n[… {left_out:,} characters are not shown …]\n"
         shift = head + len(note) - (len(text) - tail)
-        kept = [mark for mark in marks if mark.end <= head]
-        kept += [
+        remaining = [mark for mark in marks if mark.end <= head]
+        remaining += [
             Mark(mark.start + shift, mark.end + shift, mark.kind) for mark in marks if mark.start >= len(text) - tail
         ]
-        text, marks = text[:head] + note + text[len(text) - tail :], kept
+        text, marks = text[:head] + note + text[len(text) - tail :], remaining
     return text, [mark for mark in marks if mark.end <= len(text)][:most]
 
 

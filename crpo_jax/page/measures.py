@@ -7,22 +7,13 @@ from typing import Any
 
 from crpo_jax.answer.records import read_summary
 from crpo_jax.answer.statistics import estimate_count, estimate_share
-from crpo_jax.page.lines import Lines
 from crpo_jax.page.parts import number
+from crpo_jax.page.selection import held_out_files, held_out_step
+from crpo_jax.store.files import read_rows
 
 MAX_POINTS = 400  # of a curve; more steps are averaged
 SHARES = ("accuracy", "format", "cross_reference", "consistency")
 EVALUATION = "eval/"
-
-
-def held_out_step(path: Path) -> int:
-    """The step of a file report/held_out_<step>.jsonl."""
-    return int(path.stem.rpartition("_")[2])
-
-
-def held_out_files(workdir: Path) -> list[Path]:
-    paths = (workdir / "report").glob("held_out_*.jsonl")
-    return sorted((path for path in paths if path.stem.rpartition("_")[2].isdecimal()), key=held_out_step)
 
 
 def read_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -92,15 +83,13 @@ def measure_held_out(path: Path) -> dict[str, dict[str, float]]:
         if (value := number(value)) is not None:
             values.setdefault(EVALUATION + name, []).append([value])
 
-    with Lines(path) as lines:
-        for place in range(len(lines)):
-            row = lines[place]
-            add("mean", row.get("total"))
-            for name in SHARES:
-                add(name, row.get(name))
-            add("failed", float("error" in row))
-            add("length", row.get("tokens"))
-            add("truncated", float(row.get("stopped") is False))
+    for row in read_rows(path):
+        add("mean", row.get("total"))
+        for name in SHARES:
+            add(name, row.get(name))
+        add("failed", float("error" in row))
+        add("length", row.get("tokens"))
+        add("truncated", float(row.get("stopped") is False))
     return {name: estimate(values[name]) for name in values}
 
 
