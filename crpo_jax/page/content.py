@@ -25,7 +25,7 @@ from crpo_jax.reward.rules import score_response
 from crpo_jax.reward.scorer import score_row
 from crpo_jax.store.metrics import read_metrics
 
-MAX_BYTES = 4_600_000  # of questions and responses in one page; its programs, curves and tables are the rest of 5 MB
+MAX_BYTES = 4_900_000  # of what a page holds; its program and styles are the rest of 5 MB
 MAX_RESPONSES = 3000
 HEAD, TAIL, MAX_MARKS = 14_000, 6_000, 1500  # characters of a long text, and marks of any
 
@@ -33,8 +33,8 @@ HEAD, TAIL, MAX_MARKS = 14_000, 6_000, 1500  # characters of a long text, and ma
 def read_content(workdir: Path, selection: Selection = EVERYTHING) -> dict[str, Any]:
     """Everything that a page shows, as plain values; InputError names a file that cannot be read."""
     settings, metrics = load_config(workdir / "config.yaml", model=False), read_metrics(workdir)
-    collected = Collected(settings)
-    sets = response_sets(workdir, settings)
+    sets, curves, tables = response_sets(workdir, settings), read_curves(metrics), evaluation_tables(workdir, metrics)
+    collected = Collected(settings, MAX_BYTES - len(encoded([curves, tables, [each.name for each in sets]])))
     lines = {each: Lines(each.path, partial(selection.wants, step=each.step)) for each in sets}
     for turn in takes(lines):
         if not collected.add(*turn):
@@ -47,8 +47,8 @@ def read_content(workdir: Path, selection: Selection = EVERYTHING) -> dict[str, 
             "written": written,
         },
         "selection": {"step": selection.step, "question": selection.question},
-        "curves": read_curves(metrics),
-        "tables": evaluation_tables(workdir, metrics),
+        "curves": curves,
+        "tables": tables,
         "sets": [
             {
                 "name": each.name,
@@ -64,14 +64,13 @@ def read_content(workdir: Path, selection: Selection = EVERYTHING) -> dict[str, 
 
 
 class Collected:
-    """Questions and responses, until a page is full."""
+    """Questions and responses, until they fill the `room` of a page, in bytes."""
 
-    def __init__(self, settings: Config) -> None:
-        self.settings = settings
+    def __init__(self, settings: Config, room: int) -> None:
+        self.settings, self._room = settings, room
         self.questions: dict[tuple[str, str], dict[str, Any]] = {}
         self.responses: list[dict[str, Any]] = []
         self.shown: dict[str, int] = {}
-        self._bytes = 0
         self._effective: list[np.ndarray | None] = []
 
     def add(self, *turn: Take) -> bool:
@@ -86,9 +85,9 @@ class Collected:
             entries.append({"set": responses.name, "place": place, "question": new[key]["number"], **entry})
         added = [*entries, *list(new.values())[len(self.questions) :]]
         size = sum(len(encoded(each)) + 1 for each in added)
-        if self._bytes + size > MAX_BYTES or len(self.responses) + len(entries) > MAX_RESPONSES:
+        if size > self._room or len(self.responses) + len(entries) > MAX_RESPONSES:
             return False
-        self._bytes += size
+        self._room -= size
         self.questions = new
         self.responses += entries
         for entry in entries:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crpo_jax.answer.records import read_summary
 from crpo_jax.answer.statistics import estimate_count, estimate_share
 from crpo_jax.page.parts import number
@@ -12,6 +14,7 @@ from crpo_jax.page.selection import held_out_files, held_out_step
 from crpo_jax.store.files import read_rows
 
 MAX_POINTS = 400  # of a curve; more steps are averaged
+MAX_EVALUATIONS = 200  # in a table and among the points of a curve; of more, as many evenly spread ones
 SHARES = ("accuracy", "format", "cross_reference", "consistency")
 EVALUATION = "eval/"
 
@@ -25,7 +28,7 @@ def read_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     every = max(1, math.ceil(len(trained) / MAX_POINTS))
     bins = [trained[start : start + every] for start in range(0, len(trained), every)]
     names = dict.fromkeys(name for row in trained for name in row if name != "step" and not name.startswith(EVALUATION))
-    evaluated = [row for row in rows if any(name.startswith(EVALUATION) for name in row)]
+    evaluated = thinned([row for row in rows if any(name.startswith(EVALUATION) for name in row)])
     measured = dict.fromkeys(name for row in evaluated for name in row if name.startswith(EVALUATION))
     return {
         "every": every,
@@ -54,20 +57,30 @@ def evaluation_tables(workdir: Path, metrics: Sequence[Mapping[str, Any]]) -> li
 
 def held_out_table(workdir: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row per evaluation; the intervals are of 95% over questions."""
-    evaluations = {held_out_step(path): measure_held_out(path) for path in held_out_files(workdir)}
-    rows = {
+    files = {held_out_step(path): path for path in held_out_files(workdir)}
+    means = {
         row["step"]: {name: estimate for name in row if (estimate := only_mean(row, name))}
         for row in metrics
         if any(name.startswith(EVALUATION) for name in row)
     }
-    cells = rows | {step: rows.get(step, {}) | measures for step, measures in evaluations.items()}
-    columns = list(dict.fromkeys(name for measures in cells.values() for name in measures))
+    evaluated = sorted({*files, *means})
+    steps = thinned(evaluated)
+    rows = {step: means.get(step, {}) | (measure_held_out(files[step]) if step in files else {}) for step in steps}
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     return {
-        "title": "Held-out questions",
+        "title": "Held-out questions"
+        + (f", {len(steps)} of {len(evaluated)} evaluations" if steps != evaluated else ""),
         "first": "step",
         "columns": columns,
-        "rows": [{"name": str(step), "cells": [cells[step].get(name) for name in columns]} for step in sorted(cells)],
+        "rows": [{"name": str(step), "cells": [rows[step].get(name) for name in columns]} for step in steps],
     }
+
+
+def thinned(values: Sequence[Any]) -> Sequence[Any]:
+    """At most MAX_EVALUATIONS of the values, evenly spread, the first and the last among them."""
+    if len(values) <= MAX_EVALUATIONS:
+        return values
+    return [values[place] for place in np.linspace(0, len(values) - 1, MAX_EVALUATIONS).round().astype(int)]
 
 
 def only_mean(row: Mapping[str, Any], name: str) -> dict[str, float] | None:
