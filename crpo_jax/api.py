@@ -57,7 +57,7 @@ def train(
     import jax
 
     from crpo_jax.runtime.runtime import open_runtime
-    from crpo_jax.store.logs import read_metrics
+    from crpo_jax.store.metrics import read_metrics
     from crpo_jax.train import train as run_training
 
     workdir = local_path("workdir", workdir)

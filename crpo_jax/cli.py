@@ -21,6 +21,7 @@ SECTIONS = {
     "plan": (*MODEL, "data", "rollout", "crpo", "optimizer", "lora"),
     "distill": ("data", "reward", "distill", "run"),
     "score": ("rollout", "reward"),
+    "view": (),
     "export": (*MODEL, "lora", "sft", "run"),
 }
 """The sections of settings that each command reads, and lists with --help."""
@@ -97,6 +98,8 @@ class Parser(argparse.ArgumentParser):
     def _help(self, words: list[str]) -> str:
         """Flags and settings, or after --help WORD the settings that WORD finds, with the defaults of the config that
         the other words choose."""
+        if not SECTIONS[self._command]:
+            return self.format_help().rstrip()
         after = "".join(words[words.index("--help") + 1 :][:1])
         word = after if re.match(r"[^-=][^=]*$", after) else ""
         chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -35,6 +35,8 @@ from crpo_jax.judge import measures
 from crpo_jax.judge.methods import questions_path
 from crpo_jax.judge.report import write_report
 from crpo_jax.judge.table import format_summary
+from crpo_jax.page.html import keep_page, page_path
+from crpo_jax.reward.effective import find_effective_table
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import StopRequested, StopSignal
 from crpo_jax.store.files import read_rows, replace_rows, writing
@@ -70,7 +72,9 @@ def evaluate(
         if foreign:
             copy_responses(response_files, folder)
         answers = foreign or {path.stem: read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
-        return summarize_and_judge(answers, settings, workdir, stop)
+        summary = summarize_and_judge(answers, settings, workdir, stop)
+        keep_page(workdir, lambda line: print(line, file=sys.stderr))
+        return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Fault as error:
         raise SystemExit(f"crpo_jax.evaluate: stopped, everything so far is on disk: {error}") from None
     print(format_summary(summary, settings))
+    print(f"responses {page_path(workdir)}", file=sys.stderr)
 
 
 def default_config(model: str) -> Path | None:
@@ -192,7 +197,7 @@ def summarize_and_judge(
     path = workdir / "summary.json"
     previous = read_summary(path)["data"] if path.exists() else {}
     dropped = read_dropped(workdir / "responses")
-    effective = load_effective_table(settings)
+    effective = find_effective_table(settings)
     sets = {}
     for name, responses in answers.items():
         sets[name], rows = summarize(responses, settings, effective)
@@ -224,18 +229,6 @@ def write_questions(
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     with writing(path, hint=""):
         replace_file(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-
-
-def load_effective_table(settings: Config) -> Any:
-    """The table of effective tokens of tokenizer.path or the model's folder; None if neither is on this machine."""
-    from crpo_jax.reward.effective import effective_table, read_vocabulary
-
-    for path in filter(None, (settings.tokenizer.path, settings.model.path)):
-        for folder in (Path(path).expanduser(), config.config_folder().parent / path):
-            file = folder / "tokenizer.json"
-            if file.is_file():
-                return effective_table(file, max(read_vocabulary(file).values()) + 1)
-    return None
 
 
 def run_judges(

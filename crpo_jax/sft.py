@@ -9,6 +9,7 @@ import jax
 
 from crpo_jax import cli
 from crpo_jax.config import default_config_path
+from crpo_jax.page.html import keep_page
 from crpo_jax.parallel import processes
 from crpo_jax.runtime import fine_tuning_report
 from crpo_jax.runtime.faults import faults_end_in_one_line
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_same_workdir(workdir)
         if not has_folder(workdir, folder.name):
             fine_tune(runtime, workdir, folder, open_traces(runtime), allow_changes=args.allow_changes)
+            if runtime.writes:
+                keep_page(workdir, lambda line: print(line, file=sys.stderr))
         elif runtime.writes:
             print(
                 f"{fine_tuning_report.sft_closing(workdir, folder)}\nthis run is finished, nothing to do",

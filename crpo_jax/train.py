@@ -12,6 +12,7 @@ from crpo_jax.answer.rollout import rollout_metrics, sample_rollout, sample_rows
 from crpo_jax.config import default_config_path, replaced
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
+from crpo_jax.page.html import keep_page
 from crpo_jax.parallel import processes
 from crpo_jax.parallel.mesh import data_size
 from crpo_jax.reward.functions import RewardFunction
@@ -103,6 +104,10 @@ def train(
                 measures |= report.time_metrics(runtime, rollout.responses, rows, batches, seconds)
                 samples, save = sample_rows(step, rollout, advantages), is_due(step + 1, settings.run.save_every)
                 run.keep(step, measures, report.step_line(measures), updates, batches, samples=samples, save=save)
+                if "eval/mean" in measures and runtime.writes:
+                    keep_page(workdir, run.progress.write)
+    if runtime.writes:
+        keep_page(workdir, run.progress.write)
     run.conclude(lambda: report.closing(workdir, len(inputs.held_out.questions)))
 
 

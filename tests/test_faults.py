@@ -22,7 +22,7 @@ from crpo_jax.errors import Fault, InputError
 from crpo_jax.runtime import faults
 from crpo_jax.runtime.compilations import enable_compilation_cache
 from crpo_jax.runtime.limits import LimitWatch
-from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.metrics import read_metrics
 from crpo_jax.store.workdir import check_inputs, open_workdir
 
 KILLS = int(os.environ.get("CRPO_JAX_KILLS", "4"))

@@ -51,6 +51,7 @@ ROOMS = {
         "runtime",
     },
     "judge": {"errors", "disk", "config", "data", "reward", "store", "chat", "answer"},
+    "page": {"errors", "disk", "config", "data", "reward", "store", "answer"},
     "planner": {"errors", "hardware", "config", "parallel", "model", "rollout", "update"},
 }
 """A room imports its own modules and those of the rooms named here, which all stand above it in this table."""
@@ -137,12 +138,12 @@ def test_the_table_allows_nothing_that_is_not_used(name: str):
 
 
 HOST_MODULES = [
-    *("errors", "hardware", "config", "cli", "api", "score", "distill", "evaluate", "plan", "planner.targets"),
+    *("errors", "hardware", "config", "cli", "api", "score", "distill", "evaluate", "plan", "view", "planner.targets"),
     *("answer.records", "answer.statistics", "answer.truth", "runtime.progress", "runtime.signals"),
-    *("store.event_file", "store.files", "store.journal", "store.logs", "store.skipped", "store.workdir"),
+    *("store.event_file", "store.files", "store.journal", "store.metrics", "store.skipped", "store.workdir"),
     *(
         f"{folder}.{path.stem}"
-        for folder in ("chat", "data", "judge", "reward")
+        for folder in ("chat", "data", "judge", "page", "reward")
         for path in sorted((PACKAGE / folder).glob("[!_]*.py"))
         if path.stem != "batches"  # grain imports jax
     ),

@@ -69,6 +69,17 @@ class Tags(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
+def test_a_report_does_not_replace_the_page_of_a_run(tmp_path):
+    """Both are report/index.html: the report over models used to write where it was told, whatever stood there."""
+    run = tmp_path / "run"
+    (run / "report").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    (run / "report" / "index.html").write_text("the page")
+    with pytest.raises(InputError, match=r"--workdir .*run: expected another folder than a run's"):
+        evaluate.main(["--report", f"A={evaluated(tmp_path / 'a', 0.0)}", "--workdir", str(run)])
+    assert (run / "report" / "index.html").read_text() == "the page"
+
+
 def test_a_report_over_seeds_and_methods(tmp_path, capsys):
     rows = [f"GRPO={evaluated(tmp_path / f'g{seed}', 0.0, seed)}" for seed in (0, 1)]
     rows += [f"CRPO={evaluated(tmp_path / f'c{seed}', 1.0, seed, judges=True)}" for seed in (0, 1)]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from crpo_jax.store.files import RESUME_HINT
-from crpo_jax.store.logs import LOGS, Log, held_out_rewards, read_metrics
+from crpo_jax.store.logs import LOGS, Log
+from crpo_jax.store.metrics import held_out_rewards, read_metrics
 
 
 def lines(path: Path) -> list[dict[str, object]]:

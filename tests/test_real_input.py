@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.metrics import read_metrics
 
 export = import_module("crpo_jax.export")
 train = import_module("crpo_jax.train")

@@ -17,7 +17,7 @@ from crpo_jax import sft
 from crpo_jax.errors import InputError
 from crpo_jax.runtime import exported_tokenizer, fine_tuning_report
 from crpo_jax.runtime.fine_tuning import patience_is_over
-from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.metrics import read_metrics
 
 export = import_module("crpo_jax.export")
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from crpo_jax.data.tokenizer import load_tokenizer
 from crpo_jax.errors import InputError
 from crpo_jax.runtime import same_inputs
-from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.metrics import read_metrics
 
 export = import_module("crpo_jax.export")
 score = import_module("crpo_jax.score")
@@ -79,8 +79,8 @@ def whole(tmp_path_factory, compiled_once):
 
 
 def test_a_run_leaves_everything_a_user_looks_for(whole):
-    files = ("config.yaml", "metrics.jsonl", "samples.jsonl", "report/curve.png", "coldstart/model.safetensors")
-    for name in (*files, "checkpoints", "tb"):
+    files = ("config.yaml", "metrics.jsonl", "samples.jsonl", "coldstart/model.safetensors")
+    for name in (*files, "report/curve.png", "report/index.html", "checkpoints", "tb"):
         assert (whole / name).exists(), name
     metrics = read_metrics(whole)
     assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]

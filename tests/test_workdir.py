@@ -20,7 +20,8 @@ from crpo_jax.runtime.report import before_and_after
 from crpo_jax.score import main as score_main
 from crpo_jax.store.checkpoint import refuse_patterns
 from crpo_jax.store.journal import Journal
-from crpo_jax.store.logs import Log, read_metrics
+from crpo_jax.store.logs import Log
+from crpo_jax.store.metrics import read_metrics
 from crpo_jax.store.workdir import FILES, FOLDERS, check_inputs, has_folder, open_workdir
 
 DIGESTS = {"training questions": "a", "tokenizer": "b"}

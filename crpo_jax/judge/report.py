@@ -364,6 +364,9 @@ def page_html(methods: Sequence[Method], figures: Mapping[str, str], folder: Pat
 
 def write_report(specifications: Sequence[str], folder: Path) -> str:
     """Writes the report on NAME=FOLDER methods into `folder`; the terminal's table, and the page's path."""
+    if (folder.parent / "config.yaml").exists():
+        page = folder / "index.html"
+        raise InputError(f"--workdir {folder.parent}: expected another folder than a run's, which has its own {page}")
     methods = read_methods(specifications)
     with writing(folder, InputError, hint=""):
         make_folder(folder, parents=True)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crpo_jax.config import Config, config_folder
 from crpo_jax.errors import InputError
 
 EFFECTIVE_RANGES = (
@@ -186,3 +187,13 @@ def effective_table(tokenizer_json: str | Path, vocab_size: int) -> np.ndarray:
         special = token.get("special") or (text.startswith("<|") and text.endswith("|>"))
         table[index] = not special and all_effective(text)
     return table
+
+
+def find_effective_table(settings: Config) -> np.ndarray | None:
+    """The table of tokenizer.path or the model's folder; None if neither is on this machine."""
+    for path in filter(None, (settings.tokenizer.path, settings.model.path)):
+        for folder in (Path(path).expanduser(), config_folder().parent / path):
+            file = folder / "tokenizer.json"
+            if file.is_file():
+                return effective_table(file, max(read_vocabulary(file).values()) + 1)
+    return None

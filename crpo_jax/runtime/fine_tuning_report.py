@@ -9,7 +9,7 @@ from crpo_jax.runtime.inputs import Traces
 from crpo_jax.runtime.report import model_and_devices
 from crpo_jax.runtime.runtime import Runtime, Vocabulary
 from crpo_jax.store.files import writing
-from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.metrics import read_metrics
 from crpo_jax.update.batches import Row
 from crpo_jax.update.trainer import Update
 

@@ -25,7 +25,7 @@ from crpo_jax.runtime.inputs import TrainingQuestions
 from crpo_jax.runtime.progress import format_duration
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.files import read_rows, writing
-from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.metrics import read_metrics
 from crpo_jax.update.batches import Row
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Update
@@ -231,7 +231,7 @@ def closing(workdir: Path, count: int) -> str:
     example = before_and_after(workdir, int(first["step"]), int(last["step"]))
     files = [
         f"curve     {draw_curve(workdir, metrics)}",
-        f"responses {workdir / 'samples.jsonl'}, {workdir / 'report'}",
+        f"responses {workdir / 'report' / 'index.html'}, {workdir / 'samples.jsonl'}",
         f"metrics   {workdir / 'metrics.jsonl'}, {workdir / 'tb'}",
     ]
     return "\n\n".join(part for part in (example, "\n".join(rows), "\n".join(files)) if part)

@@ -24,7 +24,8 @@ from pydantic import TypeAdapter, ValidationError
 from crpo_jax.disk import file_digest, make_folder, remove, replace_folder
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.store.files import writing
-from crpo_jax.store.logs import LOGS, held_out_rewards, read_metrics, sync_logs
+from crpo_jax.store.logs import LOGS, sync_logs
+from crpo_jax.store.metrics import held_out_rewards, read_metrics
 
 State = TypeVar("State")
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from crpo_jax.disk import make_folder, sync_file, sync_folder
-from crpo_jax.errors import InputError
 from crpo_jax.store.event_file import EventFile
-from crpo_jax.store.files import check_in_place, encode_rows, read_rows, write_all, writing
+from crpo_jax.store.files import check_in_place, encode_rows, write_all, writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -113,21 +112,3 @@ def sync_logs(workdir: Path, sizes: Mapping[str, int]) -> None:
     for path in (workdir / "tb").glob("*"):
         if path.is_file():  # profilers put folders there
             sync_file(path)
-
-
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Every step of metrics.jsonl; InputError names a line that is none."""
-    path, rows = workdir / "metrics.jsonl", []
-    for number, row in enumerate(read_rows(path), start=1):
-        if type(row.get("step")) is not int or any(not isinstance(value, float | int | None) for value in row.values()):
-            raise InputError(
-                f"{path}:{number}: expected a step and its measures, got {str(row)[:60]}; "
-                "remove the line, or choose another --workdir"
-            )
-        rows.append(row)
-    return rows
-
-
-def held_out_rewards(workdir: Path) -> dict[int, float]:
-    """The mean reward of the held-out responses (eval/mean), by the step at which it was measured."""
-    return {row["step"]: row["eval/mean"] for row in read_metrics(workdir) if row.get("eval/mean") is not None}
