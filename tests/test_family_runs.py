@@ -20,7 +20,7 @@ from crpo_jax.data.tokenizer import load_tokenizer
 from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.inputs import open_questions, open_traces
 from crpo_jax.runtime.runtime import open_runtime
-from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.metrics import read_metrics
 
 evaluate = import_module("crpo_jax.evaluate")
 export = import_module("crpo_jax.export")
