@@ -427,7 +427,10 @@ function showHead() {
   byId("facts").textContent = [...data.run.facts.map(([name, value]) => `${name} ${value}`), `written ${data.run.written.slice(0, 16).replace("T", " ")} UTC`].join(" · ");
   const {step, question} = data.selection;
   const chosen = [step == null ? null : `step ${step}`, question == null ? null : `question ${question}`].filter(Boolean).join(", ");
-  const sets = data.sets.map((set) => set.shown === set.total ? `${set.name}: all ${digits(set.total)}` : `${set.name}: ${digits(set.shown)} of ${digits(set.total)}, evenly spread`);
+  const sum = (sets) => sets.reduce(({shown, total}, set) => ({shown: shown + set.shown, total: total + set.total}), {shown: 0, total: 0});
+  const named = (name, {shown, total}) => total ? [`${name}: ${shown === total ? `all ${digits(total)}` : `${digits(shown)} of ${digits(total)}, evenly spread`}`] : [];
+  const heldOut = data.sets.filter((set) => set.step != null && set.total);
+  const sets = [...data.sets.filter((set) => set.step == null).flatMap((set) => named(set.name, set)), ...named(`${heldOut.length} evaluations of held-out questions`, sum(heldOut))];
   byId("shown").append(`${chosen ? `Only ${chosen}. ` : ""}In this page: ${sets.join("; ") || "none"}.`);
   if (data.sets.every((set) => set.shown === set.total) && !chosen) return;
   if (!location.protocol.startsWith("http")) return byId("shown").append(" python -m crpo_jax.view shows every response of a step or of a question.");
