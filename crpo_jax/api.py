@@ -97,10 +97,12 @@ def fine_tune(
     from crpo_jax.runtime.fine_tuning import fine_tune as run_fine_tuning
     from crpo_jax.runtime.inputs import open_traces
     from crpo_jax.runtime.runtime import open_runtime
+    from crpo_jax.runtime.same_inputs import require_same_workdir
     from crpo_jax.store.workdir import has_folder
 
     workdir = local_path("workdir", workdir)
     runtime = open_runtime(choose_settings(config, settings, {"model.path": model}, jax.default_backend()))
+    require_same_workdir(workdir)
     folder = workdir / "coldstart"
     if not has_folder(workdir, folder.name):
         opened = open_traces(runtime, None if traces is None else as_questions(traces))
@@ -126,7 +128,7 @@ def sample(
 
     runtime = open_runtime(choose_settings(config, settings, {"model.path": model}, jax.default_backend()))
     data, dtype = runtime.settings.data, runtime.settings.model.dtype
-    prompts = render_prompts(as_questions(questions), data.prompt, data.system_prompt, runtime.vocabulary.tokenizer)
+    prompts = render_prompts(as_questions(questions), data, runtime.vocabulary.tokenizer)
     start = model_folder(str(model))
     weights = runtime.sampler_weights(Policy(runtime.start_weights(start, runtime.layout.master, dtype)))
     groups = runtime.sampler.generate(weights, prompts, key=runtime.key, group=n)

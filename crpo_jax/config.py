@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
@@ -54,6 +54,13 @@ Number = Annotated[Real, Field(ge=0)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 String = Annotated[str, Field(pattern=r"\A[^\x00]*\z")]
 Strings = Annotated[tuple[String, ...], BeforeValidator(lambda text: tuple(text) if isinstance(text, list) else text)]
+
+
+Name = Annotated[str, Field(pattern=r"\A[A-Za-z_]\w*\z")]
+"""A key of a setting with free keys, which are set one by one."""
+
+PROMPT_NAMES = ("crpo", "grpo", "grpo_dx", "released", "brief", "boxed")
+"""The built-in values of data.prompt."""
 
 
 def setting(default: Any, doc: str, *, unit: str = "", source: str = "ours", **bounds: Any) -> Any:
@@ -102,11 +109,41 @@ class Tokenizer:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Data:
-    source: Literal["vignettes", "medqa", "medmcqa", "medxpertqa", "jsonl"] = setting(
-        "medqa", "data set, or jsonl for questions of your own", source="paper, section 4.3"
+class Columns:
+    """Where a source of one's own has the parts of a question: a column, or a dotted path into a nested one."""
+
+    id: String = setting("id", "column with a unique id; a record without one gets a digest of its question")
+    question: String = setting("question", "column with the question")
+    messages: String = setting(
+        "messages", "column with a conversation in the question's place, which a user's turn ends"
     )
-    path: String = setting("", "local file or folder with the training questions; empty: the source's hub data set")
+    options: String = setting("options", "column with the options, by letter or as a list")
+    answer: String = setting("answer", "column with the right answer")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    source: Literal[
+        "vignettes", "medqa", "medmcqa", "medxpertqa", "pubmedqa", "mmlu", "healthbench", "gsm8k", "math500",
+        "file", "hub", "jsonl",
+    ] = setting(
+        "medqa",
+        "data set; or questions of your own: file (jsonl is the same), or hub with an id in data.path",
+        source="paper, section 4.3",
+    )  # fmt: skip
+    path: String = setting(
+        "",
+        "local file or folder with the training questions, or with source=hub an id; empty: the source's hub data set",
+    )
+    config: String = setting(
+        "", "named configuration of the hub data set, or several with commas; empty: the source's own"
+    )
+    answer: Literal["auto", "choice", "number", "text", "none"] = setting(
+        "auto",
+        "what answers of your own questions are compared as; none: there is no right one. "
+        "auto: choice with options, number or text by the answer's type, none without an answer",
+    )
+    columns: Columns = section(Columns)
     split: String = setting("train", "split to train on", source="paper, section 4.3")
     part: Literal["auto", "all", "first_half", "second_half"] = setting(
         "auto",
@@ -117,14 +154,20 @@ class Data:
     eval_path: String = setting("", "local file or folder with held-out questions; empty: data.path")
     eval_split: String = setting("test", "split to evaluate on", source="paper, section 4.3")
     eval_questions: Count = setting(512, "held-out questions per evaluation; 0: all")
-    prompt: Literal["crpo", "grpo", "grpo_dx", "released", "brief"] = setting(
-        "crpo", "instruction around the question, worded by this project"
+    prompt: String = setting(
+        "crpo",
+        f"instruction around the question: {', '.join(PROMPT_NAMES)}, worded by this project, or a Jinja file that "
+        "writes the whole user turn",
     )
     system_prompt: String = setting(
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-        "system turn, the same in cold start, RL and evaluation",
+        "system turn, the same in cold start, RL and evaluation: a text, or file:PATH for the text of a file",
         source="authors' code",
     )
+    chat_template_kwargs: Annotated[
+        dict[Name, JsonValue],
+        setting(..., "arguments of the chat template by name, as in data.chat_template_kwargs.enable_thinking=false"),
+    ] = dataclasses.field(default_factory=dict, hash=False)
     max_prompt_tokens: PositiveCount = setting(1024, "longest prompt", unit="tokens", source="authors' code")
     overlong_prompts: Literal["drop", "error"] = setting(
         "drop", "drop and count questions with a longer prompt, or stop with an error; prompts are never truncated"
@@ -150,7 +193,9 @@ class Rollout:
     slots: PositiveCount = setting(128, "responses decoded at the same time on each data shard", unit="rows")
     chunk: PositiveCount = setting(16, "decode steps between the host's checks for finished responses", unit="tokens")
     stop: Strings = setting(
-        ("<|im_end|>", "<|endoftext|>"), "tokens that end a response; the one sampled is part of the response"
+        (),
+        "tokens that end a response; the one sampled is part of the response; empty: the end of turn of the chat "
+        "template, the tokenizer's eos_token and the eos_token_id of generation_config.json",
     )
 
 
@@ -193,6 +238,14 @@ class Reward:
     min_section_words: Count = setting(3, "fewest words in each of System 1, System 2 and the conclusion", unit="words")
     grpo_tags: Strings = setting(
         ("think", "answer"), "the two tags of the grpo design; [dx, conclusion] after a cold start shared with crpo"
+    )
+    answer_in: String = setting(
+        "box",
+        "where a response's answer stands: box (\\boxed{...}), tag:NAME, after:MARK (up to the end of the line), or "
+        "pattern:REGEX with one group",
+    )
+    tolerance: Number = setting(
+        0.0, "largest difference between a right number and the right answer, as a share of the latter; 0: none"
     )
     cross_reference: CrossReference = section(CrossReference)
     workers: Count = setting(
@@ -242,6 +295,10 @@ class Lora:
     targets: Strings = setting(LINEAR_LAYERS, "linear layers that get adapters")
 
 
+POLICY_LOSSES = ("clip", "cispo", "sapo")
+"""The values of crpo.loss besides a user's own."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class Crpo:
     steps: Count = setting(0, "RL steps; 0: as many as crpo.epochs takes", unit="steps")
@@ -249,11 +306,32 @@ class Crpo:
     prompts_per_step: PositiveCount = setting(512, "questions per rollout", source="authors' code")
     group_size: Whole = setting(5, "responses per question (G)", source="paper, section 4.3", ge=2)
     mini_batch_prompts: PositiveCount = setting(16, "questions per optimizer step", source="authors' code")
-    advantage: Literal["grpo", "dr_grpo"] = setting(
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = setting(
         "grpo",
         "reward minus its group's mean, divided by the group's standard deviation (equation 3); "
-        "dr_grpo: not divided (arXiv 2503.20783)",
+        "dr_grpo: not divided (arXiv 2503.20783); rloo: minus the mean of the group's others (arXiv 2402.14740); "
+        "reinforce_plus_plus: normalized over the batch (arXiv 2501.03262); _baseline: after the group's mean is taken "
+        "off",
         source="paper, equation 3",
+    )
+    loss: String = setting(
+        "clip",
+        "policy loss: clip (PPO's), cispo (arXiv 2506.13585), sapo (arXiv 2511.20347), or your own as module:function",
+        source="authors' code",
+    )
+    old_logprobs: Literal["trainer", "sampler"] = setting(
+        "trainer",
+        "the ratio's denominator: log-probs of the trainer, which take a forward pass, or those that the sampler drew "
+        "with",
+        source="authors' code",
+    )
+    importance: Literal["off", "token", "sequence"] = setting(
+        "off",
+        "truncated importance sampling (TIS) for the difference of sampler and trainer, by token or by response",
+    )
+    importance_cap: Real = setting(2.0, "importance weights are truncated at this", ge=1)
+    importance_bound: Number = setting(
+        0.0, "tokens or responses whose importance weight leaves 1/bound to bound are masked; 0: off"
     )
     ratio: Literal["token", "sequence"] = setting(
         "token",
@@ -268,12 +346,30 @@ class Crpo:
         3e-4, "clip_low with ratio=sequence, a ratio that varies far less", source="arXiv 2507.18071, section 5.1"
     )
     sequence_clip_high: Number = setting(4e-4, "clip_high with ratio=sequence", source="arXiv 2507.18071, section 5.1")
+    sapo_tau_positive: Real = setting(
+        1.0, "loss=sapo: temperature of the gate of good responses", source="arXiv 2511.20347, section 5.1", gt=0
+    )
+    sapo_tau_negative: Real = setting(
+        1.05, "loss=sapo: temperature of the gate of the others", source="arXiv 2511.20347, section 5.1", gt=0
+    )
     dynamic_sampling: Count = setting(
         0,
         "most extra batches of questions per step, to replace groups whose rewards are all equal (DAPO)",
         unit="batches",
     )
-    kl_coef: Number = setting(0.001, "beta, weight of the k3 KL to the frozen start model", source="authors' code")
+    kl_coef: Number = setting(
+        0.001,
+        "beta, weight of the KL to the frozen start model; 0: no KL, and no start model is held or run",
+        source="authors' code",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = setting(
+        "k3", "estimate of the KL per token (joschu.net/blog/kl-approx.html)", source="paper, equation 2"
+    )
+    kl_in: Literal["loss", "reward"] = setting(
+        "loss",
+        "the KL is a term of the loss, or taken off a response's reward, as the KL of the policy that sampled",
+        source="authors' code",
+    )
     kl_target: Number = setting(
         0.0,
         "above 0: kl_coef is adapted to hold the mean KL at this value (arXiv 1909.08593, section 2.2)",
@@ -296,6 +392,11 @@ class Crpo:
         "train on responses cut at rollout.max_new_tokens, or leave them out of the gradient",
         source="authors' code",
     )
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a KL, also an adaptive one: its coefficient starts above 0."""
+        return self.kl_coef > 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -500,6 +601,13 @@ def setting_fields(
     return settings
 
 
+def find_setting(key: str) -> str | None:
+    """The setting that a key names: itself, or the one with free keys under which it stands."""
+    settings = setting_fields()
+    free = (name for name, item in settings.items() if item.default == {} and key.startswith(f"{name}."))
+    return key if key in settings else next(free, None)
+
+
 def closest_settings(name: str, sections: Sequence[str] = ()) -> list[str]:
     """The settings of these sections, or of all, that end in the name, or else the one that is spelled most like it."""
     keys = [key for key in setting_fields() if not sections or key.split(".")[0] in sections]
@@ -512,6 +620,8 @@ def legal_values(info: FieldInfo) -> str:
     kind = info.annotation
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
+    if get_origin(kind) is dict:
+        return "values by name"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = [
@@ -547,7 +657,9 @@ def merge_settings(section: Any, values: Any, origin: str, prefix: str = "") -> 
             hint = f"; did you mean {' or '.join(close)}? The" if close else "; the"
             raise InputError(f"{origin}: {key}: unknown key{hint} legal keys here: {', '.join(fields)}")
         current = getattr(section, name)
-        if dataclasses.is_dataclass(current):
+        if isinstance(current, dict) and isinstance(value, Mapping):
+            value = {**current, **value}
+        elif dataclasses.is_dataclass(current):
             value = merge_settings(current, {} if value is None else value, origin, f"{key}.")
         changed[name] = value
     try:
@@ -556,7 +668,7 @@ def merge_settings(section: Any, values: Any, origin: str, prefix: str = "") -> 
         problem = error.errors(include_url=False)[0]
         name = problem["loc"][0]
         legal = legal_values(fields[name])
-        if problem["type"] in ("string_unicode", "string_pattern_mismatch"):
+        if problem["type"] in ("string_unicode", "string_pattern_mismatch") and not isinstance(changed[name], dict):
             legal = "text that a file can hold, without NUL and lone surrogates"
         elif problem.get("ctx", {}).get("le") == LARGEST_WHOLE:
             legal = f"at most {LARGEST_WHOLE}"
@@ -633,8 +745,8 @@ def read_override(override: str) -> tuple[str, Any]:
         close = closest_settings(key)
         hint = f"; did you mean {' or '.join(f'{name}=VALUE' for name in close)}?" if close else ""
         raise InputError(f"{override}: expected section.key=value{hint}")
-    settings = setting_fields()
-    if key in settings and not isinstance(settings[key].default, str):
+    name = find_setting(key)
+    if name and not isinstance(setting_fields()[name].default, str):
         with contextlib.suppress(yaml.YAMLError, ValueError):
             return key, read_yaml(value, f"override: {key}")
     return key, value
@@ -665,8 +777,21 @@ def check_config(config: Config, model: bool = True) -> None:
     if c.crpo.kl_target and not c.crpo.kl_coef:
         wanted = f"more than 0, from which crpo.kl_target={c.crpo.kl_target} can move it"
         raise InputError(f"crpo.kl_coef: expected {wanted}, got 0")
+    if c.crpo.loss not in POLICY_LOSSES and ":" not in c.crpo.loss:
+        close = difflib.get_close_matches(c.crpo.loss, POLICY_LOSSES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        wanted = f"{', '.join(POLICY_LOSSES)} or a function of your own as module:function"
+        raise InputError(f"crpo.loss: expected {wanted}, got {brief(c.crpo.loss)}{hint}")
+    if 0 < c.crpo.importance_bound < 1:
+        raise InputError(f"crpo.importance_bound: expected 0 or at least 1, got {c.crpo.importance_bound}")
+    if c.crpo.kl_in == "reward" and not c.crpo.kl_coef:
+        raise InputError("crpo.kl_coef: expected more than 0, since crpo.kl_in=reward takes a KL off rewards, got 0")
     if c.reward.design == "grpo" and len(c.reward.grpo_tags) != 2:
         raise InputError(f"reward.grpo_tags: expected two tags, got {list(c.reward.grpo_tags)}")
+    if c.data.source not in ("file", "hub", "jsonl") and (c.data.columns != Columns() or c.data.answer != "auto"):
+        keys = [key for key, value in dataclasses.asdict(c.data.columns).items() if value != getattr(Columns(), key)]
+        key = f"columns.{keys[0]}" if keys else "answer"
+        raise InputError(f"data.{key}: expected it with data.source=file or hub only, got data.source={c.data.source}")
     for where, lora in (("lora", c.lora), ("sft.lora", c.sft.lora)):
         targets = set(lora.targets)
         if not targets or len(targets) < len(lora.targets) or not targets <= set(LINEAR_LAYERS):
@@ -686,6 +811,8 @@ def check_config(config: Config, model: bool = True) -> None:
             raise InputError(f"model.shape.num_attention_heads: expected {wanted}, got {heads}")
         if not c.tokenizer.path:
             raise InputError("tokenizer.path: expected a folder, since model.path is empty and brings none")
+    if model and c.data.prompt not in PROMPT_NAMES and not Path(c.data.prompt).expanduser().is_file():
+        raise InputError(f"data.prompt: expected {' | '.join(PROMPT_NAMES)} or a Jinja file, got {c.data.prompt!r}")
 
 
 def dump_config(config: Config) -> str:

@@ -6,6 +6,7 @@ is synced before the rename, and the folder that holds the name after it.
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -24,6 +25,12 @@ def local_path(flag: str, path: str | Path) -> Path:
             "mount the bucket, or copy to it afterwards"
         )
     return Path(os.path.expanduser(path))
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of what the file holds now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- syncing ---------------------------------------------------------------------------------------------------------

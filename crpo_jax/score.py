@@ -1,7 +1,8 @@
 """Reward breakdowns of a file of responses; needs no model and no jax.
 
-Each input line is JSON: {"id", "question", "options": {"A": ...}, "answer", "response"}, optionally "token_ids"; other
-keys are columns for a user's function. The samples.jsonl of a run is such a file. Each output line, in the same order,
+Each input line is JSON: {"id", "question", "options": {"A": ...}, "answer", "response"}, optionally "token_ids"; a
+question without options has a number or a text as its answer, a list of texts, or none; other keys are columns for a
+user's function. The samples.jsonl of a run is such a file. Each output line, in the same order,
 is {"id", "accuracy", "format", "cross_reference", "clinical_reasoning", "consistency", "total", "answer_found", "why"},
 and "components" where the design names a user's function or a sum; or {"id", "error", "traceback"} for a response that
 could not be scored. With --tokenizer consistency is the share of effective tokens, of "token_ids" where a line has them
@@ -28,18 +29,20 @@ import numpy as np
 from crpo_jax.answer.records import sample_columns
 from crpo_jax.cli import build_parser, load_settings, path_of
 from crpo_jax.config import Reward
+from crpo_jax.data.chat_template import stop_ids
 from crpo_jax.data.files import parse_line
 from crpo_jax.data.question import LETTERS, Question
-from crpo_jax.data.readers import QUESTION_FIELDS
+from crpo_jax.data.readers import QUESTION_FIELDS, answer_kind, question_of
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError
-from crpo_jax.reward.effective import effective_table, read_vocabulary
+from crpo_jax.reward.effective import effective_table, read_tokenizer, read_vocabulary
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer, ScoringBatch, ScoringError, score_row
 
 BATCH_LINES = 256  # a user's function is called with this many responses
 BATCHES_AHEAD = 4  # read before the first of them is written
 MAX_TOKEN_ID = 2**31 - 1
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,29 @@ class ResponseTokenizer:
         self.path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
         if not self.path.is_file():
             raise InputError(f"--tokenizer {folder}: expected a folder with tokenizer.json, got none there")
-        vocabulary = read_vocabulary(self.path)
+        vocabulary, added = read_vocabulary(self.path), read_tokenizer(self.path).added
         self.vocab_size = max(vocabulary.values(), default=0) + 1
         self.effective = effective_table(self.path, self.vocab_size)
-        self.stops = {vocabulary[stop] for stop in stops if stop in vocabulary}
+        self.given = {vocabulary[stop] for stop in stops if stop in vocabulary}
+        self.added = added
+
+    @cached_property
+    def stops(self) -> set[int]:
+        """The ids that end a response: of rollout.stop, or else what the folder's chat template and settings say; with
+        no chat template those of all special tokens."""
+        folder = self.path.parent
+        settings = folder / "tokenizer_config.json"
+        templates = (settings.is_file() and b'"chat_template"' in settings.read_bytes(), (folder / TEMPLATE).is_file())
+        if self.given or self.path.name != "tokenizer.json" or not any(templates):
+            return self.given or {index for index, token in self.added.items() if token.get("special")}
+        from crpo_jax.data.tokenizer import load_tokenizer
+
+        return set(stop_ids(load_tokenizer(folder), (), [folder]))
+
+    def without_stop(self, ids: np.ndarray) -> np.ndarray:
+        """The ids without the one that ended the response; which tokens do that is only asked where one may have."""
+        last = int(ids[-1]) if ids.size else None
+        return ids[:-1] if (last in self.added or last in self.given) and last in self.stops else ids
 
     @cached_property
     def encoder(self) -> Any:
@@ -81,27 +103,16 @@ class ResponseTokenizer:
         of_line = [
             np.array(next(encoded).ids, np.int64) if line.token_ids is None else line.token_ids for line in lines
         ]
-        return [ids[:-1] if ids.size and int(ids[-1]) in self.stops else ids for ids in of_line]
+        return [self.without_stop(ids) for ids in of_line]
 
 
 def read_response(record: Record, vocab_size: int | None) -> ResponseLine:
-    """A line's record, validated less strictly than questions to train on: any options by letter, any text."""
-    identity, options = record.value("id"), record.value("options")
+    """A line's record; options are validated less strictly than those of questions to train on: any letters, any
+    text."""
+    identity = record.value("id")
     if not isinstance(identity, str | int):
         record.fail("id", "a text or a whole number", identity)
-    if not isinstance(options, dict) or not options or not all(isinstance(text, str) for text in options.values()):
-        record.fail("options", "an object of texts by letter", options)
-    if unknown := [letter for letter in options if len(letter) != 1 or letter not in LETTERS]:
-        record.fail("options", "capital letters as keys", unknown[0])
-    question = Question(
-        id=str(identity),
-        question=record.string("question"),
-        options=options,
-        answer=record.letter("answer", options),
-        source=str(record.fields.get("source", "")),
-        split=str(record.fields.get("split", "")),
-        columns=record.columns(*QUESTION_FIELDS, "response", "token_ids", *sample_columns(record)),
-    )
+    question = read_question(record, str(identity))
     ids = record.fields.get("token_ids")
     if ids is not None:
         below, whole = (
@@ -114,6 +125,20 @@ def read_response(record: Record, vocab_size: int | None) -> ResponseLine:
             record.fail("token_ids", f"token ids{below}", max(ids))
         ids = np.array(ids, np.int64)
     return ResponseLine(identity, question, record.string("response"), ids)
+
+
+def read_question(record: Record, identity: str) -> Question:
+    columns = record.columns(*QUESTION_FIELDS, "response", "token_ids", *sample_columns(record))
+    source, split = (str(record.fields.get(name, "")) for name in ("source", "split"))
+    if answer_kind(record) != "choice":
+        return replace(question_of(record), id=identity, source=source, split=split, columns=columns)
+    options = record.value("options")
+    if not isinstance(options, dict) or not options or not all(isinstance(text, str) for text in options.values()):
+        record.fail("options", "an object of texts by letter", options)
+    if unknown := [letter for letter in options if len(letter) != 1 or letter not in LETTERS]:
+        record.fail("options", "capital letters as keys", unknown[0])
+    answer = record.letter("answer", options)
+    return Question(identity, record.string("question"), options, answer, source, split, columns)
 
 
 class Totals:

@@ -29,7 +29,7 @@ from crpo_jax.runtime.same_inputs import require_same_workdir
 from crpo_jax.store.checkpoint import Checkpoints
 from crpo_jax.store.workdir import check_inputs
 from crpo_jax.update.batches import crpo_mini_batches
-from crpo_jax.update.losses import group_advantages
+from crpo_jax.update.own_loss import check_loss
 
 
 def train(
@@ -50,8 +50,9 @@ def train(
         raise InputError(
             "rollout.temperature: expected more than 0 to train, got 0: a group's responses would be equal"
         )
+    check_loss(crpo)
     require_same_workdir(workdir)
-    inputs, traces = open_questions(runtime, questions, held_out), cold_start_traces(runtime, workdir)
+    inputs, traces = open_questions(runtime, questions, held_out, workdir), cold_start_traces(runtime, workdir)
     steps = crpo.steps or inputs.batches.steps(crpo.epochs)
     scorer, examiner = open_scorers(runtime, reward_functions)
     # The scorers first: a reward function that cannot be loaded is found before anything is written or computed.
@@ -85,10 +86,12 @@ def train(
                 # ---- update: one optimizer step per mini-batch
                 began, updates = time.perf_counter(), []
                 rows, logprobs = rollout.rows(inputs), rollout.trained_logprobs()
-                advantages = group_advantages(rollout.rewards, rollout.valid, crpo.advantage).reshape(-1)
-                counted = rollout.counted(truncated=crpo.truncated == "keep")
-                batches = crpo_mini_batches(rows, logprobs, advantages[rollout.trained], counted, settings, shards)
+                advantages, counted = rollout.advantages(crpo), rollout.counted(truncated=crpo.truncated == "keep")
+                batches = crpo_mini_batches(rows, logprobs, advantages, counted, settings, shards)
                 batches = trainer.with_logprobs(run.state, [trainer.put_batches(batch) for batch in batches])
+                if crpo.kl_in == "reward":
+                    advantages = rollout.advantages(crpo, trainer.kl_penalties(run.state, batches, len(rows)))
+                    batches = trainer.with_advantages(batches, advantages)
                 for mini_batch in batches:
                     run.state, update = trainer.update(run.state, mini_batch)
                     updates.append(update)

@@ -91,8 +91,8 @@ def trainer_gradients(policy: Policy, settings: config.Config, loss: Loss, token
     weights = row_weights(np.full(ROWS, LENGTH - PROMPT), np.ones(ROWS, bool), "token_mean")
     batches = []
     for micro in micro_batches(rows, budget=tokens, multiple=LENGTH, shards=data_size(mesh)):
-        nothing = np.zeros(micro.tokens.shape, np.float32)  # kl_coef is 0, and the ratio is 1
-        batches.append(make_batch(micro, weights, advantages, nothing)._replace(reference=nothing))
+        nothing = np.zeros(micro.tokens.shape, np.float32)  # the ratio is 1
+        batches.append(make_batch(micro, weights, advantages, nothing))
     gradients, _ = trainer.gradients(trainer.begin(master, frozen), trainer.put_batches(batches))
     pairs = named_arrays(policy_of(gradients, policy.model))
     return {name: np.asarray(value, np.float64).ravel() for name, value in pairs}

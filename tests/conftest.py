@@ -53,7 +53,13 @@ def annotations_hold(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Before anything imports these: in the tests, array shapes and types are checked with every call and every trace.
 install_import_hook(
-    ["crpo_jax.update.losses", "crpo_jax.update.logprobs", "crpo_jax.rollout.draw", "crpo_jax.model.attention"],
+    [
+        "crpo_jax.update.losses",
+        "crpo_jax.update.advantages",
+        "crpo_jax.update.logprobs",
+        "crpo_jax.rollout.draw",
+        "crpo_jax.model.attention",
+    ],
     "conftest.annotations_hold",
 )
 
@@ -73,6 +79,13 @@ from crpo_jax.parallel.mesh import DATA, MODEL
 
 settings.register_profile("same examples every time", derandomize=True, database=None, deadline=None)
 settings.load_profile("same examples every time")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: the process that began one last would work alone at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
 
 SHAPE = Shape(d=16, n=8, k=2, h=6, f=24, v=40, l=3, tied=False, rope=Rope(1e4), norm_eps=1e-6)
 """Every dim has a size of its own, and every mesh of 8 devices can hold it: past 2 model shards by copies of the KV

@@ -102,6 +102,18 @@ def test_responses_of_another_make_are_numbered_and_bad_ones_named(tmp_path):
         read_answers(tmp_path / "r.jsonl")
 
 
+def test_a_run_of_several_epochs_answers_a_question_again_and_no_other_file_may(tmp_path):
+    """A report shows the response with number 0: of several it showed the last."""
+    row = {"id": "q", "question": "?", "options": {"A": "a", "B": "b"}, "answer": "A", "response": "A", "tokens": 1}
+    of_run = row | {"prompt": "?", "stopped": True, "advantage": 0.0, "trained": True}
+    lines = [of_run | {"step": step, "sample": sample} for step in (0, 7) for sample in (0, 1)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [answer.sample for answer in read_answers(tmp_path / "samples.jsonl")] == [0, 1, 2, 3]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row | {"sample": 4}) + "\n" for _ in range(2)))
+    with pytest.raises(InputError, match=r"r.jsonl:2: sample: expected another number for each response to q, got 4"):
+        read_answers(tmp_path / "r.jsonl")
+
+
 def test_a_summary_counts_what_is_there():
     """Three questions of two samples: both right, one right first, and one right second with an unreadable first."""
     questions = [

@@ -135,6 +135,15 @@ BAD: list[tuple[list[str], str]] = [
     (["crpo.clip_low=2"], "crpo.clip_low: expected a number >= 0 and <= 1, got 2"),
     (["crpo.kl_coef=-0.1"], "crpo.kl_coef: expected a number >= 0, got -0.1"),
     (["crpo.kl_coef=.nan"], "crpo.kl_coef: expected a number >= 0, got nan"),
+    (
+        ["crpo.loss=cipso"],
+        "crpo.loss: expected clip, cispo, sapo or a function of your own as module:function, got 'cipso'; "
+        "did you mean cispo?",
+    ),
+    (["crpo.loss=no_such_module:loss"], "no_such_module:loss cannot be imported: ModuleNotFoundError"),
+    (["crpo.importance_cap=0.5"], "crpo.importance_cap: expected a number >= 1, got 0.5"),
+    (["crpo.importance_bound=0.5"], "crpo.importance_bound: expected 0 or at least 1, got 0.5"),
+    (["crpo.kl_in=reward", "crpo.kl_coef=0"], "crpo.kl_coef: expected more than 0, since crpo.kl_in=reward"),
     (["crpo.truncated=drop"], "crpo.truncated: expected keep | mask, got 'drop'"),
     (["run.seed=-1"], "run.seed: expected a whole number >= 0 and <= 9223372036854775807, got -1"),
     (
@@ -164,7 +173,10 @@ BAD: list[tuple[list[str], str]] = [
         "parallel.layout: expected zero1, fsdp, replicated, auto or a layout of your own as module:NAME, got 'zero9'",
     ),
     (["data.source=pubmed"], "data.source: expected vignettes | medqa | medmcqa | medxpertqa | jsonl, got 'pubmed'"),
-    (["data.prompt=terse"], "data.prompt: expected crpo | grpo | grpo_dx | released | brief, got 'terse'"),
+    (
+        ["data.prompt=terse"],
+        "data.prompt: expected crpo | grpo | grpo_dx | released | brief | boxed or a Jinja file, got 'terse'",
+    ),
     # settings that contradict each other, or the machine
     (["crpo.mini_batch_prompts=3"], "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=16, got 3"),
     (
@@ -314,6 +326,7 @@ values = st.recursive(
     max_leaves=12,
 )
 keys = st.sampled_from(sorted(config.setting_fields()))
+message = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": scalars})
 
 
 @st.composite
@@ -362,12 +375,33 @@ def question_files(draw: st.DrawFn) -> tuple[str, str, bytes]:
     fields = {
         **{
             name: st.text(max_size=10) | values
-            for name in ("question", "answer", "id", "realidx", "opa", "opb", "opc", "opd", "source", "split")
+            for name in (
+                "question",
+                "answer",
+                "id",
+                "realidx",
+                "opa",
+                "opb",
+                "opc",
+                "opd",
+                "source",
+                "split",
+                "problem",
+            )
         },
         **{
             "options": options,
             "cop": st.integers(-2, 5) | values,
             "answer_idx": st.sampled_from("ABCD"),
+            "answer_kind": st.sampled_from(["number", "text", "none", "choice"]) | values,
+            "messages": st.lists(message | values, max_size=3) | values,
+            "prompt": st.lists(message | values, max_size=3) | values,
+            "rubrics": st.lists(
+                st.fixed_dictionaries({"criterion": st.text(max_size=5), "points": scalars}), max_size=2
+            ),
+            "context": st.fixed_dictionaries({"contexts": st.lists(scalars, max_size=3)}) | values,
+            "final_decision": st.sampled_from(["yes", "no"]) | values,
+            "choices": st.lists(scalars, max_size=5) | values,
             "label": st.sampled_from("ABCD") | values,
         },
     }
@@ -382,7 +416,7 @@ def question_files(draw: st.DrawFn) -> tuple[str, str, bytes]:
         text = table.getvalue()
     else:
         text = json.dumps(records) if ending == ".json" else "".join(json.dumps(record) + "\n" for record in records)
-    return draw(st.sampled_from(sorted(READERS))), ending, damaged(draw, text.encode())
+    return draw(st.sampled_from(sorted([*READERS, "file"]))), ending, damaged(draw, text.encode())
 
 
 def one_line(error: InputError) -> None:
@@ -422,7 +456,7 @@ def test_any_question_file_loads_or_is_refused_in_one_line(file: tuple[str, str,
     else:
         assert len({question.id for question in questions}) == len(questions) > 0
         for question in questions:
-            assert question.answer in question.options
+            assert question.kind != "choice" or question.answer in question.options
             "".join([question.id, question.question, *question.options.values()]).encode()
     assert path.read_bytes() == data
     path.unlink()

@@ -230,6 +230,18 @@ def test_log_probs_are_of_the_softmax_at_this_temperature(sampling: Sampling):
     )
 
 
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("sampling", [Sampling(0.6), Sampling(top_p=0.5), Sampling(0.6, top_k=3)], ids=str)
+def test_renormalized_log_probs_are_of_what_was_kept(sampling: Sampling, shards: int):
+    """The distribution that really sampled: those of all kept tokens sum to 1."""
+    logits = random_logits(50, 40)
+    tokens, logprobs = draw(logits, sampling._replace(renormalize=True), shards=shards)
+    np.testing.assert_array_equal(tokens, draw(logits, sampling)[0])
+    logits /= np.float32(sampling.temperature)
+    left = np.where(kept(logits, sampling._replace(temperature=1.0)), log_softmax(logits), -np.inf)
+    np.testing.assert_allclose(logprobs, log_softmax(left)[np.arange(50), tokens], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("offset", [-3e4, 3e4])
 def test_large_logits_stay_finite(offset: float):
     logits = random_logits(20, 40) + np.float32(offset)

@@ -12,15 +12,16 @@ PACKAGE = Path(__file__).parents[1] / "crpo_jax"
 ROOMS = {
     "errors": set(),
     "hardware": set(),
+    "user_code": {"errors"},
     "disk": {"errors"},
     "config": {"errors"},
     "cli": {"errors", "disk", "config"},
-    "parallel": {"errors"},
+    "parallel": {"errors", "user_code", "disk"},
     "data": {"errors", "config"},
     "reward": {"errors", "config", "data"},
     "model": {"errors", "disk", "config", "parallel"},
     "rollout": {"errors", "parallel", "model"},
-    "update": {"config", "parallel", "model"},
+    "update": {"errors", "user_code", "config", "parallel", "model"},
     "store": {"errors", "disk", "config"},
     "chat": {"errors", "config", "data", "reward"},
     "runtime": {
@@ -139,7 +140,7 @@ def test_the_table_allows_nothing_that_is_not_used(name: str):
 HOST_MODULES = [
     *("errors", "hardware", "config", "cli", "api", "score", "distill", "evaluate", "plan", "view", "planner.targets"),
     *("answer.records", "answer.statistics", "answer.truth", "runtime.progress", "runtime.signals"),
-    *("store.files", "store.journal", "store.metrics", "store.skipped", "store.workdir"),
+    *("store.event_file", "store.files", "store.journal", "store.metrics", "store.skipped", "store.workdir"),
     *(
         f"{folder}.{path.stem}"
         for folder in ("chat", "data", "judge", "page", "reward")

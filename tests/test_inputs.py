@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from crpo_jax.config import Config, dump_config, load_config, replaced
+from crpo_jax.config import Config, Data, dump_config, load_config, replaced
 from crpo_jax.data.prompts import render_prompts
 from crpo_jax.data.question import Question, select_part
 from crpo_jax.data.readers import questions_from
@@ -15,6 +15,7 @@ from crpo_jax.data.tokenizer import load_tokenizer
 from crpo_jax.errors import InputError
 from crpo_jax.runtime.inputs import open_questions, open_traces, resolve_part
 from crpo_jax.runtime.report import set_aside_line
+from crpo_jax.store.workdir import write_traced
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 TOKENIZER = load_tokenizer(TINY.parent / "tiny_tokenizer")
@@ -88,6 +89,27 @@ def test_a_model_from_a_cold_start_knows_what_it_was_tuned_on(place: str, tmp_pa
     assert resolve_part(start, OWN) == "first_half", "the half that its own run trains on"
 
 
+def test_a_cold_start_records_the_questions_of_its_traces(own: Config, tmp_path: Path):
+    """Traces given in Python are in no file, and sft.path may be gone: the half was set aside all the same, or none."""
+    others = [Question(n, "Where?", {"A": "here", "B": "there"}, "A", columns={"response": "A"}) for n in "xy"]
+    start = replaced(own, {"model.path": str(tmp_path / "coldstart")})
+    (tmp_path / "config.yaml").write_text(dump_config(replaced(own, {"model.path": ""})))
+    assert resolve_part(start, OWN) == "second_half", "nothing recorded: the same source"
+    write_traced(tmp_path, open_traces(runtime(own), others).questions)
+    assert resolve_part(start, OWN) == "all"
+    write_traced(tmp_path, [OWN[1].id, select_part(OWN, "first_half")[0].id])
+    assert resolve_part(start, OWN) == "second_half"
+
+    run = replaced(own, {"model.path": "", "sft.path": str(tmp_path / "gone.jsonl")})
+    assert resolve_part(run, OWN, tmp_path / "run") == "second_half", "nobody knows"
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    write_traced(tmp_path / "run" / "sft", ["other"])
+    assert resolve_part(run, OWN, tmp_path / "run") == "all"
+    (tmp_path / "traced.json").write_text('{"questions": 3}')
+    with pytest.raises(InputError, match=r"questions: expected a list of ids, got 3; say data.part=first_half"):
+        resolve_part(start, OWN)
+
+
 def test_what_is_set_aside_is_said_with_the_reason():
     tiny = load_config(TINY)
     assert set_aside_line(tiny, 4102) == (
@@ -109,7 +131,7 @@ def test_a_run_that_would_drop_more_than_a_tenth_says_which_setting_to_change(ow
     """Of 1,272 questions 4 were left, and the run went on with them to the end."""
     few, many = [*OWN, *long_questions(4)], [*OWN, *long_questions(5)]
     assert len(open_questions(runtime(own), few, OWN).training.dropped) == 4
-    length = len(render_prompts(long_questions(1), "brief", "", TOKENIZER)[0])
+    length = len(render_prompts(long_questions(1), Data(prompt="brief", system_prompt=""), TOKENIZER)[0])
     line = (
         rf"data\.max_prompt_tokens: expected room for at least 90% of the training questions, got 160: 5 of 45 are "
         rf"longer, up to {length} tokens; data\.max_prompt_tokens={length} keeps all; raise data\.max_dropped_share "

@@ -8,20 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from crpo_jax.config import Crpo
 from crpo_jax.update.losses import (
     Batch,
     adapted_kl_coef,
-    choose_groups,
     clipped_objective,
     combine_metrics,
     crpo_loss,
-    group_advantages,
-    k3,
+    estimate_kl,
+    response_kl,
     row_weights,
     supervised_loss,
 )
@@ -29,108 +26,6 @@ from crpo_jax.update.losses import (
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("strict_ranks")]
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
-
-
-# --- advantages -------------------------------------------------------------------------------------------------------
-
-
-def advantages_of(rewards: list[list[float]], counted: list[list[bool]] | None = None) -> np.ndarray:
-    values = np.array(rewards, float)
-    return group_advantages(values, np.ones(values.shape, bool) if counted is None else np.array(counted))
-
-
-def test_one_hit_of_five():
-    """Implementations differ here: with ddof = 0 the hit would get 2.0."""
-    np.testing.assert_allclose(advantages_of([[1, 0, 0, 0, 0]])[0], [1.78885, *[-0.44721] * 4], atol=1e-5)
-
-
-def test_advantages_are_equation_3():
-    rewards = np.random.default_rng(0).normal(size=(7, 5)) * 6
-    mean, std = rewards.mean(axis=1, keepdims=True), rewards.std(axis=1, ddof=1, keepdims=True)
-    np.testing.assert_allclose(advantages_of(rewards.tolist()), (rewards - mean) / (std + 1e-6), rtol=1e-6)
-
-
-def test_advantages_are_within_the_group():
-    """Two groups, one of them twice as good: the same advantages, since only the group's own mean and spread count."""
-    np.testing.assert_allclose(*advantages_of([[1.0, 2.0, 6.0], [102.0, 104.0, 112.0]]), rtol=1e-5)
-
-
-@pytest.mark.parametrize("reward", [0.0, 12.0, -3.5, 0.1 + 0.2, 1e12, 1 / 3])
-def test_equal_rewards_are_exactly_zero(reward: float):
-    assert not np.any(advantages_of([[reward] * 5]))
-
-
-@pytest.mark.parametrize("size", [3, 5, 6, 7, 10, 16])
-def test_equal_rewards_whose_mean_is_not_equal_to_them(size: int):
-    """The mean of n copies of 0.1 may differ from 0.1: a spread of 1e-17, divided by itself, would count as 1."""
-    for reward in np.random.default_rng(size).uniform(0, 12, 200):
-        assert not np.any(advantages_of([[float(reward)] * size]))
-
-
-def test_nearly_equal_rewards_stay_small():
-    """Rewards one float apart differ by rounding alone; 1e-6 beside the deviation keeps that from becoming a signal."""
-    first = 10.0 + 1 / 3
-    advantages = advantages_of([[first, np.nextafter(first, 11), first, first, first]])
-    assert np.all(np.abs(advantages) < 1e-6)
-    assert np.all(np.isfinite(advantages))
-
-
-def test_a_response_that_does_not_count_leaves_its_group_unchanged():
-    """A rule that failed left reward 0 behind: it must move neither its group's mean nor its spread."""
-    with_failed = advantages_of([[3.0, 0.0, 5.0, 10.0, -99.0]], [[True, False, True, True, False]])[0]
-    np.testing.assert_array_equal(with_failed[[0, 2, 3]], advantages_of([[3.0, 5.0, 10.0]])[0])
-    assert not np.any(with_failed[[1, 4]])
-
-
-@pytest.mark.parametrize("counted", [[False] * 3, [True, False, False]])
-def test_a_group_with_nothing_to_compare(counted: list[bool]):
-    """One response alone has no spread: ddof = 1 would divide by 0."""
-    assert not np.any(advantages_of([[1.0, 2.0, 3.0]], [counted]))
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8))
-@settings(max_examples=50, deadline=None)
-def test_advantages_have_mean_0_and_order_of_the_rewards(rewards: list[float]):
-    advantages, n = advantages_of([rewards])[0], len(rewards)
-    assert np.all(np.isfinite(advantages))
-    assert advantages.dtype == np.float32
-    assert abs(advantages.sum()) < 1e-4
-    assert np.all(np.diff(advantages[np.argsort(rewards)]) >= 0)
-    assert np.abs(advantages).max() <= (n - 1) / math.sqrt(n) + 1e-4  # the largest advantage of any group of n
-
-
-def test_dr_grpo_centres_only():
-    """Small differences stay small: dividing by the deviation would favour questions that are nearly always solved."""
-    rewards = np.array([[1.0, 0, 0, 0, 0], [2.0, 2.0, 2.0, 2.0, 2.5], [3.0] * 5])
-    counted = np.array([[True] * 5, [True] * 4 + [False], [True] * 5])
-    advantages = group_advantages(rewards, counted, "dr_grpo")
-    np.testing.assert_allclose(advantages[0], [0.8, -0.2, -0.2, -0.2, -0.2], rtol=1e-6)
-    assert not np.any(advantages[1:])
-
-
-# --- which groups are trained on --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("varied", "wanted", "expected", "count"),
-    [
-        ([1, 1, 1], 3, [0, 1, 2], 3),
-        ([1, 0, 0, 1, 1, 1], 3, [0, 3, 4], 3),  # those that teach something, in order
-        ([0, 1, 0, 0, 0, 1], 3, [0, 1, 5], 2),  # too few: the first of the others fill the mini-batches
-        ([0, 0, 0], 3, [0, 1, 2], 0),
-    ],
-)
-def test_choose_groups(varied: list[int], wanted: int, expected: list[int], count: int):
-    rewards = np.array([[1.0, 2.0 if varies else 1.0, 1.0] for varies in varied])
-    groups, varied_count = choose_groups(rewards, np.ones(rewards.shape, bool), wanted)
-    assert (groups.tolist(), varied_count) == (expected, count)
-
-
-def test_a_group_varies_only_in_what_counts():
-    rewards = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [1.0, 2.0, 3.0]])
-    counted = np.array([[1, 0, 1], [1, 1, 1], [0, 0, 1]], bool)
-    assert choose_groups(rewards, counted, 1)[0].tolist() == [1]
-    assert choose_groups(rewards, counted, 3)[1] == 1
 
 
 # --- weights of the rows ----------------------------------------------------------------------------------------------
@@ -182,7 +77,7 @@ def test_k3_is_equation_2():
     expected = ratio - np.log(ratio) - 1
     assert 5 < expected.max() < 11
     np.testing.assert_allclose(
-        k3(jnp.float32(policy), jnp.float32(reference)), np.minimum(expected, 10), rtol=1e-4, atol=1e-6
+        estimate_kl(jnp.float32(policy), jnp.float32(reference)), np.minimum(expected, 10), rtol=1e-4, atol=1e-6
     )
 
 
@@ -190,8 +85,8 @@ def test_k3_is_at_most_10_and_has_no_gradient_beyond():
     """One token of log-ratio 10 would count 22,015 and outweigh its mini-batch. The bound is the authors' trainer's."""
     policy, reference = jnp.zeros((1, 4)), jnp.array([[2.5, 2.6, 10.0, -20.0]])
     expected = [math.exp(2.5) - 3.5, math.exp(2.6) - 3.6, 10, 10]
-    np.testing.assert_allclose(k3(policy, reference)[0], expected, rtol=1e-5)
-    gradient = jax.grad(lambda x: jnp.sum(k3(x, reference)))(policy)[0]
+    np.testing.assert_allclose(estimate_kl(policy, reference)[0], expected, rtol=1e-5)
+    gradient = jax.grad(lambda x: jnp.sum(estimate_kl(x, reference)))(policy)[0]
     np.testing.assert_allclose(gradient, [1 - math.exp(2.5), 1 - math.exp(2.6), 0, 0], rtol=1e-5)
 
 
@@ -199,15 +94,15 @@ def test_k3_is_zero_at_equality_and_nowhere_negative():
     """Down to log-ratios of 1e-7, where exp(x) - x - 1 in float32 would be rounding of either sign."""
     gap = jnp.concatenate([jnp.linspace(-30, 30, 999), 10.0 ** -jnp.arange(1, 9), -(10.0 ** -jnp.arange(1, 9))])[None]
     policy = jnp.full_like(gap, -3.0)
-    np.testing.assert_array_equal(k3(policy, policy), 0)
-    assert np.all(np.asarray(k3(jnp.zeros_like(gap), gap)) >= 0)
-    np.testing.assert_allclose(k3(jnp.zeros((1, 1)), jnp.full((1, 1), 1e-3)), [[5e-7]], rtol=2e-3)
+    np.testing.assert_array_equal(estimate_kl(policy, policy), 0)
+    assert np.all(np.asarray(estimate_kl(jnp.zeros_like(gap), gap)) >= 0)
+    np.testing.assert_allclose(estimate_kl(jnp.zeros((1, 1)), jnp.full((1, 1), 1e-3)), [[5e-7]], rtol=2e-3)
 
 
 def test_k3_of_a_flipped_pair_differs():
     """The ratio is reference over policy: a gap of -1 costs 1 / e, one of +1 costs e - 2."""
     policy, reference = jnp.array([[-1.0, -2.0]]), jnp.array([[-2.0, -1.0]])
-    np.testing.assert_allclose(k3(policy, reference), [[math.exp(-1), math.e - 2]], rtol=1e-5)
+    np.testing.assert_allclose(estimate_kl(policy, reference), [[math.exp(-1), math.e - 2]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("gap", [21.0, 100.0, 1e4, 3e38])
@@ -215,7 +110,7 @@ def test_k3_of_a_flipped_pair_differs():
 def test_k3_of_extreme_log_ratios_is_finite(gap: float, sign: int):
     """exp(89) is inf in float32, and 0 * inf in the mask's gradient makes the whole batch NaN: public runs ended so."""
     reference = jnp.full((1, 1), sign * gap)
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(k3(x, reference)))(jnp.zeros((1, 1)))
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(estimate_kl(x, reference)))(jnp.zeros((1, 1)))
     assert np.isfinite(value)
     assert value > 0
     assert np.all(np.isfinite(gradient))
@@ -224,9 +119,11 @@ def test_k3_of_extreme_log_ratios_is_finite(gap: float, sign: int):
 def test_k3_gradient():
     """d/d policy = 1 - ratio."""
     policy, reference = jnp.array([[-1.0, -2.0, -0.5]]), jnp.array([[-2.0, -1.0, -0.5]])
-    gradient = jax.grad(lambda x: jnp.sum(k3(x, reference)))(policy)
+    gradient = jax.grad(lambda x: jnp.sum(estimate_kl(x, reference)))(policy)
     np.testing.assert_allclose(gradient, 1 - np.exp(np.asarray(reference - policy)), rtol=1e-5, atol=1e-6)
-    check_grads(lambda x: k3(jnp.asarray(x), reference), (policy,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    check_grads(
+        lambda x: estimate_kl(jnp.asarray(x), reference), (policy,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2
+    )
 
 
 # --- the clipped objective --------------------------------------------------------------------------------------------
@@ -500,6 +397,7 @@ def test_metrics():
     log_ratio = np.asarray(x["logprobs"] - x["old"])[MASK]
     advantages = np.repeat(np.asarray(x["advantages"]), MASK.sum(axis=1))
     gap = np.asarray(x["reference"] - x["logprobs"])[MASK]
+    mismatch = np.asarray(x["old"] - x["sampler"])[MASK]
     kl = np.exp(gap) - gap - 1
     clipped = ((np.exp(log_ratio) > 1.3) & (advantages > 0)) | ((np.exp(log_ratio) < 0.8) & (advantages < 0))
     assert np.any(clipped & (log_ratio > 0))
@@ -513,6 +411,12 @@ def test_metrics():
         "sum/clipped_high": (clipped & (log_ratio > 0)).sum(),
         "sum/clipped_low": (clipped & (log_ratio < 0)).sum(),
         "sum/tokens": MASK.sum(),
+        "sum/importance": np.exp(mismatch).sum(),
+        "sum/importance_squared": np.exp(2 * mismatch).sum(),
+        "sum/importance_units": MASK.sum(),
+        "sum/importance_capped": 0,
+        "sum/importance_masked": 0,
+        "sum/sampler_tokens": MASK.sum(),
         "sum/sampler_difference": np.abs(np.asarray(x["old"] - x["sampler"]))[MASK].sum(),
         "max/sampler_difference": np.abs(np.asarray(x["old"] - x["sampler"]))[MASK].max(),
         "max/kl": kl.max(),
@@ -554,6 +458,138 @@ def test_advantages_of_the_wrong_shape_are_refused():
     """[b] in place of [b, t] would broadcast if b = t; the tests check the annotated shapes."""
     with pytest.raises(Exception, match=re.compile("advantages", re.DOTALL)):
         loss_and_metrics(inputs() | {"advantages": jnp.ones((B, T))}, **COEFFICIENTS)
+
+
+# --- variants ---------------------------------------------------------------------------------------------------------
+
+
+def bounded(ratio: float, low: float, high: float) -> float:
+    return min(max(ratio, 1 - low), 1 + high)
+
+
+def variant_written_out(x: dict[str, np.ndarray], crpo: Crpo, logprobs: np.ndarray) -> float:
+    """The loss of any variant token by token in float64 from the equations of docs/reference/losses.md.
+
+    What has no gradient is read from x["logprobs"], the rest from `logprobs`, so that finite differences see the same.
+    """
+    by_sampler, total = crpo.old_logprobs == "sampler", 0.0
+    for i in range(B):
+        places, advantage = np.flatnonzero(MASK[i]), x["advantages"][i]
+        trainer = x["logprobs"][i] if by_sampler else x["old"][i]
+        old = x["sampler"][i] if by_sampler else x["old"][i]
+        mismatch = trainer - x["sampler"][i]
+        for j in places:
+            ratio, fixed = (math.exp(p[j] - old[j]) for p in (logprobs[i], x["logprobs"][i]))
+            if crpo.ratio == "sequence":
+                ratio, fixed = (math.exp(np.mean((p - old)[places])) for p in (logprobs[i], x["logprobs"][i]))
+            low, high = (
+                (crpo.clip_low, crpo.clip_high)
+                if crpo.ratio == "token"
+                else (crpo.sequence_clip_low, crpo.sequence_clip_high)
+            )
+            tau = crpo.sapo_tau_positive if advantage > 0 else crpo.sapo_tau_negative
+            objective = {
+                "clip": min(ratio * advantage, bounded(ratio, low, high) * advantage),
+                "cispo": bounded(fixed, low, high) * advantage * logprobs[i, j],
+                "sapo": 4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantage,
+            }[crpo.loss]
+            weight = math.exp(mismatch[places].sum() if crpo.importance == "sequence" else mismatch[j])
+            outside = crpo.importance_bound and not 1 / crpo.importance_bound <= weight <= crpo.importance_bound
+            correction = 0.0 if outside else min(weight, crpo.importance_cap) / (fixed if by_sampler else 1)
+            gap = x["reference"][i, j] - logprobs[i, j]
+            kl = {"k1": -gap, "k2": gap**2 / 2, "k3": math.exp(gap) - gap - 1}[crpo.kl_estimator]
+            each = objective * (correction if crpo.importance != "off" else 1.0)
+            each += crpo.entropy_coef * x["entropy"][i, j] - (crpo.kl_coef * kl if crpo.kl_in == "loss" else 0)
+            total -= x["weights"][i] * each
+    return float(total)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "cispo": {"loss": "cispo"},
+    "sapo": {"loss": "sapo"},
+    "sapo with a ratio per response": {"loss": "sapo", "ratio": "sequence"},
+    "cispo with a ratio per response": {"loss": "cispo", "ratio": "sequence"},
+    "k1": {"kl_estimator": "k1"},
+    "k2": {"kl_estimator": "k2"},
+    "KL in the reward": {"kl_in": "reward"},
+    "weights by token": {"importance": "token", "importance_cap": 1.1},
+    "weights by token, masked": {"importance": "token", "importance_cap": 1.1, "importance_bound": 1.3},
+    "weights by response": {"importance": "sequence", "importance_cap": 1.2},
+    "weights by response, masked": {"importance": "sequence", "importance_bound": 1.5},
+    "cispo of weighted responses": {"loss": "cispo", "importance": "sequence"},
+    "sampler": {"old_logprobs": "sampler"},
+    "sampler, weights by token": {"old_logprobs": "sampler", "importance": "token", "importance_cap": 1.1},
+    "sampler, weights by response": {"old_logprobs": "sampler", "importance": "sequence", "importance_bound": 1.5},
+    "sampler, a ratio per response": {"old_logprobs": "sampler", "importance": "sequence", "ratio": "sequence"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_its_equation(name: str):
+    """Values, and gradients against finite differences of the equations in float64."""
+    bounds: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3, "sequence_clip_low": 0.05, "sequence_clip_high": 0.08}
+    crpo = Crpo(**bounds, kl_coef=0.07, entropy_coef=0.05, **VARIANTS[name])
+    x = inputs(1)
+    x["sampler"] = x["old"] + 8 * (x["sampler"] - x["logprobs"])  # about 0.08 off, so that caps and bounds are at work
+    exact = {key: np.asarray(value, np.float64) for key, value in x.items()}
+
+    def loss(logprobs: jax.Array) -> jax.Array:
+        return crpo_loss(logprobs, x["entropy"], batch_of(x), crpo, crpo.kl_coef)[0]
+
+    value, gradient = jax.value_and_grad(loss)(x["logprobs"])
+    assert float(value) == pytest.approx(variant_written_out(exact, crpo, exact["logprobs"]), rel=1e-5)
+    expected = np.zeros((B, T))
+    for i, j in zip(*np.nonzero(MASK), strict=True):
+        above, below = (
+            variant_written_out(exact, crpo, exact["logprobs"] + step * (np.arange(B * T) == i * T + j).reshape(B, T))
+            for step in (1e-6, -1e-6)
+        )
+        expected[i, j] = (above - below) / 2e-6
+    np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-5)
+    plain = crpo_loss(x["logprobs"], x["entropy"], batch_of(x), Crpo(**bounds, entropy_coef=0.05), 0.07)[0]
+    assert name == "clip" or float(plain) != float(value)
+
+
+def test_importance_metrics():
+    """One unit per token, or per response; what is masked is not counted as truncated too."""
+    x = inputs()
+    steps = np.zeros((B, T))
+    steps[0, 1:4], steps[1, 0:7], steps[3, 2:7] = 0.5, -0.5, 0.05
+    x["sampler"] = x["old"] - jnp.float32(steps)
+    for level, per_unit in (("token", np.exp(steps[MASK])), ("sequence", np.exp([1.5, -3.5, 0, 0.25]))):
+        crpo = Crpo(importance=level, importance_cap=1.2, importance_bound=3.0)
+        metrics = as_floats(crpo_loss(x["logprobs"], x["entropy"], batch_of(x), crpo, 0.0)[1])
+        masked = (per_unit > 3) | (per_unit < 1 / 3)
+        weights = np.where(masked, 0, np.minimum(per_unit, 1.2))
+        assert metrics["sum/importance_units"] == len(per_unit)
+        assert metrics["sum/importance_masked"] == masked.sum() == (2 if level == "sequence" else 0)
+        assert metrics["sum/importance_capped"] == (~masked & (per_unit > 1.2)).sum() > 0
+        assert metrics["sum/importance"] == pytest.approx(weights.sum(), rel=1e-5)
+        assert metrics["sum/importance_squared"] == pytest.approx((weights**2).sum(), rel=1e-5)
+
+
+def test_the_sampler_is_compared_only_where_the_weights_are_its_own():
+    """With the sampler's log-probs alone, rows of later optimizer steps would count what was learned in between."""
+    x, crpo = inputs(), Crpo(old_logprobs="sampler")
+    first = jnp.array([True, False, False, True])
+    batch = batch_of(x)._replace(on_policy=first, old=None)
+    metrics = as_floats(crpo_loss(x["logprobs"], x["entropy"], batch, crpo, 0.0)[1])
+    compared = MASK & np.asarray(first)[:, None]
+    assert metrics["sum/sampler_tokens"] == compared.sum()
+    difference = np.abs(np.asarray(x["logprobs"] - x["sampler"]))[compared]
+    assert metrics["max/sampler_difference"] == pytest.approx(difference.max(), rel=1e-5)
+    log_ratio = np.asarray(x["logprobs"] - x["sampler"])[MASK]
+    assert metrics["max/log_ratio"] == pytest.approx(log_ratio.max(), rel=1e-5), "not 1 in the first step either"
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_of_a_response_is_of_what_sampled_it(estimator: Any):
+    """Also of a response without gradient, whose reward is in its group's mean all the same."""
+    x = inputs() | {"weights": jnp.array([0.1, 0.0, 0.1, 0.1])}
+    gap = np.float64(x["reference"]) - np.float64(x["sampler"])
+    each = {"k1": -gap, "k2": gap**2 / 2, "k3": np.exp(gap) - gap - 1}[estimator]
+    np.testing.assert_allclose(response_kl(batch_of(x), estimator), np.where(MASK, each, 0).sum(axis=1), rtol=1e-4)
 
 
 # --- the adaptive KL coefficient --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from crpo_jax.planner.memory import (
     count_resident_memory,
     count_waiting_bytes,
     estimate_memory,
+    list_phases,
 )
 from crpo_jax.planner.plan import estimate_plan, find_changes, list_runs, rank_meshes
 from crpo_jax.planner.planned_run import PlannedRun, resolve_run, resolve_shape
@@ -126,6 +127,26 @@ def test_programs_take_the_arrays_that_are_counted(data: int, model: int):
     for phase, parts in ARGUMENTS.items():
         counted = sum(resident[phase][part] for part in parts) - waiting.get(phase, 0)
         assert counted <= sizes[phase] <= counted + 8192, phase
+
+
+@pytest.mark.parametrize("rank", [0, 32], ids=["every weight", "adapters"])
+def test_without_a_kl_no_reference_is_planned(rank: int):
+    """Neither its pass nor its copy; the base of adapters stays."""
+    plans = [
+        estimate_plan(plan_paper("8xa6000", "8x1", f"crpo.kl_coef={beta}", f"lora.rank={rank}")) for beta in (0.001, 0)
+    ]
+    phases = [{phase.name: phase for phase in plan.phases} for plan in plans]
+    assert phases[0].keys() - phases[1].keys() == {"reference log-probs"}
+    for name, phase in phases[1].items():
+        assert ("reference" in phase.memory) == bool(rank)
+        saved = 0 if rank else phases[0][name].memory["reference"]
+        assert phases[0][name].total - phase.total == pytest.approx(saved), name
+    without = compiled.list_update_programs(small := plan_small(4, 2, "crpo.kl_coef=0"), mesh_of(4, 2))
+    assert [program.phase for program in without] == [
+        name for name in list_phases(small) if name not in ("sampling copy", "prefill", "decode")
+    ]
+    for program in without:
+        program.lower()  # the real programs accept a batch without a reference
 
 
 def test_one_optimizer_step_needs_no_old_logprobs():
@@ -281,6 +302,14 @@ def test_the_plan_prints_tables_and_a_verdict(capsys: pytest.CaptureFixture[str]
     rows = [line for line in lines if line.startswith(tuple(PHASES))]
     assert len(rows) >= 2 * len(PHASES)
     assert max(map(len, lines)) <= 150
+
+
+def test_the_plan_of_a_text_model_says_that_its_folder_holds_more(capsys: pytest.CaptureFixture[str]):
+    plan.main(["--target", "8xh100", "--fast", "model.path=google/gemma-3-4b-it"])
+    said = "the text model alone: train refuses the hub's folder, which has a vision tower (model_type gemma3)"
+    assert said in capsys.readouterr().out.splitlines()
+    plan.main(["--target", "8xh100", "--fast", "model.path=Qwen/Qwen3-4B"])
+    assert "vision" not in capsys.readouterr().out
 
 
 def test_what_does_not_fit_names_a_setting_and_exits_with_1(capsys: pytest.CaptureFixture[str]):

@@ -12,15 +12,17 @@ LENGTHS = [100, 90, 80, 70]
 
 
 def test_mfu_counts_the_old_policy_for_later_mini_batches_only():
-    every = config.Lora(rank=0)
+    every = config.Config()
     single = sum(2 * forward_flops(SHAPE, length) + backward_flops(SHAPE, length) for length in LENGTHS)
     assert update_flops(SHAPE, every, LENGTHS, 4) == single
     assert update_flops(SHAPE, every, LENGTHS, 2) == single + forward_flops(SHAPE, 80) + forward_flops(SHAPE, 70)
+    without_kl = config.Config(crpo=config.Crpo(kl_coef=0.0))
+    assert update_flops(SHAPE, without_kl, LENGTHS, 4) == single - sum(forward_flops(SHAPE, n) for n in LENGTHS)
 
 
 def test_mfu_does_not_count_gradients_of_frozen_weights():
     """A LoRA run used to report a third more than it did: four forward passes' worth of arithmetic are three."""
-    lora = config.Lora(rank=1, targets=("q_proj",))
+    lora = config.Config(lora=config.Lora(rank=1, targets=("q_proj",)))
     adapters = 2 * (64 + 64)  # in two layers, A [64, 1] and B [1, 64]
     forward = sum(forward_flops(SHAPE, length) for length in LENGTHS)
     assert update_flops(SHAPE, lora, LENGTHS, 4) == forward + sum(

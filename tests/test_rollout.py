@@ -3,6 +3,7 @@
 import doctest
 import gc
 import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from conftest import SHAPE, mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import crpo_jax.rollout
 from crpo_jax.errors import InputError
@@ -24,9 +26,10 @@ from crpo_jax.model.huggingface import save_model
 from crpo_jax.model.lora import Policy
 from crpo_jax.model.placement import to_sampler
 from crpo_jax.model.transformer import Transformer
+from crpo_jax.parallel.mesh import DATA, MODEL
 from crpo_jax.rollout.draw import Sampling, draw_tokens, row_keys
 from crpo_jax.rollout.engine import DecodeBatch, Engine, Response, RolloutProgress, Scheduler
-from crpo_jax.rollout.sample import DecodedChunk, SamplingPrograms, sampling_programs
+from crpo_jax.rollout.sample import DecodedChunk, SamplingPrograms, sampling_programs, sharded_call
 from crpo_jax.update.logprobs import token_logprobs
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("quick_compiles")]
@@ -435,6 +438,16 @@ def test_compiled_calls_transfer_nothing(
         groups = engine.generate(weights, PROMPTS, key=KEY, group=GROUP)
         assert tokens_of(groups) == tokens_of(expected)
         assert all(calls[name] for name in SamplingPrograms._fields), calls
+
+
+def test_no_empty_array_enters_a_program_over_several_devices():
+    """Compiling one ended the process with jaxlib 0.11.2: rows that were gathered have empty caches of prompts."""
+    specs = (P(DATA), P(None, MODEL))
+    program = jax.jit(sharded_call(lambda x, y: jnp.concatenate([x, y[:2]], 1), mesh_of(4, 2), specs, P(DATA, MODEL)))
+    empty, full = jnp.zeros((8, 0)), jnp.arange(12.0).reshape(2, 6)
+    (call,) = re.findall(r"sdy.manual_computation\(.*?\)", program.lower(empty, full).as_text())
+    assert call.count("%") == 1
+    np.testing.assert_array_equal(program(empty, full), np.tile(full, (4, 1)))
 
 
 def test_nothing_is_compiled_twice(weights: SamplerWeights, one_device: Mesh, compiled: list[str]):

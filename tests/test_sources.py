@@ -32,6 +32,7 @@ PAPER: dict[str, tuple[str, Any, str]] = {
     "reward.consistency": ("equation 4", 0.5, r"0.5 \cdot r_{\text{consistency}}(o)"),
     "crpo.epochs": ("section 4.3", 20, "after distillation for 20 epochs"),
     "crpo.group_size": ("section 4.3", 5, "The rollout number (G) is 5"),
+    "crpo.kl_estimator": ("equation 2", "k3", r"\log \frac{\pi_{ref}(o_i|q)}{\pi_\theta(o_i|q)} - 1"),
     "crpo.advantage": ("equation 3", "grpo", r"\text{std}(\{r_1, r_2, \dots, r_G\})"),
     "sft.epochs": ("section 4.3", 20, "for 20 epochs as the cold-start dataset"),
 }
@@ -60,6 +61,9 @@ CODE: dict[str, tuple[Any, str]] = {
     "crpo.prompts_per_step": (512, "data.train_batch_size=512"),
     "crpo.mini_batch_prompts": (16, "actor.ppo_mini_batch_size=16, times rollout.n responses"),
     "crpo.ratio": ("token", "a ratio per token"),
+    "crpo.loss": ("clip", "PPO's clipped objective, verl's default policy loss"),
+    "crpo.old_logprobs": ("trainer", "compute_log_prob of the actor before the first mini-batch"),
+    "crpo.kl_in": ("loss", "actor.use_kl_loss=True"),
     "crpo.clip_low": (0.2, "clip_ratio: 0.2"),
     "crpo.clip_high": (0.2, "clip_ratio: 0.2"),
     "crpo.kl_coef": (0.001, "actor.kl_loss_coef=0.001"),
@@ -91,6 +95,8 @@ CODE: dict[str, tuple[Any, str]] = {
 
 OTHERS: dict[str, tuple[str, Any]] = {
     "reward.overlong_share": ("arXiv 2503.14476, section 4.1", 4096 / 20480),
+    "crpo.sapo_tau_positive": ("arXiv 2511.20347, section 5.1", 1.0),
+    "crpo.sapo_tau_negative": ("arXiv 2511.20347, section 5.1", 1.05),
     "crpo.sequence_clip_low": ("arXiv 2507.18071, section 5.1", 3e-4),
     "crpo.sequence_clip_high": ("arXiv 2507.18071, section 5.1", 4e-4),
     "crpo.kl_gain": ("arXiv 1909.08593, section 2.2", 0.1),

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from crpo_jax.data.tokenizer import load_tokenizer
 from crpo_jax.errors import InputError
+from crpo_jax.runtime import same_inputs
 from crpo_jax.store.metrics import read_metrics
 
 export = import_module("crpo_jax.export")
@@ -251,7 +252,7 @@ def test_a_published_recipe_trains(whole, tmp_path, recipe):
         assert (row["loss/total"], row["kl/coef"]) == (row["loss/policy"], 0)
         assert row["policy/gradient_norm"] > 0
         assert ("reward/component/overlong" in row) == (recipe == "dapo")
-    assert metrics[1]["kl/mean"] > 0, "it is measured all the same"
+        assert not {"kl/mean", "kl/max"} & set(row), "no start model is held to measure it against"
     if recipe == "dapo":
         rows = samples(tmp_path, 0)
         lengths, parts = np.array([row["tokens"] for row in rows]), [row["components"] for row in rows]
@@ -268,9 +269,12 @@ def test_a_workdir_of_another_config_is_refused(whole):
         run(whole, "crpo.steps=4", "crpo.kl_coef=0.5")
 
 
-def test_a_finished_run_says_so_and_changes_nothing(whole, capfd):
-    before = (whole / "metrics.jsonl").read_text()
+def test_a_finished_run_says_so_and_changes_nothing(whole, capfd, monkeypatch):
+    before, compared = (whole / "metrics.jsonl").read_text(), []
+    monkeypatch.setattr(same_inputs, "is_single_process", lambda: False)
+    monkeypatch.setattr(same_inputs, "require_agreement", compared.append)
     run(whole, "crpo.steps=4")
+    assert sum("--workdir" in facts for facts in compared) == 1, "the processes compared their workdirs twice"
     assert timeless(read_metrics(whole)) == timeless([json.loads(line) for line in before.splitlines()])
     assert "resuming after step 4" in capfd.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -426,6 +427,81 @@ def test_crpo_mini_batches_mark_the_first_as_on_policy(minis: list[Mini]):
     mini = minis[0]
     batches = crpo_mini_batches(mini.rows, mini.sampler, mini.advantages, np.ones(7, bool), settings, 1)
     assert [{bool(x) for batch in mini_batch for x in batch.on_policy} for mini_batch in batches] == [{True}, {False}]
+
+
+def test_the_samplers_log_probs_need_no_forward_of_the_old_policy(model: Transformer, minis: list[Mini]):
+    """Neither is it run, nor is its gradient another one than with these log-probs in its place."""
+    mesh = mesh_of(1, 1)
+    by_sampler = trainer_of(mesh, settings_with(crpo__old_logprobs="sampler"))
+    state = initial_state(by_sampler, model, mesh)
+    batches = [whole(mini, mesh)._replace(old=None, on_policy=jnp.full(8, i == 0)) for i, mini in enumerate(minis)]
+    scored = by_sampler.with_logprobs(state, [[batch] for batch in batches])
+    assert all(batch.old is None for (batch,) in scored)
+    for (batch,) in scored:
+        gradient = by_sampler.gradients(state, [batch])[0]
+        as_old = batch._replace(old=batch.sampler, on_policy=None)
+        assert_same_gradient(gradient, flat(trainer_of(mesh).gradients(state, [as_old])[0]))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (4, 2)])
+def test_a_kl_in_the_reward_is_taken_off_each_response(sizes: tuple[int, int], model: Transformer, minis: list[Mini]):
+    """Of the policy that sampled, whatever order the micro-batches are in; advantages go back to the same rows."""
+    mesh = mesh_of(*sizes)
+    settings = settings_with(crpo__kl_in="reward", crpo__mini_batch_prompts=2, crpo__group_size=2)
+    trainer, mini = trainer_of(mesh, settings), minis[0]
+    state, counted = initial_state(trainer, model, mesh), np.arange(7) != 3
+    on_host = crpo_mini_batches(mini.rows, mini.sampler, mini.advantages, counted, settings, data_size(mesh))
+    batches = trainer.with_logprobs(state, [trainer.put_batches(part) for part in on_host])
+    tokens, mask = padded(mini.rows)
+    reference = np.asarray(next_token_logprobs(model, tokens))
+    gaps = [reference[i][mask[i]] - mini.sampler[i] for i in range(7)]
+    expected = [0.2 * np.sum(np.exp(gap) - gap - 1) for gap in gaps]
+    np.testing.assert_allclose(trainer.kl_penalties(state, batches, 7), expected, rtol=2e-3, atol=1e-6)
+    new = np.arange(7, dtype=np.float32)
+    for batch in (batch for part in trainer.with_advantages(batches, new) for batch in part):
+        rows = np.asarray(batch.responses)
+        np.testing.assert_array_equal(batch.advantages, np.where(rows >= 0, rows, 0))
+        lengths = [mini.rows[row].length if row >= 0 else 0 for row in rows]
+        np.testing.assert_array_equal(batch.lengths, lengths)
+
+
+def test_a_loss_of_ones_own_is_part_of_the_program(
+    model: Transformer, minis: list[Mini], one_device: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Written from its documented signature, PPO's loss has PPO's gradient; masks, weights, KL, entropy are added."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_ppo.py").write_text(OWN_PPO, encoding="utf-8")
+    own = trainer_of(one_device, settings_with(crpo__loss="my_ppo:clipped"))
+    state, batch = initial_state(own, model, one_device), whole(minis[0], one_device)
+    expected = trainer_of(one_device).gradients(state, [batch])[0]
+    assert_same_gradient(own.gradients(state, [batch])[0], flat(expected))
+
+
+OWN_PPO = """
+import jax.numpy as jnp
+
+def clipped(logprobs, old_logprobs, advantages, **others):
+    ratio = jnp.exp(logprobs - old_logprobs)
+    return -jnp.minimum(ratio * advantages[:, None], jnp.clip(ratio, 0.9, 1.15) * advantages[:, None])
+"""
+
+
+def test_without_a_kl_no_reference_is_held_or_run(model: Transformer, minis: list[Mini], one_device: Mesh):
+    """The gradient is that of a coefficient too small to matter, and a step needs no frozen weights."""
+    gradients = []
+    for beta in (1e-30, 0.0):
+        trainer = trainer_of(one_device, settings_with(crpo__kl_coef=beta))
+        state = initial_state(trainer, model, one_device)
+        assert (state.frozen is None) == (beta == 0)
+        batch = whole(minis[0], one_device)._replace(reference=None)
+        ((scored,),) = trainer.with_logprobs(state, [[batch]])
+        assert (scored.reference is None) == (beta == 0)
+        gradients.append(trainer.gradients(state, [scored])[0])
+        state, update = trainer.update(state, [scored])
+        assert float(update.applied) == 1
+        assert ("sum/kl" in update.metrics) == (beta > 0)
+    assert_same_gradient(gradients[0], flat(gradients[1]))
 
 
 def test_measure_is_accumulate_without_the_gradient(model: Transformer, minis: list[Mini], one_device: Mesh):

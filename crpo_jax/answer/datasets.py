@@ -20,6 +20,7 @@ from crpo_jax.errors import InputError
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.model.huggingface import model_folder
 from crpo_jax.model.lora import Policy
+from crpo_jax.reward.answer import is_right
 from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime, open_runtime
@@ -145,7 +146,8 @@ class Status:
     def add(self, answers: Sequence[Answer]) -> None:
         letters = [extract_letter(answer, self._settings) for answer in answers]
         self._done, self._sampled = self._done + len(answers), self._sampled + len(answers)
-        self._right += sum(letter == answer.question.answer for letter, answer in zip(letters, answers, strict=True))
+        pairs = zip(answers, letters, strict=True)
+        self._right += sum(is_right(answer.question, letter, self._settings.reward) for answer, letter in pairs)
         self._valid += sum(letter is not None for letter in letters)
         self._tokens += sum(answer.tokens or 0 for answer in answers)
         shares = f"accuracy {self._right / self._sampled:.3f}  valid {self._valid / self._sampled:.3f}"

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,25 @@ class Answer:
 
 
 def question_to_row(question: Question) -> dict[str, Any]:
-    """A question without its further columns."""
-    row = {"id": question.id, "question": question.question, "options": dict(question.options)}
-    origin = {"source": question.source, "split": question.split}
-    return row | {"answer": question.answer} | {name: value for name, value in origin.items() if value}
+    """A question without its further columns, in the project's own format."""
+    row: dict[str, Any] = {"id": question.id, "question": question.question}
+    if question.turns:
+        turns = (*question.turns, ("user", question.question))
+        row["messages"] = [{"role": role, "content": content} for role, content in turns]
+    if question.options:
+        row["options"] = dict(question.options)
+    row["answer"] = [question.answer, *question.aliases] if question.aliases else question.answer
+    origin = {"answer_kind": question.kind, "source": question.source, "split": question.split}
+    if question.kind == "choice":
+        del origin["answer_kind"]
+    return row | {name: value for name, value in origin.items() if value}
 
 
 def question_digest(question: Question) -> str:
-    """Tells whether two questions are the same to a model: their text, their options and the right one."""
-    content = [question.question, sorted(question.options.items()), question.answer]
+    """Tells whether two questions are the same to a model: their text, their options and the right answers."""
+    content: list[Any] = [question.question, sorted(question.options.items()), question.answer]
+    if question.kind != "choice" or question.turns:
+        content += [question.kind, question.aliases, question.turns]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -54,14 +64,18 @@ def answer_to_row(answer: Answer) -> dict[str, Any]:
 
 
 def read_answers(path: str | Path, flag: str = "--responses") -> list[Answer]:
-    """The responses of a file, ours or someone else's; samples without a number are numbered in the file's order."""
+    """The responses of a file, ours or someone else's; samples without a number are numbered in the file's order, and
+    so are those of a run, which begins again with 0 whenever a question's turn comes.
+
+    InputError where two responses to a question have one number.
+    """
     if not Path(path).is_file():
         raise InputError(f"{flag} {path}: expected a file of responses, got none there")
-    samples: Counter[str] = Counter()
+    samples: defaultdict[str, set[int]] = defaultdict(set)
     answers = []
     for record in json_records(Path(path)):
         answers.append(read_answer(record, samples))
-        samples[answers[-1].question.id] += 1
+        samples[answers[-1].question.id].add(answers[-1].sample)
     if not answers:
         raise InputError(f"{flag} {path}: expected at least one response, got an empty file")
     return answers
@@ -93,10 +107,11 @@ def sample_columns(record: Record) -> tuple[str, ...]:
     return (*SAMPLE_FIELDS, *SCORE_FIELDS, "error", "traceback") if of_run else ()
 
 
-def read_answer(record: Record, samples: Mapping[str, int]) -> Answer:
-    """A record's response; `samples` counts the responses to each question that stand before it."""
+def read_answer(record: Record, samples: Mapping[str, Set[int]]) -> Answer:
+    """A record's response; `samples` are the numbers of the responses to each question that stand before it."""
     question = question_of(record)
-    no_columns = {*RESPONSE_FIELDS, *sample_columns(record)}
+    columns_of_run = sample_columns(record)
+    no_columns = {*RESPONSE_FIELDS, *columns_of_run}
     columns = {name: value for name, value in question.columns.items() if name not in no_columns}
     sample, response, ids, tokens, stopped = map(record.fields.get, RESPONSE_FIELDS)
     if not isinstance(response, str):
@@ -105,5 +120,9 @@ def read_answer(record: Record, samples: Mapping[str, int]) -> Answer:
         record.fail("token_ids", "a list of token ids", ids)
     if tokens is not None and not isinstance(tokens, int):
         record.fail("tokens", "a whole number", tokens)
-    sample = sample if isinstance(sample, int) else samples.get(question.id, 0)
+    before = samples.get(question.id, frozenset())
+    if not isinstance(sample, int) or columns_of_run:
+        sample = len(before)
+    if sample in before:
+        record.fail("sample", f"another number for each response to {question.id}", sample)
     return Answer(replace(question, columns=columns), sample, response, ids, tokens, stopped)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from crpo_jax.answer.records import question_to_row
+from crpo_jax.config import Crpo
 from crpo_jax.data.question import Question
 from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.parallel.processes import gather_from_processes, process_share
@@ -22,8 +23,8 @@ from crpo_jax.runtime.inputs import TrainingQuestions
 from crpo_jax.runtime.run import TrainingRun
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.runtime.signals import StopRequested
+from crpo_jax.update.advantages import choose_groups, group_advantages
 from crpo_jax.update.batches import Row
-from crpo_jax.update.losses import choose_groups
 
 
 class Responses(NamedTuple):
@@ -97,6 +98,14 @@ class ScoredRollout(NamedTuple):
     def trained_logprobs(self) -> list[np.ndarray]:
         """The sampler's log-probs of the trained responses, one array each."""
         return [self.responses[i].logprobs for i in self.trained]
+
+    def advantages(self, crpo: Crpo, penalties: Float[np.ndarray, " t"] | float = 0.0) -> Float[np.ndarray, " t"]:
+        """Of the trained responses, whose rewards are less by their `penalties`."""
+        shape = (-1, self.rewards.shape[1])
+        rewards = (self.rewards.reshape(-1)[self.trained] - penalties).reshape(shape)
+        lengths = np.array([len(self.responses[i].tokens) for i in self.trained]).reshape(shape)
+        valid = self.valid.reshape(-1)[self.trained].reshape(shape)
+        return group_advantages(rewards, valid, crpo.advantage, lengths).reshape(-1)
 
     def counted(self, *, truncated: bool) -> Bool[np.ndarray, " t"]:
         """Which of the trained responses carry gradient: those that were scored, and cut ones only where
@@ -205,14 +214,15 @@ def sample_rows(step: int, rollout: ScoredRollout, advantages: np.ndarray) -> li
     """What samples.jsonl records of a step: every response to its question, with its reward or the error that left it
     out; `crpo_jax.score` reads it too.
 
-    `trained` says whether it was in a mini-batch: all are, unless dynamic sampling replaced their group.
+    `trained` says whether it was in a mini-batch: all are, unless dynamic sampling replaced their group. `advantages`
+    are of those that were; the others have 0.
     """
-    trained, rows = set(rollout.trained.tolist()), []
+    trained, rows = dict(zip(rollout.trained.tolist(), advantages.tolist(), strict=True)), []
     responses = zip(rollout.questions, rollout.responses, rollout.texts, rollout.scores, strict=True)
     for place, (question, response, text, score) in enumerate(responses):
         row = response_row(question, response, text) | {"step": step, "sample": response.sample}
         row |= {"prompt": rollout.prompts[question.id]}
-        row |= {"advantage": round(float(advantages[place]), 5), "trained": place in trained}
+        row |= {"advantage": round(trained.get(place, 0.0), 5), "trained": place in trained}
         rows.append(row | score_row(score))
     return rows
 

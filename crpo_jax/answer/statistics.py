@@ -18,8 +18,9 @@ from crpo_jax.answer.records import Answer, question_digest
 from crpo_jax.answer.truth import EXACT_MEASURES, count_exactly, has_truth
 from crpo_jax.config import Config
 from crpo_jax.data.question import Question
+from crpo_jax.reward.answer import find_answer, is_right
 from crpo_jax.reward.parse import parse_response
-from crpo_jax.reward.rules import Score, find_answer
+from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
 
 Z = 1.959964  # of a 95% interval
@@ -27,16 +28,15 @@ FORMATS = (("dx", "conclusion"), ("think", "answer"))
 
 
 def extract_letter(answer: Answer, settings: Config) -> str | None:
-    """The option in a response's only box, which must stand where evaluate.answer asks; None if it holds no option."""
+    """What a response answers with, in its only box or where reward.answer_in says, which must stand where
+    evaluate.answer asks; None if that is no option, or no number where one is asked for."""
     question = answer.question
     if settings.evaluate.answer == "anywhere":
-        box = parse_response(answer.response).box
-        letter = box.text.strip() if box and box.text is not None else None
-        return letter if letter in question.options else None
+        return find_answer(answer.response, question, settings.reward)[0]
     for tags in dict.fromkeys((*FORMATS, tuple(settings.reward.grpo_tags))):
         parsed = parse_response(answer.response, tags, systems=False)
         if parsed.conclusion is not None:
-            return find_answer(parsed, question, tags[1])[0]
+            return find_answer(answer.response, question, settings.reward, parsed, tags[1])[0]
     return None
 
 
@@ -95,8 +95,13 @@ def summarize(
     """A data set's entry in summary.json, and each question's own means, by which models are compared; plain values."""
     groups = group_by_question(answers)
     letters = [extract_letter(answer, settings) for answer in answers]
-    right = [letter == answer.question.answer for letter, answer in zip(letters, answers, strict=True)]
-    votes = [majority_vote([letters[i] for i in group]) == answers[group[0]].question.answer for group in groups]
+    right = [
+        is_right(answer.question, letter, settings.reward) for letter, answer in zip(letters, answers, strict=True)
+    ]
+    votes = [
+        is_right(answers[group[0]].question, majority_vote([letters[i] for i in group]), settings.reward)
+        for group in groups
+    ]
     scores, consistency_by = score_answers(answers, settings, effective)
     scored = {index: score for index, score in enumerate(scores) if isinstance(score, Score)}
 

@@ -91,15 +91,11 @@ def fused_qkv(
     heads = buffer.reshape(*x.shape[:-1], -1, shape.h)
     n = layer["o_nhd"].shape[0]
     k = (heads.shape[-2] - n) // 2
-    queries_keys = heads[..., : n + k, :]
-    if "q_norm_h" in layer:
-        parts = (
-            normed(layer, "q_norm_h", heads[..., :n, :], shape),
-            normed(layer, "k_norm_h", heads[..., n : n + k, :], shape),
-        )
-        queries_keys = jnp.concatenate(parts, axis=-2)
-    rotated = rope(queries_keys, positions, shape.frequencies(windowed))
-    return rotated[..., :n, :], rotated[..., n:, :].astype(x.dtype), heads[..., n + k :, :]
+    # Normed heads that are joined before their rotation do not compile for GPUs (XLA of jax 0.10.2).
+    frequencies = shape.frequencies(windowed)
+    q = rope(normed(layer, "q_norm_h", heads[..., :n, :], shape), positions, frequencies)
+    keys = rope(normed(layer, "k_norm_h", heads[..., n : n + k, :], shape), positions, frequencies)
+    return q, keys.astype(x.dtype), heads[..., n + k :, :]
 
 
 def add_attention(layer: Mapping[str, Array], x: Array, mixed: Array, shape: Shape, shard: Shard) -> Array:

@@ -37,9 +37,9 @@ def weight_shardings(shape: Shape, axes: Axes, mesh: Mesh) -> Transformer:
     return Transformer(shape, lambda weight: NamedSharding(mesh, weight_spec(axes, weight.stacked_dims, mesh, shape.k)))
 
 
-def resident_bytes(shape: Shape, layout: Layout, mesh: Mesh, dtype: str) -> int:
-    """What training keeps on each device between micro-batches: float32 masters, two moments and gradients, compute and
-    reference weights."""
+def resident_bytes(shape: Shape, layout: Layout, mesh: Mesh, dtype: str, reference: bool = True) -> int:
+    """What training keeps on each device between micro-batches: float32 masters, two moments and gradients, compute
+    weights, and those of a `reference`."""
 
     def numbers(axes: Axes) -> int:
         placed = [
@@ -48,14 +48,15 @@ def resident_bytes(shape: Shape, layout: Layout, mesh: Mesh, dtype: str) -> int:
         return sum(math.prod(NamedSharding(mesh, spec).shard_shape(shape.dims(dims))) for dims, spec in placed)
 
     narrow = jnp.dtype(dtype).itemsize
-    return 16 * numbers(layout.master) + narrow * (numbers(layout.compute) + numbers(layout.reference))
+    frozen = numbers(layout.reference) if reference else 0
+    return 16 * numbers(layout.master) + narrow * (numbers(layout.compute) + frozen)
 
 
-def automatic_layout(shape: Shape, mesh: Mesh, dtype: str, memory: int | None) -> str:
+def automatic_layout(shape: Shape, mesh: Mesh, dtype: str, memory: int | None, reference: bool = True) -> str:
     """parallel.layout=auto: zero1, which moves weights once per optimizer step, while what it keeps leaves half of a
     device's `memory` in bytes (None: not known) to activations and logits; otherwise fsdp, which moves them per
     block."""
-    fits = memory is None or resident_bytes(shape, LAYOUTS["zero1"], mesh, dtype) <= memory / 2
+    fits = memory is None or resident_bytes(shape, LAYOUTS["zero1"], mesh, dtype, reference) <= memory / 2
     return "zero1" if fits else "fsdp"
 
 

@@ -2,7 +2,6 @@
 other numbers, or waits in another collective, and nothing else says so."""
 
 import functools
-import hashlib
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+
+from crpo_jax.disk import file_digest
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "datasets", "grain", "numpy"),
@@ -71,7 +72,7 @@ def installed_version(package: str) -> str:
         return "not installed"
 
 
-def file_digest(path: Path) -> str:
+def cached_digest(path: Path) -> str:
     """The SHA-256 of a file, read once however often it is asked for while the file stays the same."""
     state = path.stat()
     return digest_of_state(path, state.st_size, state.st_mtime_ns)
@@ -79,9 +80,8 @@ def file_digest(path: Path) -> str:
 
 @functools.cache
 def digest_of_state(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)
 
 
 def short_digest(path: Path) -> str:
-    return f"SHA-256 {file_digest(path)[:12]}"
+    return f"SHA-256 {cached_digest(path)[:12]}"

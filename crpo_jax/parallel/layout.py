@@ -3,17 +3,15 @@
 Adding a layout is adding an entry to LAYOUTS, or passing one's own as `parallel.layout=module:NAME`.
 """
 
-import importlib
-import os
-import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from crpo_jax.errors import InputError
 from crpo_jax.parallel.mesh import DATA, MODEL, data_size, model_size
+from crpo_jax.user_code import import_user_object
 
 
 class Axes(NamedTuple):
@@ -65,16 +63,9 @@ def find_layout(name: str) -> Layout:
     if name in LAYOUTS:
         return LAYOUTS[name]
     expected = f"parallel.layout: expected {', '.join(LAYOUTS)}, auto or a layout of your own as module:NAME"
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise InputError(f"{expected}, got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        layout: Any = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # noqa: BLE001 (importing a user's module runs any code)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{expected}; {name} cannot be imported: {reason}") from None
+    layout = import_user_object(name, expected)
     if not (isinstance(layout, Layout) and all(isinstance(axes, Axes) for axes in layout)):
         raise InputError(
             f"parallel.layout: expected {name} to be a crpo_jax.parallel.layout.Layout, got {layout!r:.80}"

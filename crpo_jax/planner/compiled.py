@@ -21,6 +21,7 @@ from crpo_jax.planner.memory import (
     count_activation_bytes,
     count_resident_memory,
     count_waiting_bytes,
+    list_phases,
     select_axes,
 )
 from crpo_jax.planner.planned_run import PlannedRun
@@ -63,6 +64,9 @@ PROGRAM_PARTS = {
     "optimizer step": ("master", "moments", "gradients"),
 }
 """The memory parts that are arguments or results of each phase's program; the others are held beside it."""
+
+STOP_TOKENS = 2
+"""As many as most models have, where rollout.stop names none."""
 
 BASE_PHASES = ("sampling copy", "old log-probs", "accumulate")
 """The phases whose programs also take the frozen base of adapters, which is the reference."""
@@ -140,6 +144,7 @@ def abstract_batch(run: PlannedRun, mesh: Mesh) -> Batch:
         advantages=array((b,), jnp.float32),
         sampler=array((b, t), jnp.float32),
         on_policy=array((b,), jnp.bool_),
+        responses=array((b,), jnp.int32),
     )
 
 
@@ -147,7 +152,7 @@ def abstract_batch(run: PlannedRun, mesh: Mesh) -> Batch:
 
 
 def list_update_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
-    settings, several = run.settings, run.optimizer_steps > 1
+    settings, phases = run.settings, list_phases(run)
     trainer = Trainer(
         run.shape,
         mesh,
@@ -159,26 +164,28 @@ def list_update_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
         attention=run.attention,
     )
     unscored = abstract_batch(run, mesh)
-    batch = unscored._replace(reference=unscored.sampler, old=unscored.sampler if several else None)
+    reference = unscored.sampler if "reference log-probs" in phases else None
+    batch = unscored._replace(reference=reference, old=unscored.sampler if "old log-probs" in phases else None)
     gradients, metrics = jax.eval_shape(trainer.zero)
     gradients = attach_shardings(gradients, trainer.shardings.master)
     whole = NamedSharding(mesh, PartitionSpec())
     metrics = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), metrics)
     state, frozen = trainer.abstract_state(), abstract_frozen(run, mesh)
     policy = policy_of(abstract_trained(run, mesh, "compute", settings.model.dtype), frozen)
-    old = [PhaseProgram("old log-probs", trainer.logprobs, (policy, unscored))] if several else []
-    return [
+    programs = [
         PhaseProgram("compute copy", trainer.compute_copy, (state.master,)),
         PhaseProgram("reference log-probs", trainer.logprobs, (Policy(frozen), unscored)),
-        *old,
+        PhaseProgram("old log-probs", trainer.logprobs, (policy, unscored)),
         PhaseProgram("accumulate", trainer.accumulate, (gradients, metrics, policy, batch, state.kl_coef)),
         PhaseProgram("optimizer step", trainer.apply, (state, gradients, metrics)),
     ]
+    return [program for program in programs if program.phase in phases]
 
 
 def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
     settings, shape, rollout = run.settings, run.shape, run.settings.rollout
-    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, tuple(range(len(rollout.stop))))
+    stops = tuple(range(len(rollout.stop) or STOP_TOKENS))
+    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, stops)
     chunk, most = min(rollout.chunk, rollout.max_new_tokens), rollout.max_new_tokens
     sampler: Any = sampling_programs(shape, mesh, sampling, chunk, run.attention)
     gather = to_sampler(shape, mesh, settings.model.dtype)

@@ -56,7 +56,7 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
     if settings.lora.rank:  # a frozen weight has no gradient
         both_passes -= forward - count_attention_flops(tokens, context)
     resident = count_resident_memory(run)
-    state, compute = resident["optimizer step"], resident["reference log-probs"]["weights"]
+    state, compute = resident["optimizer step"], resident["compute copy"]["weights"]
     master, gradients, sampling = state["master"], state["gradients"], count_sampling_bytes(run)
     whole = count_model_bytes(run, "gathered", settings.model.dtype)
     prompts = count_cache_bytes(run, 0)

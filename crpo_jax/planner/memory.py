@@ -31,7 +31,7 @@ PHASES = (
     "accumulate",
     "optimizer step",
 )
-"""The programs of an RL step in their order. With one optimizer step per rollout there are no old log-probs."""
+"""The programs of an RL step in their order; `list_phases` leaves out log-probs that a run does not need."""
 
 Memory = dict[str, float]
 """Bytes on one device, by part."""
@@ -139,7 +139,10 @@ def count_activation_bytes(run: PlannedRun) -> float:
 
 
 def list_phases(run: PlannedRun) -> list[str]:
-    return [phase for phase in PHASES if phase != "old log-probs" or run.optimizer_steps > 1]
+    crpo = run.settings.crpo
+    old = run.optimizer_steps > 1 and crpo.old_logprobs == "trainer"
+    needed = {"reference log-probs": crpo.has_reference, "old log-probs": old}
+    return [phase for phase in PHASES if needed.get(phase, True)]
 
 
 def count_resident_memory(run: PlannedRun) -> dict[str, Memory]:
@@ -147,8 +150,9 @@ def count_resident_memory(run: PlannedRun) -> dict[str, Memory]:
     temporaries only the step's micro-batches."""
     dtype, rollout = jnp.dtype(run.settings.model.dtype), run.settings.rollout
     master = count_trained_bytes(run, "master", jnp.float32)
-    reference = count_model_bytes(run, "reference", dtype)
-    always = {"master": master, "moments": count_moment_bytes(run), "reference": reference}
+    always = {"master": master, "moments": count_moment_bytes(run)}
+    if run.settings.crpo.has_reference or run.settings.lora.rank:
+        always["reference"] = count_model_bytes(run, "reference", dtype)
     sampling = {"weights": count_sampling_bytes(run)}
     compute = {"weights": count_trained_bytes(run, "compute", dtype)}
     gradients, batches = {"gradients": master}, {"temporaries": count_batch_bytes(run)}

@@ -48,6 +48,9 @@ PUBLISHED_SHAPES = {
 }  # fmt: skip
 """Shapes by hub id, so that a model can be planned before it is downloaded; Gemma's is that of its text model."""
 
+WITH_VISION = {"google/gemma-3-4b"}
+"""Models whose hub folder has a vision tower beside the text model that is planned: train refuses such a folder."""
+
 MEAN_PROMPT, MEAN_RESPONSE = 0.4, 0.25
 """Mean lengths as shares of the longest that the settings allow; only times use them. The median of MedQA's prompts is
 394 of 1,024 tokens; the mean of responses of lognormal length is about a quarter of their limit."""
@@ -60,14 +63,18 @@ def resolve_shape(settings: Config) -> Shape:
         return shape_of(dataclasses.asdict(settings.model.shape), "model.shape")
     if (Path(path).expanduser() / "config.json").is_file():
         return read_shape(Path(path).expanduser())
-    name = re.sub(r"-(Instruct|it|pt)$", "", path.rsplit("/", 1)[-1])
-    for published, shape in PUBLISHED_SHAPES.items():
-        if published.endswith(f"/{name}"):
-            return shape
+    if name := published_name(path):
+        return PUBLISHED_SHAPES[name]
     names = ", ".join(PUBLISHED_SHAPES)
     raise InputError(
         f"model.path: expected a folder with config.json or one of {names} (or -Instruct, -it, -pt), got {path!r}"
     )
+
+
+def published_name(path: str) -> str | None:
+    """The key of PUBLISHED_SHAPES that model.path means."""
+    name = re.sub(r"-(Instruct|it|pt)$", "", path.rsplit("/", 1)[-1])
+    return next((published for published in PUBLISHED_SHAPES if published.endswith(f"/{name}")), None)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,12 @@ class PlannedRun:
     @property
     def mesh_text(self) -> str:
         return f"{self.data}x{self.model}"
+
+    @property
+    def is_text_part(self) -> bool:
+        """Whether the model was planned from its published name, and is a part of what the hub has under that name."""
+        path = self.settings.model.path
+        return published_name(path) in WITH_VISION and not (Path(path).expanduser() / "config.json").is_file()
 
     @property
     def layout_name(self) -> str:
@@ -180,6 +193,7 @@ def resolve_run(settings: Config, target: Target, mesh: str = "") -> PlannedRun:
     shape = resolve_shape(settings)
     if settings.parallel.layout == "auto":
         devices: Any = AbstractMesh((data, model), (DATA, MODEL))
-        layout = automatic_layout(shape, devices, settings.model.dtype, target.chip.memory)
+        reference = settings.crpo.has_reference
+        layout = automatic_layout(shape, devices, settings.model.dtype, target.chip.memory, reference)
         settings = replaced(settings, {"parallel.layout": layout})
     return PlannedRun(settings, shape, target, data, model)

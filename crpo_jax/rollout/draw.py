@@ -27,6 +27,7 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
+    renormalize: bool = False  # log-probs are of what top-p and top-k left, and not of all tokens
 
 
 def row_keys(key: Key[Array, ""], prompts: Int[Array, " b"], samples: Int[Array, " b"]) -> Key[Array, " b"]:
@@ -45,7 +46,8 @@ def draw_tokens(
 ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
     """Token number `positions` of every row's response, and its log-prob under softmax(logits / temperature).
 
-    The log-prob ignores top-p and top-k, as the trainer's does; with them, tokens come from a narrower distribution.
+    The log-prob ignores top-p and top-k, as the trainer's does; with them, tokens come from a narrower distribution,
+    whose log-prob it is where `sampling.renormalize`.
     """
     widths = block_widths(vocabulary)
     if logits.shape[1] % widths[0]:  # blocks cross devices only past 64 model shards or with odd vocabularies
@@ -64,6 +66,7 @@ def draw_tokens(
         if sampling.top_k or sampling.top_p < 1:
             mass = filter_mass(mass, logits, sampling, widths[0], shard)
             sums = block_sums(mass, widths[0], shard)
+            total = jnp.sum(sums, axis=-1) if sampling.renormalize else total
         at_position = jax.vmap(jax.random.fold_in)(keys, positions)
         words = jax.vmap(lambda key: jax.random.bits(key, (len(widths),), jnp.uint32))(at_position)
         tokens = invert_cumulative(mass, sums, words, widths, shard)

@@ -6,6 +6,7 @@ slot.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -236,6 +237,37 @@ class SamplingPrograms(NamedTuple):
     empty_cache: Any
 
 
+def sharded_call(function: Callable[..., Any], mesh: Mesh, inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` over all axes of the mesh. Arguments may be empty, as the prompt slots of gathered rows are.
+
+    Each device makes the empty ones itself: the compiler of jaxlib 0.11.2 crashes on several devices when it gets one.
+    """
+
+    def program(*arguments: Any) -> Any:
+        arrays, tree = jax.tree.flatten(arguments)
+        specs = tree.flatten_up_to(inputs)
+        sizes = [NamedSharding(mesh, spec).shard_shape(x.shape) for x, spec in zip(arrays, specs, strict=True)]
+
+        @functools.wraps(function)  # profiles show the name
+        def local(*nonempty: Array) -> Any:
+            given = iter(nonempty)
+            every = [next(given) if x.size else jnp.zeros(size, x.dtype) for x, size in zip(arrays, sizes, strict=True)]
+            return function(*tree.unflatten(every))
+
+        nonempty = [place for place, x in enumerate(arrays) if x.size]
+        # Outputs are equal on all model shards because every draw ends in a sum over them; JAX cannot see that.
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=tuple(specs[place] for place in nonempty),
+            out_specs=outputs,
+            axis_names={DATA, MODEL},
+            check_vma=False,
+        )(*(arrays[place] for place in nonempty))
+
+    return program
+
+
 @functools.cache
 def sampling_programs(
     shape: Shape, mesh: Mesh, sampling: Sampling, chunk: int, attention: AttentionKind
@@ -247,11 +279,8 @@ def sampling_programs(
     cache, settings = (layer,) * shape.l, {"shape": shape, "shard": shard, "sampling": sampling}
 
     def mapped(function: Any, inputs: tuple[Any, ...], outputs: Any, **fixed: Any) -> Any:
-        named = functools.wraps(function)(functools.partial(function, **fixed))  # profiles show the name
-        # Outputs are equal on all model shards because every draw ends in a sum over them; JAX cannot see that.
-        return jax.shard_map(
-            named, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names={DATA, MODEL}, check_vma=False
-        )
+        named = functools.wraps(function)(functools.partial(function, **fixed))
+        return sharded_call(named, mesh, inputs, outputs)
 
     def prefill_program(*inputs: Any, slots: tuple[int, int]) -> Any:
         fixed = {**settings, "slots": slots, "attention": attention}

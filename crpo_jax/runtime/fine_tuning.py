@@ -19,7 +19,7 @@ from crpo_jax.runtime.inputs import Traces, model_digests, open_traces, trace_di
 from crpo_jax.runtime.run import TrainingRun, open_run, shared_workdir
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.checkpoint import Checkpoints
-from crpo_jax.store.workdir import check_inputs, has_folder, read_inputs
+from crpo_jax.store.workdir import check_inputs, has_folder, read_inputs, write_traced
 from crpo_jax.update.batches import Row, supervised_batches
 from crpo_jax.update.trainer import Trainer, TrainState
 
@@ -56,6 +56,8 @@ def fine_tune(runtime: Runtime, workdir: Path, folder: Path, traces: Traces, *, 
     with shared_workdir(runtime, workdir, allow_changes=allow_changes):
         digests = {TRACES: trace_digest(traces)} | model_digests(runtime, start)
         check_inputs(workdir, digests, writer=runtime.writes, allow_changes=allow_changes)
+        if runtime.writes:
+            write_traced(workdir, traces.questions)
         trainer = runtime.trainer("supervised", steps)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, 1, negated_losses)
         with open_run(runtime, workdir, trainer, runtime.start_state(trainer, start), steps, checkpoints) as run:

@@ -3,7 +3,8 @@
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from crpo_jax.config import Config, Lora
+from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.hardware import peak_flops
 from crpo_jax.model.lora import trained_shapes
@@ -47,8 +49,8 @@ def step_line(values: Mapping[str, float]) -> str:
         if f"reward/{name}" in values and name != "mean"
     ]
     parts += [f"{values['response/length']:.0f} tokens"]
-    if "kl/mean" in values:
-        parts += [f"kl {values['kl/mean']:.3f}", f"{values['time/tokens_per_second']:,.0f} tok/s"]
+    parts += [f"kl {values['kl/mean']:.3f}"] if "kl/mean" in values else []
+    parts += [f"{values['time/tokens_per_second']:,.0f} tok/s"] if "time/tokens_per_second" in values else []
     return "  ".join(parts)
 
 
@@ -70,6 +72,7 @@ def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestion
         *model_and_devices(runtime, start, settings.lora),
         f"  questions  {settings.data.source}: {len(training.questions):,} to train on, "
         f"{len(held_out.questions):,} held out",
+        *answers_line(settings, training.questions),
         *([set_aside_line(settings, questions.set_aside)] if questions.set_aside else []),
         f"  workdir    {workdir}",
     ]
@@ -81,6 +84,15 @@ def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestion
             limit = f"data.max_prompt_tokens={settings.data.max_prompt_tokens}"
             lines.append(f"  dropped    {len(chosen.dropped)} {name} questions longer than {limit}")
     return "\n".join(lines)
+
+
+def answers_line(settings: Config, questions: Sequence[Question]) -> list[str]:
+    """The kinds of right answers, where some are no options."""
+    kinds = Counter(question.kind for question in questions)
+    if kinds.keys() <= {"choice"}:
+        return []
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return [f"  answers    {counts}; in a response: {settings.reward.answer_in}"]
 
 
 def set_aside_line(settings: Config, count: int) -> str:
@@ -109,27 +121,43 @@ def model_and_devices(runtime: Runtime, start: Path | None, lora: Lora) -> list[
 
 
 def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """The metrics of the optimizer steps of one RL step, from values on the host."""
+    """The metrics of the optimizer steps of one RL step, from values on the host; of the KL only where there is
+    one."""
     metrics = [update.metrics for update in updates]
 
     def total(name: str) -> float:
         return float(sum(float(each[f"sum/{name}"]) for each in metrics))
 
+    def largest(name: str) -> float:
+        return float(max(each[f"max/{name}"] for each in metrics))
+
     tokens = max(total("tokens"), 1.0)
-    return {
+    kl = {"kl/mean": total("kl") / tokens, "kl/max": largest("kl")} if "sum/kl" in metrics[0] else {}
+    return kl | {
         "loss/total": float(np.mean([each["sum/loss"] for each in metrics])),
         "loss/policy": float(np.mean([each["sum/policy"] for each in metrics])),
-        "kl/mean": total("kl") / tokens,
-        "kl/max": float(max(each["max/kl"] for each in metrics)),
         "policy/entropy": total("entropy") / tokens,
         "policy/clipped_low": total("clipped_low") / tokens,
         "policy/clipped_high": total("clipped_high") / tokens,
-        "policy/ratio_max": float(np.exp(max(each["max/log_ratio"] for each in metrics))),
+        "policy/ratio_max": float(np.exp(largest("log_ratio"))),
         "policy/ratio_min": float(np.exp(min(each["min/log_ratio"] for each in metrics))),
-        "policy/sampler_difference_mean": total("sampler_difference") / tokens,
-        "policy/sampler_difference_max": float(max(each["max/sampler_difference"] for each in metrics)),
+        "policy/sampler_difference_mean": total("sampler_difference") / max(total("sampler_tokens"), 1.0),
+        "policy/sampler_difference_max": largest("sampler_difference"),
+        **importance_metrics(total),
         "policy/gradient_norm": float(np.mean([update.norm for update in updates])),
         "policy/skipped_updates": float(len(updates) - sum(float(update.applied) for update in updates)),
+    }
+
+
+def importance_metrics(total: Callable[[str], float]) -> dict[str, float]:
+    """Of the importance weights w of n tokens or responses: their mean, the effective sample size (sum w)^2 / sum w^2
+    as a share of n, and the shares that were truncated and masked."""
+    units, squares = max(total("importance_units"), 1.0), total("importance_squared")
+    return {
+        "importance/mean": total("importance") / units,
+        "importance/effective_sample_size": total("importance") ** 2 / (squares * units) if squares else 0.0,
+        "importance/truncated": total("importance_capped") / units,
+        "importance/masked": total("importance_masked") / units,
     }
 
 
@@ -157,7 +185,7 @@ def time_metrics(
     }
     peak = peak_flops(runtime.mesh.devices.flat[0].device_kind)
     if peak is not None:
-        flops = update_flops(runtime.shape, runtime.settings.lora, lengths, -(-len(lengths) // len(mini_batches)))
+        flops = update_flops(runtime.shape, runtime.settings, lengths, -(-len(lengths) // len(mini_batches)))
         metrics["time/mfu"] = flops / (seconds["update"] * peak * runtime.mesh.size)
     unit = 1 if sys.platform == "darwin" else 1024
     metrics["time/host_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -166,18 +194,20 @@ def time_metrics(
     return metrics | ({"time/device_memory": max(peaks) / 2**30} if peaks else {})
 
 
-def update_flops(shape: Shape, lora: Lora, lengths: Sequence[int], mini_batch: int) -> float:
+def update_flops(shape: Shape, settings: Config, lengths: Sequence[int], mini_batch: int) -> float:
     """Model FLOPs of a step's update on rows of these lengths, `mini_batch` of them at a time: the forward of the
-    reference, that of the old policy for every mini-batch but the first, and forward and backward of the policy.
-    Recomputation counts nothing; a weight frozen under adapters has no gradient."""
+    reference, where there is one, that of the old policy for every mini-batch but the first, unless the sampler's
+    log-probs serve, and forward and backward of the policy. Recomputation counts nothing; a weight frozen under
+    adapters has no gradient."""
+    lora, later = settings.lora, lengths[mini_batch:] if settings.crpo.old_logprobs == "trainer" else []
     adapters = sum(leaf.size for leaf in jax.tree.leaves(trained_shapes(shape, lora))) if lora.rank else 0
 
     def policy_forward(lengths: Sequence[int]) -> float:
         return sum(forward_flops(shape, length, adapters) for length in lengths)
 
-    reference = sum(forward_flops(shape, length) for length in lengths)
+    reference = sum(forward_flops(shape, length) for length in lengths) if settings.crpo.has_reference else 0.0
     backward = sum(backward_flops(shape, length, adapters) for length in lengths)
-    return reference + policy_forward(lengths[mini_batch:]) + policy_forward(lengths) + backward
+    return reference + policy_forward(later) + policy_forward(lengths) + backward
 
 
 def evaluations(metrics: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
@@ -218,9 +248,9 @@ def before_and_after(workdir: Path, first: int, last: int) -> str:
         if not pairs:
             raise InputError("none is scored in both files")
         old, new = max(pairs, key=lambda pair: pair[1]["total"] - pair[0]["total"])
-        options = "\n".join(f"{letter}) {text}" for letter, text in new["options"].items())
+        options = "".join(f"{letter}) {text}\n" for letter, text in new.get("options", {}).items())
         return (
-            f"{new['question']}\n{options}\n(answer {new['answer']})\n\n"
+            f"{new['question']}\n{options}(answer {new['answer']})\n\n"
             f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n"
             f"-- after, reward {new['total']:.2f}:\n{new['response']}"
         )
@@ -240,9 +270,8 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
 
     def panel(axis: Any, title: str, names: Mapping[str, str], held_out: Mapping[str, str], y: str) -> None:
         for name, label in names.items():
-            (line,) = axis.plot(
-                [row["step"] for row in trained], [row[name] for row in trained], label=label, linewidth=1.2
-            )
+            rows = [row for row in trained if name in row]  # without a KL to the start there is none to draw
+            (line,) = axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, linewidth=1.2)
             if name in held_out:
                 points = [(row["step"], row[held_out[name]]) for row in measured]
                 axis.plot(*zip(*points, strict=True), "o", color=line.get_color(), markersize=5)

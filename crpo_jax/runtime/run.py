@@ -13,7 +13,6 @@ from crpo_jax.runtime.compilations import CompilationCounter
 from crpo_jax.runtime.limits import LimitWatch
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.runtime import Runtime
-from crpo_jax.runtime.same_inputs import require_same_workdir
 from crpo_jax.runtime.signals import StopSignal
 from crpo_jax.store.checkpoint import Checkpoints, refuse_patterns
 from crpo_jax.store.logs import Log
@@ -129,10 +128,9 @@ def open_run(
 
 @contextlib.contextmanager
 def shared_workdir(runtime: Runtime, workdir: Path, *, allow_changes: bool) -> Iterator[None]:
-    """Locks the workdir for this run; InputError where it holds a run of another config, or a process does not see
-    it."""
+    """Locks the workdir for this run, which `require_same_workdir` was asked about; InputError where it holds a run of
+    another config, or a process does not see it."""
     refuse_patterns(workdir)
-    require_same_workdir(workdir)
     with open_workdir(workdir, runtime.settings, writer=runtime.writes, allow_changes=allow_changes):
         barrier("the workdir is open")
         if not (workdir / "config.yaml").exists():

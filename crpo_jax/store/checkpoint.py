@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from pydantic import TypeAdapter, ValidationError
 
-from crpo_jax.disk import make_folder, remove, replace_folder
+from crpo_jax.disk import file_digest, make_folder, remove, replace_folder
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.store.files import writing
 from crpo_jax.store.logs import LOGS, sync_logs
@@ -256,7 +256,7 @@ class Checkpoints:
             if path.stat().st_size != size:
                 raise Damaged(f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")
             with unreadable_is_damaged(name):
-                if digest_file(path) != digest:
+                if file_digest(path) != digest:
                     raise Damaged(f"{name} does not have the bytes that were written")
         return ResumePoint(seal.step, seal.logs)
 
@@ -335,15 +335,10 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_seal(folder: Path, point: ResumePoint, arrays: Mapping[str, str]) -> None:
     """Two lines: the Seal of the files in the folder, and the digest of that line."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, digest_file(path)) for path in paths}
+    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, file_digest(path)) for path in paths}
     line = json.dumps(Seal(point.step, point.log_sizes, files, dict(arrays))._asdict())
     (folder / SEAL).write_text(f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n", encoding="utf-8")
 

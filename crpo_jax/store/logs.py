@@ -5,18 +5,13 @@ import json
 import math
 import mmap
 import os
-import socket
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tensorboardX import RecordWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (generated)
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
 from crpo_jax.disk import make_folder, sync_file, sync_folder
+from crpo_jax.store.event_file import EventFile
 from crpo_jax.store.files import check_in_place, encode_rows, write_all, writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -28,9 +23,6 @@ class Log:
     A run that resumes after `done` steps first drops the rows of later steps: it will write those steps again, with the
     same content. So no step is there twice, and a line cut off by a crash is gone. A file with fewer bytes than the
     `sizes` that the logs had then was cut or deleted since: that is said, and the run goes on.
-
-    TensorBoard's events are written record by record: the thread behind tensorboardX's SummaryWriter dies of a full
-    disk, and the run would then wait for it forever.
     """
 
     def __init__(
@@ -51,12 +43,7 @@ class Log:
                         file=sys.stderr,
                     )
             sync_folder(workdir)
-            file_name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-            self._events = RecordWriter(str(workdir / "tb" / file_name))
-            self._add_event(file_version="brain.Event:2")
-            self._add_event(
-                step=done, session_log=SessionLog(status=SessionLog.START)
-            )  # hides earlier events from here
+            self._events = EventFile(workdir / "tb", done)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Logs the metrics of a step; one that is not finite is null in JSON and absent in TensorBoard."""
@@ -64,10 +51,8 @@ class Log:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._append("metrics.jsonl", [{"step": step, **finite}])
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items() if value is not None]
         with writing(self._events.path):
-            self._add_event(step=step, summary=Summary(value=scalars))
-            self._events.flush()
+            self._events.add_scalars(step, {name: value for name, value in finite.items() if value is not None})
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Logs the scored responses of a step."""
@@ -83,9 +68,6 @@ class Log:
         """Appends all rows or raises a Fault; the part that fitted on a full disk is dropped when the run resumes."""
         with writing(self._files[name].name):
             write_all(self._files[name].fileno(), encode_rows(rows))
-
-    def _add_event(self, **fields: Any) -> None:
-        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def __enter__(self) -> "Log":
         return self

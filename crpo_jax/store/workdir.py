@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,7 +53,7 @@ So may RUN_LENGTH, unless the learning rate depends on the number of steps.
 WAYS_OUT = "Choose another --workdir, or continue in this one with --allow-changes"
 
 FOLDERS = ("checkpoints", "coldstart", "judge", "questions", "report", "responses", "sft", "skipped", "tb")
-FILES = (".lock", "config.yaml", "inputs.json", "metrics.jsonl", "samples.jsonl", "summary.json")
+FILES = (".lock", "config.yaml", "inputs.json", "metrics.jsonl", "samples.jsonl", "summary.json", "traced.json")
 """What commands write into a workdir: one of the other kind under such a name is refused before any work is done."""
 
 FRESH = {".lock", "config.yaml.new"}
@@ -170,6 +170,24 @@ def read_inputs(workdir: Path) -> Mapping[str, str]:
     path = workdir / "inputs.json"
     way_out = "continue with --allow-changes where the inputs are the same, or choose another --workdir"
     return read_object(path, "the digests of the run's inputs", way_out) if path.exists() else {}
+
+
+def write_traced(workdir: Path, questions: Sequence[str]) -> None:
+    """Records the ids of the questions whose traces a cold start takes, for runs that begin with its model."""
+    with writing(f"--workdir {workdir}", InputError, hint=""):
+        replace_file(workdir / "traced.json", json.dumps({"questions": list(questions)}) + "\n")
+
+
+def read_traced(workdir: Path) -> frozenset[str] | None:
+    """The ids that `write_traced` recorded; None where no cold start has."""
+    path = workdir / "traced.json"
+    if not path.exists():
+        return None
+    way_out = "say data.part=first_half, second_half or all"
+    ids = read_object(path, "the ids of a cold start's questions", way_out).get("questions")
+    if not isinstance(ids, list):
+        raise InputError(f"{path}: questions: expected a list of ids, got {ids!r}; {way_out}")
+    return frozenset(map(str, ids))
 
 
 def lock_workdir(workdir: Path) -> BinaryIO:

@@ -52,7 +52,8 @@ def crpo_mini_batches(
         batches = []
         for micro in split_rows(rows[part], settings.parallel, shards):
             batch = make_batch(micro, weights, advantages[part], align_to_tokens(logprobs[part], micro))
-            batches.append(batch._replace(on_policy=np.full(len(micro.rows), first == 0)))
+            responses = np.where(micro.rows >= 0, micro.rows + first, -1).astype(np.int32)
+            batches.append(batch._replace(on_policy=np.full(len(micro.rows), first == 0), responses=responses))
         mini_batches.append(batches)
     return mini_batches
 

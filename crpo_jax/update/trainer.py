@@ -8,11 +8,13 @@ run.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jax.sharding import Mesh, NamedSharding
@@ -28,9 +30,17 @@ from crpo_jax.model.placement import training_placement, weight_shardings
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import LOGITS_BTV, ROWS_B, TOKENS_BT, find_layout
-from crpo_jax.parallel.mesh import data_size, put
+from crpo_jax.parallel.mesh import data_size, fetch, put
+from crpo_jax.update.batches import select_rows
 from crpo_jax.update.logprobs import chunk_length, token_logprobs
-from crpo_jax.update.losses import Batch, adapted_kl_coef, combine_metrics, crpo_loss, supervised_loss
+from crpo_jax.update.losses import (
+    Batch,
+    adapted_kl_coef,
+    combine_metrics,
+    crpo_loss,
+    response_kl,
+    supervised_loss,
+)
 
 Metrics = dict[str, Array]
 Loss = Literal["crpo", "supervised"]
@@ -41,9 +51,7 @@ class TrainState(NamedTuple):
     """Everything that an optimizer step reads besides its batch; a checkpoint holds all of it but `frozen`."""
 
     master: Any  # what is trained, float32: a Transformer, or its Adapters alone
-    frozen: (
-        Transformer | None
-    )  # the start model in the compute type: the KL's reference, and what adapters are trained on
+    frozen: Transformer | None  # the start in the compute type: the KL's reference, where there is one, and LoRA's base
     optimizer: Any
     step: Array
     kl_coef: Array  # beta: a constant, or the adaptive controller's current value
@@ -157,6 +165,7 @@ class Trainer:
             lambda policy, batch: self._forward(policy, batch, False)[0], NamedSharding(mesh, TOKENS_BT)
         )
         self.measure = shard(lambda policy, batch: self._loss(policy, batch, self.crpo.kl_coef)[1], whole)
+        self.row_kl = shard(lambda batch: response_kl(batch, self.crpo.kl_estimator), whole)
         self.zero = shard(self._zero, (master, whole))
         self.accumulate = shard(self._accumulate, (master, whole), (0, 1))
         self.apply = shard(self._apply, (self.shardings, whole, whole), (0,))
@@ -164,9 +173,9 @@ class Trainer:
     # ---- what a training loop calls ----------------------------------------------------------------------------------
 
     def begin(self, master: Any, frozen: Transformer | None = None) -> TrainState:
-        """The state before the first step. `frozen` is the base of adapters; a full CRPO run keeps a copy of its
-        start."""
-        if frozen is None and self.loss == "crpo":
+        """The state before the first step. `frozen` is the base of adapters; a full CRPO run with a KL keeps a copy of
+        its start."""
+        if frozen is None and self.loss == "crpo" and self.crpo.has_reference:
             frozen = self.reference_copy(master)
         return self.initial_state(master)._replace(frozen=frozen)
 
@@ -183,18 +192,38 @@ class Trainer:
         return [jax.tree.map(place, batch) for batch in batches]
 
     def with_logprobs(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-        """A rollout's mini-batches, on the devices, with the log-probs of the reference and, where several optimizer
-        steps follow, of the policy that sampled: for the steps after the first, which is on-policy."""
-        assert state.frozen is not None
-        reference, weights = Policy(state.frozen), self.weights(state) if len(mini_batches) > 1 else None
+        """A rollout's mini-batches, on the devices, with the log-probs of the reference, where there is a KL, and where
+        several optimizer steps follow of the policy that sampled, unless the sampler's serve: for the steps after the
+        first, which is on-policy."""
+        reference = Policy(cast(Transformer, state.frozen)) if self.crpo.has_reference else None
+        several = len(mini_batches) > 1 and self.crpo.old_logprobs == "trainer"
+        weights = self.weights(state) if several else None
 
         def complete(batch: Batch, first: bool) -> Batch:
-            batch = batch._replace(reference=self.logprobs(reference, batch))
+            if reference is not None:
+                batch = batch._replace(reference=self.logprobs(reference, batch))
             if weights is None:
                 return batch
             return batch._replace(old=batch.sampler if first else self.logprobs(weights, batch))
 
         return [[complete(batch, mini == 0) for batch in batches] for mini, batches in enumerate(mini_batches)]
+
+    def kl_penalties(self, state: TrainState, mini_batches: Sequence[Sequence[Batch]], count: int) -> np.ndarray:
+        """What kl_in=reward takes off the rewards of a rollout's `count` trained responses, on the host."""
+        kl = np.zeros(count)
+        for batch in itertools.chain.from_iterable(mini_batches):
+            rows, values = fetch((batch.responses, self.row_kl(batch)))
+            kl[rows[rows >= 0]] = values[rows >= 0]
+        return float(jax.device_get(state.kl_coef)) * kl
+
+    def with_advantages(self, mini_batches: Sequence[Sequence[Batch]], advantages: np.ndarray) -> list[list[Batch]]:
+        """The mini-batches with these advantages, one for each of the rollout's trained responses."""
+
+        def replace(batch: Batch) -> Batch:
+            new = select_rows(advantages, fetch(batch.responses))
+            return batch._replace(advantages=put(new, self.mesh, ROWS_B))
+
+        return [[replace(batch) for batch in batches] for batches in mini_batches]
 
     def gradients(self, state: TrainState, batches: Sequence[Batch]) -> tuple[Any, Metrics]:
         """Gradients and metrics of a mini-batch, summed over its micro-batches."""
@@ -278,7 +307,8 @@ class Trainer:
         """Gradients and metrics of no rows at all."""
         per_row, per_token = jnp.zeros(0), jnp.zeros((0, 0))
         lengths, tokens = jnp.zeros(0, jnp.int32), jnp.zeros((0, 0), jnp.int32)
-        batch = Batch(tokens, lengths, lengths, per_row, per_row, per_token, per_token, per_token)
+        reference = per_token if self.crpo.has_reference else None
+        batch = Batch(tokens, lengths, lengths, per_row, per_row, per_token, reference)
         metrics = self._loss_of(per_token, per_token, batch, self.crpo.kl_coef)[1]
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.shapes), metrics
 
