@@ -337,7 +337,7 @@ def test_an_evaluation_s_responses_are_scored_for_the_page(tmp_path: Path):
     (folder / "samples.jsonl").unlink()
     (folder / "metrics.jsonl").unlink()
     (folder / "responses").mkdir()
-    asked = {"id": "a", "question": CASE, "options": dict(QUESTION.options), "answer": "A"}
+    asked = {"id": "a", "question": CASE, "options": dict(QUESTION.options), "answer": "A", "right": "a column of it"}
     rows = [
         asked | {"sample": number, "response": text, "stopped": True} for number, text in enumerate([CITING, WRONG])
     ]
@@ -356,6 +356,28 @@ def test_an_evaluation_s_responses_are_scored_for_the_page(tmp_path: Path):
     (table,) = data["tables"]
     assert [row["name"] for row in table["rows"]] == ["accuracy", "exact / invented"]
     assert table["columns"] == ["medqa (1 questions)"]
+
+
+def test_questions_of_any_kind_are_shown_as_they_are(tmp_path: Path):
+    """Without options, with earlier turns, and with fields of types that nobody expects."""
+    asked = {"id": 7, "question": "How many?", "options": {}, "answer": "42", "response": "41", "answer_found": "41"}
+    turns = [["user", "Hi"], {"role": "assistant", "content": "Yes?"}]
+    rows: list[dict] = [
+        asked | {"step": 0, "accuracy": 0.0, "total": 0.0, "turns": turns},
+        asked | {"step": 1, "accuracy": None, "total": 1.0, "answer": "", "turns": "none", "why": [1], "sample": {}},
+        {
+            "step": 2,
+            "options": ["a"],
+            "turns": [5],
+            "why": {"format": 3, "answer": [1], "cross_reference": {"cited": 1}},
+        },
+    ]
+    data = read_content(write_run(tmp_path / "run", rows))
+    number, free, odd = data["responses"]
+    assert data["questions"][number["question"]]["turns"] == [["user", "Hi"], ["assistant", "Yes?"]]
+    assert (number["right"], number["answer"]) == (False, "41")
+    assert "right" not in free
+    assert data["questions"][odd["question"]]["turns"] == [["", "5"]]
 
 
 def test_a_page_that_cannot_be_read_for_is_said_and_one_that_cannot_be_written_ends_the_run(

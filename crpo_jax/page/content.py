@@ -77,11 +77,11 @@ class Collected:
         """Adds responses that belong together; False once there is no more room."""
         entries, new = [], dict(self.questions)
         for responses, place, row in turn:
-            row = self.scored(responses, row)
+            row, right = self.scored(responses, row)
             key = str(row.get("id", "")), str(row.get("question", row.get("prompt", "")))
             if key not in new:
                 new[key] = question_entry(row, len(new))
-            entry = self.response_entry(responses, row)
+            entry = self.response_entry(responses, row, right)
             entries.append({"set": responses.name, "place": place, "question": new[key]["number"], **entry})
         added = [*entries, *list(new.values())[len(self.questions) :]]
         size = sum(len(encoded(each)) + 1 for each in added)
@@ -99,34 +99,33 @@ class Collected:
         order = {each.name: number for number, each in enumerate(sets)}
         return sorted(self.responses, key=lambda entry: (order[entry["set"]], entry["place"]))
 
-    def scored(self, responses: ResponseSet, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its score, which the responses of an evaluation do not have on disk."""
+    def scored(self, responses: ResponseSet, row: dict[str, Any]) -> tuple[dict[str, Any], bool | None]:
+        """The row with its score, which the responses of an evaluation do not have on disk, and whether its answer is
+        right."""
         if responses.step is not None or responses.path.parent.name != "responses":
-            return row
+            accuracy = number(row.get("accuracy"))
+            return row, None if accuracy is None else accuracy >= 1
         try:
             answer = read_answer(Record(row, str(responses.path)), {})
         except InputError as problem:
-            return row | {"error": str(problem)}
+            return row | {"error": str(problem)}, None
         reward = replace(self.settings.reward, design=responses.design)
         ids, effective = answer.token_ids, self.effective_table() if answer.token_ids is not None else None
         score = score_row(score_response(answer.question, answer.response, reward, ids, effective))
-        right = extract_letter(answer, self.settings) == answer.question.answer
-        return row | score | {"right": right}
+        return row | score, extract_letter(answer, self.settings) == answer.question.answer
 
     def effective_table(self) -> np.ndarray | None:
         if not self._effective:
             self._effective.append(find_effective_table(self.settings))
         return self._effective[0]
 
-    def response_entry(self, responses: ResponseSet, row: Mapping[str, Any]) -> dict[str, Any]:
+    def response_entry(self, responses: ResponseSet, row: Mapping[str, Any], right: bool | None) -> dict[str, Any]:
         response, question = text_of(row, "response"), text_of(row, "question", "prompt")
         why = reasons_of(row)
         tags, systems = asked_format(responses.design, self.settings)
         asked_about, marks = find_marks(question, response, why, tags, systems=systems)
         question, asked_about = clip(question, asked_about, HEAD, TAIL, MAX_MARKS)
         response, marks = clip(response, marks, HEAD, TAIL, MAX_MARKS)
-        accuracy = number(row.get("accuracy"))
-        right = row.get("right", None if accuracy is None else accuracy >= 1)
         entry = {
             "step": number(row.get("step", responses.step)),
             "sample": number(row.get("sample")),
@@ -176,7 +175,9 @@ def question_entry(row: Mapping[str, Any], place: int) -> dict[str, Any]:
 
 def turn_entry(turn: Any) -> list[str]:
     """Role and content of an earlier turn, written as a pair or as an object."""
-    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (*turn, "", "")[:2]
+    if isinstance(turn, Mapping):
+        turn = [turn.get("role"), turn.get("content")]
+    role, content = turn if isinstance(turn, list) and len(turn) == 2 else ("", turn)
     return [str(role), str(content)[: HEAD + TAIL]]
 
 

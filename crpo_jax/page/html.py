@@ -13,6 +13,8 @@ from crpo_jax.page.content import encoded, read_content
 from crpo_jax.store.files import writing
 
 ASSETS = files("crpo_jax.page") / "assets"
+PROGRAM = ("elements", "responses", "filters", "list", "detail", "curves", "tables", "page")
+"""The files of the page's program, which are one script in it."""
 
 
 def page_path(workdir: Path) -> Path:
@@ -42,7 +44,8 @@ def keep_page(workdir: Path, say: Callable[[str], None]) -> None:
 
 def render_page(content: Mapping[str, Any], *, served: bool = False) -> bytes:
     """The page of this content; one that is `served` asks its server, and no other, whether there is more."""
-    style, program = ((ASSETS / name).read_bytes() for name in ("page.css", "page.js"))
+    style = (ASSETS / "page.css").read_bytes()
+    program = b"\n".join((ASSETS / f"{name}.js").read_bytes() for name in PROGRAM)
     policy = "; ".join(
         [
             "default-src 'none'",

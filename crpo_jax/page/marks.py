@@ -59,12 +59,7 @@ def read_tokens(text: str) -> list[Token]:
 def citation_marks(question: str, parsed: Parsed, citation: Any, dx_start: int) -> tuple[list[Mark], list[Mark]]:
     """The cited terms and whole case facts in the question and in the response, by the lists of
     `why.cross_reference`."""
-    cited, facts = (
-        [text for text in citation.get(name) or () if isinstance(text, str) and text]
-        if isinstance(citation, Mapping)
-        else []
-        for name in ("cited", "case_facts")
-    )
+    cited, facts = texts_in(citation, "cited"), texts_in(citation, "case_facts")
     if not (cited or facts) or parsed.dx is None or parsed.conclusion is None:
         return [], []
     conclusion = read_tokens(parsed.conclusion)
@@ -76,6 +71,12 @@ def citation_marks(question: str, parsed: Parsed, citation: Any, dx_start: int) 
         for start, end, kind in cited_spans(tokens, cited, facts)
     ]
     return cited_spans(read_tokens(question), cited, facts), of_response
+
+
+def texts_in(citation: Any, name: str) -> list[str]:
+    """A list of `why.cross_reference`; empty where there is none."""
+    values = citation.get(name) if isinstance(citation, Mapping) else None
+    return [value for value in values if isinstance(value, str) and value] if isinstance(values, list) else []
 
 
 def cited_spans(tokens: Sequence[Token], cited: Sequence[str], facts: Sequence[Sequence[str]]) -> list[Mark]:
