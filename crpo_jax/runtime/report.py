@@ -41,12 +41,12 @@ SHOWN = {
 
 
 def step_line(values: Mapping[str, float]) -> str:
-    """One line of the measures that matter."""
+    """One line of the measures that matter; questions without a right answer have no accuracy."""
     parts = [f"reward {values['reward/mean']:.2f}"]
     parts += [
         f"{label} {values[f'reward/{name}']:.2f}"
         for name, label in SHOWN.items()
-        if f"reward/{name}" in values and name != "mean"
+        if f"reward/{name}" in values and name != "mean" and not math.isnan(values[f"reward/{name}"])
     ]
     parts += [f"{values['response/length']:.0f} tokens"]
     parts += [f"kl {values['kl/mean']:.3f}"] if "kl/mean" in values else []
@@ -224,7 +224,9 @@ def closing(workdir: Path, count: int) -> str:
     heads = ["step " + str(int(row["step"])) for row in (first, last)]
     rows = [f"{f'{count} held-out questions':<24}{heads[0]:>16}{heads[1]:>16}{'change':>10}"]
     for name, label in {**SHOWN, "truncated": "truncated"}.items():
-        before, after = float(first[f"eval/{name}"]), float(last[f"eval/{name}"])
+        before, after = first[f"eval/{name}"], last[f"eval/{name}"]
+        if before is None or after is None:  # no accuracy, where the questions have no right answer
+            continue
         shares = name in ("accuracy", "format", "cross_reference", "truncated")
         values = [f"{v:.3f} ± {standard_error(v, count):.3f}" if shares else f"{v:.2f}" for v in (before, after)]
         rows.append(f"{label:<24}{values[0]:>16}{values[1]:>16}{after - before:>+10.2f}")
