@@ -188,9 +188,9 @@ def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, stops)
     chunk, most = min(rollout.chunk, rollout.max_new_tokens), rollout.max_new_tokens
     sampler: Any = sampling_programs(shape, mesh, sampling, chunk, run.attention)
-    gather = to_sampler(shape, mesh, settings.model.dtype)
     policy = policy_of(abstract_trained(run, mesh, "master"), abstract_frozen(run, mesh))
-    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh))
+    gather = to_sampler(shape, mesh, settings.model.dtype, policy.adapted)
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh, policy.adapted))
     weights = attach_shardings(jax.eval_shape(gather, policy), placed)
 
     def array(sizes: tuple[int, ...], spec: PartitionSpec, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

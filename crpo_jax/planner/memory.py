@@ -81,10 +81,11 @@ def count_trained_bytes(run: PlannedRun, copy: WeightCopy, dtype: Any) -> float:
 
 
 def count_sampling_bytes(run: PlannedRun) -> float:
-    """Bytes of the sampler's copy: gathered, with KV heads repeated until every model shard has one."""
+    """Bytes of the sampler's copy: gathered, with KV heads repeated until every model shard has one, and adapters."""
     shape, dtype = run.shape, jnp.dtype(run.settings.model.dtype)
     repeated = dataclasses.replace(shape, k=shape.k * kv_copies(run.mesh, shape.k))
-    return count_weight_bytes(repeated, TENSOR, run.mesh, dtype.itemsize)
+    adapters = count_trained_bytes(run, "gathered", dtype) if run.settings.lora.rank else 0.0
+    return count_weight_bytes(repeated, TENSOR, run.mesh, dtype.itemsize) + adapters
 
 
 def count_moment_bytes(run: PlannedRun) -> float:
