@@ -31,7 +31,7 @@ Questions = Sequence[Mapping[str, Any] | Question]
 which reward functions receive by name."""
 
 Rewards = str | RewardFunction | Sequence[str | RewardFunction]
-"""A built-in design (crpo, grpo, released), a function of TRL's convention, `f(prompts, completions, **columns)` with a
+"""A value of reward.design, such as crpo or accuracy*10+format, a function of TRL's convention, `f(prompts, completions, **columns)` with a
 list of a number or None per completion, or several of them, which are summed."""
 
 HELD_OUT_SHARE = 0.1

@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     p = build_parser("score", __doc__ or "")
     p.add_argument("--responses", metavar="FILE", required=True, help="JSON lines; - is standard input")
     p.add_argument(
-        "--design", metavar="NAME", help="crpo, grpo, released, module:function or a weighted sum (sets reward.design)"
+        "--design", metavar="NAME", help="a design, a part, module:function or a weighted sum (sets reward.design)"
     )
     p.add_argument("--tokenizer", metavar="DIR", help="a folder with tokenizer.json, for consistency by tokens")
     p.add_argument(

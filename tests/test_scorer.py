@@ -638,8 +638,8 @@ def test_names_of_functions_given_as_objects() -> None:
 def test_bad_designs_are_named_at_once(design: str, problem: str) -> None:
     with pytest.raises(InputError, match="reward.design: .*" + problem):
         Scorer(Reward(design=design))
-    with pytest.raises(InputError, match=r"reward.grpo_tags: expected two different tag names, got \['a', 'a'\]"):
-        Scorer(Reward(design="crpo+grpo", grpo_tags=("a", "a")))
+    with pytest.raises(InputError, match=r"reward.tags: expected two different tag names, got \['a', 'a'\]"):
+        Scorer(Reward(design="crpo+grpo", tags=("a", "a")))
     assert design_parts(Reward(design="crpo*2+a.b:c.d")) == (("crpo", 2.0), ("a.b:c.d", 1.0))
 
 

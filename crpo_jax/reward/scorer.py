@@ -13,11 +13,10 @@ One that answers none of LOST_IN_A_ROW responses is not called for the rest of t
 import logging
 import math
 import queue
-import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -27,11 +26,13 @@ import numpy as np
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError, one_line
+from crpo_jax.reward.design import design_parts
 from crpo_jax.reward.functions import Failure, RewardFunction, import_path
 from crpo_jax.reward.overlong import OVERLONG
+from crpo_jax.reward.parts import PARTS
 from crpo_jax.reward.process import START_LIMIT, Overrun, WorkerProcess
 from crpo_jax.reward.rules import DESIGNS, Score, TokenIds
-from crpo_jax.reward.worker import PartScorer, ScoringJob, Value, WorkerSetup
+from crpo_jax.reward.worker import BUILT_IN, PartScorer, ScoringJob, Value, WorkerSetup
 
 Scored = Score | Failure
 
@@ -53,36 +54,6 @@ LOST_IN_A_ROW = 8  # more than a usual group, all of whose responses may hold wh
 
 class ScoringError(RuntimeError):
     """Too many responses could not be scored, or no worker process can be started."""
-
-
-def design_parts(settings: Reward, functions: Collection[str] = ()) -> tuple[tuple[str, float], ...]:
-    """The rewards that `settings.design` sums, each with its weight: "crpo*1.0+my.module:f*0.5".
-
-    A name is a built-in design, one of `functions`, or `module:function`.
-    """
-    known = (*DESIGNS, *functions)
-    parts: dict[str, float] = {}
-    for piece in settings.design.split("+"):
-        name, star, factor = (text.strip() for text in piece.partition("*"))
-        if name not in known and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name):
-            raise InputError(
-                f"reward.design: expected {', '.join(known)} or module:function, got {name!r} in {settings.design!r}"
-            )
-        if name in parts:
-            raise InputError(f"reward.design: {name} stands twice in {settings.design!r}")
-        try:
-            weight = float(factor) if star else 1.0
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
-            raise InputError(f"reward.design: expected a number after {name}*, got {factor!r}")
-        parts[name] = weight
-    tags = settings.grpo_tags
-    if "grpo" in parts and not (
-        len(tags) == 2 and tags[0] != tags[1] and all(re.fullmatch(r"[\w-]+", tag) for tag in tags)
-    ):
-        raise InputError(f"reward.grpo_tags: expected two different tag names, got {list(tags)}")
-    return tuple(parts.items())
 
 
 @dataclass(eq=False)
@@ -126,10 +97,11 @@ class Scorer:
     """Scores under `settings.design`, in `settings.workers` processes, at least one for a user's functions; a context
     manager, which raises InputError where a function cannot be loaded.
 
-    Weighted sums and a user's functions have the parts of a built-in design in every Score too, for the logs: those of
-    the first built-in named, or of `crpo`. Only the named parts are in `total` and in `components` (before weighting).
+    Every Score has accuracy, format and so on for the logs: as the first whole design named has them, else as the
+    built-in parts have, and beside functions alone as `crpo` has. Only what the design names is in `total` and in
+    `components` (before weighting).
 
-    `functions` are Python objects by the names that the design gives them. One that can be imported again runs in the
+    `functions` are Python objects by the names that the design gives them, also that of a built-in part. One that can be imported again runs in the
     workers like any other; a lambda, a closure or a function of a notebook is called in this process, by the `submit`
     or `add` that completes its batch, and has no time limit: if it hangs or exits, so does this process.
     """
@@ -145,15 +117,20 @@ class Scorer:
             raise InputError(f"reward functions: expected other names than those of built-in rewards, got {min(taken)}")
         self.settings = settings
         self.parts = design_parts(settings, functions)
-        self.described_by = next((name for name, _ in self.parts if name in DESIGNS), "crpo")
-        self.names = tuple(dict.fromkeys((self.described_by, *(name for name, _ in self.parts))))
-        self.function_names = tuple(name for name in self.names if name not in DESIGNS)
+        self.built_in = tuple(name for name, _ in self.parts if name in PARTS and name not in functions)
+        tasks = [BUILT_IN if name in self.built_in else name for name, _ in self.parts]
+        described_by = [name for name in tasks if name in DESIGNS] or [name for name in tasks if name == BUILT_IN]
+        self.described_by = described_by[0] if described_by else "crpo"
+        self.names = tuple(dict.fromkeys((self.described_by, *tasks)))
+        self.function_names = tuple(name for name in self.names if name not in (*DESIGNS, BUILT_IN))
         paths = {name: import_path(functions[name]) if name in functions else name for name in self.function_names}
         imported = {name: path for name, path in paths.items() if path}
-        self.setup = WorkerSetup(settings, effective, imported, tuple(sys.path))
+        self.setup = WorkerSetup(settings, effective, self.built_in, imported, tuple(sys.path))
         self._local_functions = {name: functions[name] for name in paths if name not in imported}
         self._workers = settings.workers or min(1, len(imported))
-        self._in_workers = {name for name in self.names if name in imported or (name in DESIGNS and settings.workers)}
+        self._in_workers = {
+            name for name in self.names if name in imported or (name in (*DESIGNS, BUILT_IN) and settings.workers)
+        }
         self._local: PartScorer | None = None
         self._queue: queue.PriorityQueue[tuple[float, int, ScoringTask | None]] = queue.PriorityQueue()
         self._order = count()
@@ -358,9 +335,12 @@ class Scorer:
         if self.parts == ((self.described_by, 1.0),):
             return described
         weights = dict(self.parts)
-        components = {name: getattr(value, "total", value) for name, value in values.items() if name in weights}
+        built_in: Score | None = values.get(BUILT_IN)
+        by_part = values | (built_in.components if built_in else {})
+        components: dict[str, Any] = {name: getattr(by_part[name], "total", by_part[name]) for name in weights}
         total = sum(weight * components[name] for name, weight in self.parts if components[name] is not None)
-        return replace(described, total=total, components=components, why=described.why | {"weights": weights})
+        why = (built_in.why if built_in else {}) | described.why | {"weights": weights}
+        return replace(described, total=total, components=components, why=why)
 
 
 def score_row(scored: Scored) -> dict[str, Any]:
