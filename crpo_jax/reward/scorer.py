@@ -101,9 +101,10 @@ class Scorer:
     built-in parts have, and beside functions alone as `crpo` has. Only what the design names is in `total` and in
     `components` (before weighting).
 
-    `functions` are Python objects by the names that the design gives them, also that of a built-in part. One that can be imported again runs in the
-    workers like any other; a lambda, a closure or a function of a notebook is called in this process, by the `submit`
-    or `add` that completes its batch, and has no time limit: if it hangs or exits, so does this process.
+    `functions` are Python objects by the names that the design gives them, also that of a built-in part. One that can
+    be imported again runs in the workers like any other; a lambda, a closure or a function of a notebook is called in
+    this process, by the `submit` or `add` that completes its batch, and has no time limit unless it is async: if it
+    hangs or exits, so does this process.
     """
 
     def __init__(

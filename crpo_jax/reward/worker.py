@@ -66,6 +66,7 @@ class PartScorer:
         self.setup = setup
         sys.path.extend(folder for folder in setup.search if folder not in sys.path)
         self.functions = {name: load_function(path) for name, path in setup.paths.items()} | dict(functions or {})
+        self.async_limit = setup.settings.time_limit if functions else None  # else the process is killed at its limit
 
     def problems(self) -> dict[str, str]:
         """What is wrong with the functions that could not be loaded, by name."""
@@ -79,7 +80,7 @@ class PartScorer:
         if isinstance(function, Failure):
             return [function] * len(job.responses)
         try:
-            return call_function(function, job.questions, job.responses, job.token_ids)
+            return call_function(function, job.questions, job.responses, job.token_ids, self.async_limit)
         except BadRewards as error:  # one by one it would be no better, or only seem so
             return [Failure(str(error))] * len(job.responses)
         except KeyboardInterrupt:
