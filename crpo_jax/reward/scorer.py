@@ -10,6 +10,7 @@ that hangs costs only itself, and a function that needs longer than the limit fo
 One that answers none of LOST_IN_A_ROW responses is not called for the rest of the batch.
 """
 
+import functools
 import logging
 import math
 import queue
@@ -19,20 +20,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError, one_line
-from crpo_jax.reward.design import design_parts
+from crpo_jax.reward.design import JUDGE, design_parts
 from crpo_jax.reward.functions import Failure, RewardFunction, import_path
 from crpo_jax.reward.overlong import OVERLONG
 from crpo_jax.reward.parts import PARTS
 from crpo_jax.reward.process import START_LIMIT, Overrun, WorkerProcess
 from crpo_jax.reward.rules import DESIGNS, Score, TokenIds
 from crpo_jax.reward.worker import BUILT_IN, PartScorer, ScoringJob, Value, WorkerSetup
+
+if TYPE_CHECKING:
+    from crpo_jax.reward.judge import JudgeScorer
 
 Scored = Score | Failure
 
@@ -63,13 +68,13 @@ class ScoringBatch:
     questions: Sequence[Question]
     responses: list[str]
     token_ids: list[TokenIds | None]
-    values: dict[str, list[Value | Failure]]
+    values: dict[str, list[Any]]
     missing: int  # values
     number: int
     awaited: int  # responses
     failed: set[int] = field(default_factory=set)
     lost: Counter[str] = field(default_factory=Counter)  # by part, single responses in a row without an answer
-    error: ScoringError | None = None
+    error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -78,7 +83,7 @@ class ScoringBatch:
         ids = known if len(known) == len(rows) else None  # a batch has all of them or none
         return ScoringJob(part, [self.questions[row] for row in rows], [self.responses[row] for row in rows], ids)
 
-    def give_up(self, error: ScoringError) -> None:
+    def give_up(self, error: Exception) -> None:
         self.error = error
         self.done.set()
 
@@ -123,7 +128,9 @@ class Scorer:
         described_by = [name for name in tasks if name in DESIGNS] or [name for name in tasks if name == BUILT_IN]
         self.described_by = described_by[0] if described_by else "crpo"
         self.names = tuple(dict.fromkeys((self.described_by, *tasks)))
-        self.function_names = tuple(name for name in self.names if name not in (*DESIGNS, BUILT_IN))
+        self.judge = open_judge(settings) if JUDGE in self.names and JUDGE not in functions else None
+        own = (*DESIGNS, BUILT_IN, *([JUDGE] if self.judge else []))
+        self.function_names = tuple(name for name in self.names if name not in own)
         paths = {name: import_path(functions[name]) if name in functions else name for name in self.function_names}
         imported = {name: path for name, path in paths.items() if path}
         self.setup = WorkerSetup(settings, effective, self.built_in, imported, tuple(sys.path))
@@ -160,8 +167,10 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """End the workers; batches that were not collected are lost."""
+        """End the workers and the judge; batches that were not collected are lost."""
         self._open = False
+        if self.judge:
+            self.judge.close()
         for _ in self._threads:
             self._queue.put((-1, next(self._order), None))
         for process in list(self._processes.values()):
@@ -172,6 +181,17 @@ class Scorer:
             process.end()
         self._threads.clear()
         self._processes.clear()
+
+    def keep_replies(self, workdir: Path, process: int = 0) -> None:
+        """Keeps the judge's replies in the workdir, a file per process of the run, and asks for none that is there."""
+        if self.judge:
+            self.judge.keep_replies(workdir / "judge" / f"reward_{process}.jsonl")
+
+    def check_questions(self, questions: Sequence[Question]) -> None:
+        """InputError where the judge is to score a question by criteria that it does not have."""
+        if self.judge and not self.judge.template:
+            for question in questions:
+                self.judge.requests(question, "")
 
     def score(
         self, questions: Sequence[Question], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None
@@ -195,8 +215,10 @@ class Scorer:
         """A batch of one response per question, to be handed over by `add`, some responses at a time."""
         if not self._open:
             raise RuntimeError("Scorer: use it in a with statement; this one is not open")
+        if self.judge:
+            self.judge.try_again()
         n = len(questions)
-        values: dict[str, list[Value | Failure]] = {name: [None] * n for name in self.names}
+        values: dict[str, list[Any]] = {name: [None] * n for name in self.names}
         batch = ScoringBatch(questions, [""] * n, [None] * n, values, n * len(self.names), next(self._batches), n)
         if n == 0:
             batch.done.set()
@@ -214,7 +236,8 @@ class Scorer:
             batch.responses[row] = responses[place]
             batch.token_ids[row] = None if token_ids is None else token_ids[place]
         batch.awaited -= len(rows)
-        for name in sorted(self.names, key=lambda name: name not in self._in_workers):  # the workers begin first
+        elsewhere = {*self._in_workers, *([JUDGE] if self.judge else [])}
+        for name in sorted(self.names, key=lambda name: name not in elsewhere):  # what runs beside this process first
             if name in self.function_names:
                 if not batch.awaited and batch.responses:
                     self._put(ScoringTask(batch, name, range(len(batch.responses))))
@@ -238,9 +261,30 @@ class Scorer:
             return
         if task.batch.done.is_set():  # given up
             return
+        if task.part == JUDGE and self.judge:
+            return self._judge(task)
         if self._local is None:
             self._local = PartScorer(replace(self.setup, paths={}), self._local_functions)
         self._record(task, self._local.score(task.batch.job(task.part, task.rows)))
+
+    def _judge(self, task: ScoringTask) -> None:
+        """Hand each of a task's responses to the judge, which records their values in time."""
+        assert self.judge is not None
+        batch = task.batch
+
+        def record(row: int, judged: Any) -> None:
+            if isinstance(judged, Exception):
+                batch.give_up(judged)
+            else:
+                self._record(replace(task, rows=(row,)), [judged])
+
+        for row in task.rows:
+            self.judge.submit(
+                batch.questions[row],
+                batch.responses[row],
+                functools.partial(record, row),
+                lambda: not batch.done.is_set(),
+            )
 
     def _one_by_one(self, task: ScoringTask, why: str) -> None:
         """Score the rows of a task singly: a failure of several responses does not tell which of them failed."""
@@ -338,10 +382,19 @@ class Scorer:
         weights = dict(self.parts)
         built_in: Score | None = values.get(BUILT_IN)
         by_part = values | (built_in.components if built_in else {})
+        judged = {JUDGE: values[JUDGE].why} if self.judge else {}
+        if self.judge:
+            by_part[JUDGE] = values[JUDGE].value
         components: dict[str, Any] = {name: getattr(by_part[name], "total", by_part[name]) for name in weights}
         total = sum(weight * components[name] for name, weight in self.parts if components[name] is not None)
-        why = (built_in.why if built_in else {}) | described.why | {"weights": weights}
+        why = (built_in.why if built_in else {}) | described.why | judged | {"weights": weights}
         return replace(described, total=total, components=components, why=why)
+
+
+def open_judge(settings: Reward) -> "JudgeScorer":
+    from crpo_jax.reward.judge import JudgeScorer  # with its client, which nothing else needs
+
+    return JudgeScorer(settings.judge)
 
 
 def score_row(scored: Scored) -> dict[str, Any]:
