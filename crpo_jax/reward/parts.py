@@ -86,7 +86,7 @@ def length(reading: Reading) -> tuple[float | None, Any]:
     if reading.token_ids is None:
         return None, "the tokens are unknown"
     tokens, target = len(reading.token_ids), reading.settings.target_length
-    return -min(1.0, max(0.0, (tokens - target) / target)), {"tokens": tokens}
+    return min(0.0, max(-1.0, (target - tokens) / target)), {"tokens": tokens}
 
 
 PARTS: dict[str, Callable[[Reading], tuple[float | None, Any]]] = {
