@@ -243,6 +243,14 @@ class Reward:
     target_length: PositiveCount = setting(
         1024, "length: up to this many tokens 0, from there linearly less, -1 from twice as many on", unit="tokens"
     )
+    answer_in: String = setting(
+        "box",
+        "where a response's answer stands: box (\\boxed{...}), tag:NAME, after:MARK (up to the end of the line), or "
+        "pattern:REGEX with one group",
+    )
+    tolerance: Number = setting(
+        0.0, "largest difference between a right number and the right answer, as a share of the latter; 0: none"
+    )
     cross_reference: CrossReference = section(CrossReference)
     judge: RewardJudge = section(RewardJudge)
     workers: Count = setting(

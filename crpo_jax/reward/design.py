@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from crpo_jax.config import Reward
 from crpo_jax.errors import InputError
+from crpo_jax.reward.answer import answer_place
 from crpo_jax.reward.parts import PARTS
 from crpo_jax.reward.rules import DESIGNS
 
@@ -42,6 +43,7 @@ def design_parts(settings: Reward, functions: Collection[str] = ()) -> tuple[tup
         if not math.isfinite(weight):
             raise InputError(f"reward.design: expected a number after {name}*, got {factor!r}")
         parts[name] = weight
+    answer_place(settings.answer_in)
     check_tags(settings, [name for name in parts if name not in functions])
     return tuple(parts.items())
 

@@ -4,16 +4,17 @@ All but `length` are in [0, 1]. They read any tagged format (reward.tags) and an
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
+from crpo_jax.reward.answer import find_answer
 from crpo_jax.reward.citation import cross_reference
-from crpo_jax.reward.parse import find_boxes, parse_response, split_systems, split_tags
-from crpo_jax.reward.rules import Score, TokenIds, find_answer, measure_consistency
+from crpo_jax.reward.parse import find_boxes, split_systems, split_tags
+from crpo_jax.reward.rules import Score, TokenIds, measure_accuracy, measure_consistency
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +28,15 @@ class Reading:
     token_ids: TokenIds | None
     effective: np.ndarray | None
     answer: str | None
-    right: bool
     answer_why: str
     texts: tuple[str, ...] | None
     problems: list[str]
 
 
-def read_answer(question: Question, response: str, settings: Reward) -> tuple[str | None, bool, str]:
-    """The answer that a response gives, None where there is no readable one; whether it is right; and an explanation.
-
-    The box may stand anywhere in the response: where it must stand is for a format to say.
-    """
-    parsed = replace(parse_response(response, systems=False), conclusion=response, conclusion_start=0)
-    answer, why = find_answer(parsed, question, "response")
-    return answer, answer == question.answer, why
-
-
-def accuracy(reading: Reading) -> tuple[float, Any]:
-    return float(reading.right), reading.answer_why
+def accuracy(reading: Reading) -> tuple[float | None, Any]:
+    """1 for the right answer wherever it stands in the response, which is for a format to say; None where the question
+    has no right answer."""
+    return measure_accuracy(reading.question, reading.answer, reading.settings), reading.answer_why
 
 
 def tagged_format(reading: Reading) -> tuple[float, Any]:
@@ -113,14 +105,14 @@ def score_parts(
     names: Collection[str],
 ) -> Score:
     """The named parts of the reward in `components`, before their weights, which `total` does not sum up yet."""
-    answer, right, answer_why = read_answer(question, response, settings)
+    answer, answer_why = find_answer(response, question, settings)
     texts, problems = split_tags(response, settings.tags)
-    reading = Reading(question, response, settings, token_ids, effective, answer, right, answer_why, texts, problems)
+    reading = Reading(question, response, settings, token_ids, effective, answer, answer_why, texts, problems)
     read = {name: part(reading) for name, part in PARTS.items() if name in names or name in DESCRIBING}
     values = {name: value for name, (value, _) in read.items()}
     why = {"cross_reference": None} | {WHY.get(name, name): reason for name, (_, reason) in read.items()}
     return Score(
-        accuracy=values["accuracy"] or 0.0,
+        accuracy=values["accuracy"],
         format=values["format"] or 0.0,
         cross_reference=values.get("citation") or 0.0,
         clinical_reasoning=0.0,

@@ -33,7 +33,7 @@ from crpo_jax.reward.functions import Failure, RewardFunction, import_path
 from crpo_jax.reward.overlong import OVERLONG
 from crpo_jax.reward.parts import PARTS
 from crpo_jax.reward.process import START_LIMIT, Overrun, WorkerProcess
-from crpo_jax.reward.rules import DESIGNS, Score, TokenIds
+from crpo_jax.reward.rules import DESIGNS, Score, TokenIds, require_choices
 from crpo_jax.reward.worker import BUILT_IN, PartScorer, ScoringJob, Value, WorkerSetup
 
 if TYPE_CHECKING:
@@ -217,6 +217,9 @@ class Scorer:
             raise RuntimeError("Scorer: use it in a with statement; this one is not open")
         if self.judge:
             self.judge.try_again()
+        if "released" in self.names:
+            for question in questions:
+                require_choices(question)
         n = len(questions)
         values: dict[str, list[Any]] = {name: [None] * n for name in self.names}
         batch = ScoringBatch(questions, [""] * n, [None] * n, values, n * len(self.names), next(self._batches), n)
