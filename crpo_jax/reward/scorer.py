@@ -109,7 +109,7 @@ class Scorer:
     `functions` are Python objects by the names that the design gives them, also that of a built-in part. One that can
     be imported again runs in the workers like any other; a lambda, a closure or a function of a notebook is called in
     this process, by the `submit` or `add` that completes its batch, and has no time limit unless it is async: if it
-    hangs or exits, so does this process.
+    hangs or exits, so does this process. `setting` is what names functions in error messages.
     """
 
     def __init__(
@@ -117,11 +117,12 @@ class Scorer:
         settings: Reward,
         effective: np.ndarray | None = None,
         functions: Mapping[str, RewardFunction] | None = None,
+        setting: str = "reward.design",
     ) -> None:
         functions = functions or {}
         if taken := {*DESIGNS, *([OVERLONG] if settings.overlong else [])} & functions.keys():
             raise InputError(f"reward functions: expected other names than those of built-in rewards, got {min(taken)}")
-        self.settings = settings
+        self.settings, self.setting = settings, setting
         self.parts = design_parts(settings, functions)
         self.built_in = tuple(name for name, _ in self.parts if name in PARTS and name not in functions)
         tasks = [BUILT_IN if name in self.built_in else name for name, _ in self.parts]
@@ -153,7 +154,7 @@ class Scorer:
             self._processes[number] = WorkerProcess(self.setup)
         try:
             if self.setup.paths:  # whether a function can be loaded is to be known before anything else begins
-                wait_for_functions(self._processes[0])
+                wait_for_functions(self._processes[0], self.setting)
         except BaseException:
             self.close()
             raise
@@ -322,7 +323,7 @@ class Scorer:
         limit, lost = self.settings.time_limit, task.batch.lost
         if lost[task.part] >= LOST_IN_A_ROW:
             return self._record(task, Failure(f"not called: none of the {LOST_IN_A_ROW} before it was answered"))
-        wait_for_functions(process)
+        wait_for_functions(process, self.setting)
         try:
             values = process.score(task.batch.job(task.part, task.rows), limit)
             lost[task.part] = 0
@@ -411,8 +412,8 @@ def score_row(scored: Scored) -> dict[str, Any]:
     return {name: getattr(scored, name) for name in names}
 
 
-def wait_for_functions(process: WorkerProcess) -> None:
-    """Wait until a process has started; InputError where it cannot load a user's function."""
+def wait_for_functions(process: WorkerProcess, setting: str) -> None:
+    """Wait until a process has started; InputError where it cannot load a user's function, which `setting` names."""
     paths = ", ".join(process.setup.paths.values())
     try:
         problems = process.wait_until_ready()
@@ -424,7 +425,7 @@ def wait_for_functions(process: WorkerProcess) -> None:
         fate = process.fate()
         process.end()
         if paths:
-            raise InputError(f"reward.design: importing {paths} ended the scoring process: {fate}") from None
+            raise InputError(f"{setting}: importing {paths} ended the scoring process: {fate}") from None
         raise ScoringError(f"a scoring process did not start: {fate}; see its message on standard error") from None
     for name, problem in problems.items():
-        raise InputError(f"reward.design: expected a function {process.setup.paths[name]}, got {problem}")
+        raise InputError(f"{setting}: expected a function {process.setup.paths[name]}, got {problem}")
