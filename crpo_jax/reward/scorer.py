@@ -11,6 +11,7 @@ One that answers none of LOST_IN_A_ROW responses is not called for the rest of t
 """
 
 import functools
+import hashlib
 import logging
 import math
 import queue
@@ -187,6 +188,11 @@ class Scorer:
         """Keeps the judge's replies in the workdir, a file per process of the run, and asks for none that is there."""
         if self.judge:
             self.judge.keep_replies(workdir / "judge" / f"reward_{process}.jsonl")
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of what the reward depends on besides settings and questions."""
+        rubric = self.judge.template if self.judge else ""
+        return {"rubric of reward.judge": hashlib.sha256(rubric.encode()).hexdigest()} if rubric else {}
 
     def check_questions(self, questions: Sequence[Question]) -> None:
         """InputError where the judge is to score a question by criteria that it does not have."""

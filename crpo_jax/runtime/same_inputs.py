@@ -35,6 +35,9 @@ def require_same_settings(settings: Config) -> None:
     for key in ("reward.design", "parallel.layout"):
         for module in re.findall(r"([\w.]+):[\w.]+", attrgetter(key)(settings)):
             facts[f"{key}: module {module}"] = module_digest(module)
+    if rubric := settings.reward.judge.rubric:
+        path = Path(rubric).expanduser()
+        facts["reward.judge.rubric: the file"] = short_digest(path) if path.is_file() else "no such file"
     require_agreement(facts)
 
 
