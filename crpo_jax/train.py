@@ -55,13 +55,15 @@ def train(
     inputs, traces = open_questions(runtime, questions, held_out, workdir), cold_start_traces(runtime, workdir)
     steps = crpo.steps or inputs.batches.steps(crpo.epochs)
     scorer, examiner = open_scorers(runtime, reward_functions)
+    scorer.check_questions(inputs.training.questions)
     # The scorers first: a reward function that cannot be loaded is found before anything is written or computed.
     with scorer, examiner, shared_workdir(runtime, workdir, allow_changes=allow_changes):
         start = cold_start(runtime, workdir, traces, allow_changes=allow_changes)
         if start is None:  # asked to stop during the cold start, which resumes from there
             return
-        digests = question_digests(inputs) | model_digests(runtime, start)
+        digests = question_digests(inputs) | model_digests(runtime, start) | scorer.digests()
         check_inputs(workdir, digests, writer=runtime.writes, allow_changes=allow_changes)
+        scorer.keep_replies(workdir, jax.process_index())
         trainer = runtime.trainer("crpo", steps * (crpo.prompts_per_step // crpo.mini_batch_prompts))
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, settings.run.keep_best)
         state = runtime.start_state(trainer, start)

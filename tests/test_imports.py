@@ -18,12 +18,13 @@ ROOMS = {
     "cli": {"errors", "disk", "config"},
     "parallel": {"errors", "user_code", "disk"},
     "data": {"errors", "config"},
-    "reward": {"errors", "config", "data"},
+    "store": {"errors", "disk", "config"},
+    "chat": {"errors", "config"},
+    "reward": {"errors", "config", "data", "store", "chat"},
+    "traces": {"config", "data", "reward"},
     "model": {"errors", "disk", "config", "parallel"},
     "rollout": {"errors", "parallel", "model"},
     "update": {"errors", "user_code", "config", "parallel", "model"},
-    "store": {"errors", "disk", "config"},
-    "chat": {"errors", "config", "data", "reward"},
     "runtime": {
         "errors",
         "hardware",
@@ -138,7 +139,8 @@ def test_the_table_allows_nothing_that_is_not_used(name: str):
 
 
 HOST_MODULES = [
-    *("errors", "hardware", "config", "cli", "api", "score", "distill", "evaluate", "plan", "view", "planner.targets"),
+    *("errors", "hardware", "config", "cli", "api", "score", "distill", "evaluate", "plan", "view", "traces"),
+    "planner.targets",
     *("answer.records", "answer.statistics", "answer.truth", "runtime.progress", "runtime.signals"),
     *("store.event_file", "store.files", "store.journal", "store.metrics", "store.skipped", "store.workdir"),
     *(

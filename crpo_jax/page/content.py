@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from crpo_jax.answer.records import read_answer
-from crpo_jax.answer.statistics import extract_letter
+from crpo_jax.answer.statistics import extract_answer
 from crpo_jax.config import Config, load_config
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError, one_line
@@ -20,6 +20,7 @@ from crpo_jax.page.marks import clip, find_marks, in_utf16
 from crpo_jax.page.measures import evaluation_tables, read_curves
 from crpo_jax.page.parts import number, reasons_of, reward_parts
 from crpo_jax.page.selection import EVERYTHING, ResponseSet, Selection, Take, response_sets, takes
+from crpo_jax.reward.answer import is_right
 from crpo_jax.reward.effective import find_effective_table
 from crpo_jax.reward.rules import score_response
 from crpo_jax.reward.scorer import score_row
@@ -112,7 +113,7 @@ class Collected:
         reward = replace(self.settings.reward, design=responses.design)
         ids, effective = answer.token_ids, self.effective_table() if answer.token_ids is not None else None
         score = score_row(score_response(answer.question, answer.response, reward, ids, effective))
-        return row | score, extract_letter(answer, self.settings) == answer.question.answer
+        return row | score, is_right(answer.question, extract_answer(answer, self.settings), self.settings.reward)
 
     def effective_table(self) -> np.ndarray | None:
         if not self._effective:
@@ -151,8 +152,7 @@ def asked_format(design: str, settings: Config) -> tuple[tuple[str, str], bool]:
     """The tags of the two parts that a design wants, and whether it wants System 1 and System 2 in the first."""
     names = [name.partition("*")[0].strip() for name in design.split("+")]
     if "grpo" in names and "crpo" not in names:
-        first, second = settings.reward.grpo_tags
-        return (first, second), False
+        return (settings.reward.tags[0], settings.reward.tags[-1]), False
     return (("think", "answer"), False) if "released" in names else (("dx", "conclusion"), True)
 
 
