@@ -20,7 +20,7 @@ from crpo_jax.page.marks import clip, find_marks, in_utf16
 from crpo_jax.page.measures import evaluation_tables, read_curves
 from crpo_jax.page.parts import number, reasons_of, reward_parts
 from crpo_jax.page.selection import EVERYTHING, ResponseSet, Selection, Take, response_sets, takes
-from crpo_jax.reward.answer import is_right
+from crpo_jax.reward.answer import PatternTimeout, is_right
 from crpo_jax.reward.effective import find_effective_table
 from crpo_jax.reward.rules import score_response
 from crpo_jax.reward.scorer import score_row
@@ -112,7 +112,10 @@ class Collected:
             return row | {"error": str(problem)}, None
         reward = replace(self.settings.reward, design=responses.design)
         ids, effective = answer.token_ids, self.effective_table() if answer.token_ids is not None else None
-        score = score_row(score_response(answer.question, answer.response, reward, ids, effective))
+        try:
+            score = score_row(score_response(answer.question, answer.response, reward, ids, effective))
+        except PatternTimeout as problem:
+            return row | {"error": str(problem)}, None
         return row | score, is_right(answer.question, extract_answer(answer, self.settings), self.settings.reward)
 
     def effective_table(self) -> np.ndarray | None:
