@@ -103,7 +103,7 @@ class Tokenizer:
 
 @dataclass(frozen=True, config=STRICT)
 class Data:
-    source: Literal["vignettes", "medqa", "medmcqa", "medxpertqa", "jsonl"] = setting(
+    source: Literal["vignettes", "arithmetic", "medqa", "medmcqa", "medxpertqa", "jsonl"] = setting(
         "medqa", "data set, or jsonl for questions of your own", source="paper, section 4.3"
     )
     path: String = setting("", "local file or folder with the training questions; empty: the source's hub data set")
@@ -132,7 +132,8 @@ class Data:
     max_dropped_share: Share = setting(
         0.1, "the run stops before it begins if a larger share of its questions or traces is too long"
     )
-    vignettes: PositiveCount = setting(8192, "vignettes in the training split of the embedded world")
+    vignettes: PositiveCount = setting(8192, "vignettes in the training split, with source=vignettes")
+    problems: PositiveCount = setting(16384, "word problems in the training split, with source=arithmetic")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -303,7 +304,7 @@ class Sft:
     path: String = setting(
         "",
         "teacher traces, JSON lines of id, question, options, answer, response; "
-        "empty, with data.source=vignettes: the built-in teacher",
+        "empty, with data.source=vignettes or arithmetic: the built-in teacher",
     )
     steps: Count = setting(0, "optimizer steps; 0: as many as sft.epochs takes", unit="steps")
     epochs: PositiveCount = setting(20, "passes over the traces", source="paper, section 4.3")
@@ -720,12 +721,17 @@ def find_config(path: str | Path) -> Path:
 
 
 def default_config_path(platform: str, model: str = "") -> Path:
-    """The config of a command without --config: the embedded world on a CPU and for models that have its tokenizer, the
-    paper's run on accelerators and for all other models."""
-    embedded = has_embedded_tokenizer(Path(model).expanduser()) if model else platform == "cpu"
-    return config_folder() / ("tiny.yaml" if embedded else "clinical_r1_3b.yaml")
+    """The config of a command without --config: for a model of an embedded world that world's, for other models and on
+    accelerators the paper's run, else the vignettes'."""
+    fallback = config_folder() / ("tiny.yaml" if platform == "cpu" and not model else "clinical_r1_3b.yaml")
+    return embedded_config(model) or fallback
 
 
-def has_embedded_tokenizer(folder: Path) -> bool:
-    own, embedded = folder / "tokenizer.json", config_folder() / "tiny_tokenizer" / "tokenizer.json"
-    return own.is_file() and filecmp.cmp(own, embedded, shallow=False)
+def embedded_config(model: str) -> Path | None:
+    """The config of the embedded world whose tokenizer a model's folder has; None for all other models."""
+    own = Path(model).expanduser() / "tokenizer.json"
+    for name in ("tiny", "arithmetic"):
+        embedded = config_folder() / f"{name}_tokenizer" / "tokenizer.json"
+        if model and own.is_file() and filecmp.cmp(own, embedded, shallow=False):
+            return config_folder() / f"{name}.yaml"
+    return None

@@ -6,11 +6,11 @@
   --report NAME=DIR ...                    the paper's table and figures over workdirs of evaluations, or of training
                                            runs with their held-out questions, into WORKDIR/report
 
-All but the first need no model and no jax. A data set is medqa, medmcqa, medxpertqa or vignettes (from the hub, or from
-NAME=PATH), or a file in the project's own format. WORKDIR/responses/NAME.jsonl holds the responses as they are
-generated, WORKDIR/summary.json their statistics, WORKDIR/questions/NAME.jsonl those of each question. With
-judge.base_url and judge.model set, a judge counts the eight measures; WORKDIR/judge holds its replies, and none is
-requested twice. judge.second.* names a second judge and adds its agreement with the first.
+All but the first need no model and no jax. A data set is medqa, medmcqa or medxpertqa (from the hub, or from
+NAME=PATH), vignettes or arithmetic, or a file in the project's own format. WORKDIR/responses/NAME.jsonl holds the
+responses as they are generated, WORKDIR/summary.json their statistics, WORKDIR/questions/NAME.jsonl those of each
+question. With judge.base_url and judge.model set, a judge counts the eight measures; WORKDIR/judge holds its replies,
+and none is requested twice. judge.second.* names a second judge and adds its agreement with the first.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from crpo_jax.config import Config, Endpoint
 from crpo_jax.data.files import HUB_DATASETS
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import read_questions
+from crpo_jax.data.worlds import WORLDS, generate_questions
 from crpo_jax.disk import make_folder, replace_file
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
@@ -96,9 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def default_config(model: str) -> Path | None:
-    """The embedded world's config for a model of that world, and no file but the declared defaults for all others."""
-    path = Path(model).expanduser()
-    return config.default_config_path("", model) if model and config.has_embedded_tokenizer(path) else None
+    """An embedded world's config for a model of that world, and no file but the declared defaults for all others."""
+    return config.embedded_config(model)
 
 
 def device_faults() -> contextlib.AbstractContextManager[None]:
@@ -139,16 +139,15 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
     sets: dict[str, list[Question]] = {}
     for text in specifications:
         name, equals, path = text.partition("=")
-        if name == "vignettes" and not equals:
-            from crpo_jax.data.vignettes import vignettes
-
-            data_set = vignettes(data.eval_split, limit or data.eval_questions or data.vignettes)
+        if name in WORLDS and not equals:
+            changed = dataclasses.replace(data, source=name, eval_questions=limit or data.eval_questions)
+            data_set = generate_questions(changed, data.eval_split)
         elif name in HUB_DATASETS:
             data_set = read_questions(name, path, EVALUATION_SPLITS.get(name, data.eval_split))
         elif not equals and Path(text).is_file():
             name, data_set = Path(text).stem, read_questions("jsonl", text, data.eval_split)
         else:
-            known = ", ".join(("vignettes", *HUB_DATASETS))
+            known = ", ".join((*WORLDS, *HUB_DATASETS))
             raise InputError(f"--data {text}: expected {known}, one of them as NAME=PATH, or a file of questions")
         if name in sets:
             raise InputError(f"--data: expected data sets of different names, got {name} twice")

@@ -163,7 +163,10 @@ BAD: list[tuple[list[str], str]] = [
         ["parallel.layout=zero9"],
         "parallel.layout: expected zero1, fsdp, replicated, auto or a layout of your own as module:NAME, got 'zero9'",
     ),
-    (["data.source=pubmed"], "data.source: expected vignettes | medqa | medmcqa | medxpertqa | jsonl, got 'pubmed'"),
+    (
+        ["data.source=pubmed"],
+        "data.source: expected vignettes | arithmetic | medqa | medmcqa | medxpertqa | jsonl, got 'pubmed'",
+    ),
     (["data.prompt=terse"], "data.prompt: expected crpo | grpo | grpo_dx | released | brief, got 'terse'"),
     # settings that contradict each other, or the machine
     (["crpo.mini_batch_prompts=3"], "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=16, got 3"),

@@ -143,7 +143,7 @@ def test_someone_elses_responses_need_no_jax(tmp_path):
     [
         (["--model", "/nowhere"], "expected --model with --data"),
         (["--data", "medqa"], "expected --model with --data"),
-        (["--model", "m", "--data", "nonsense"], "--data nonsense: expected vignettes, medqa"),
+        (["--model", "m", "--data", "nonsense"], "--data nonsense: expected vignettes, arithmetic, medqa"),
         (["--responses", "/nowhere.jsonl"], "--responses /nowhere.jsonl: expected a file"),
         ([], "expected responses to evaluate in"),
         (["--model", "/nowhere/model", "--data", "vignettes"], "model.path: expected a folder"),
