@@ -195,6 +195,14 @@ class Reward:
     grpo_tags: Strings = setting(
         ("think", "answer"), "the two tags of the grpo design; [dx, conclusion] after a cold start shared with crpo"
     )
+    answer_in: String = setting(
+        "box",
+        "where a response's answer stands: box (\\boxed{...}), tag:NAME, after:MARK (up to the end of the line), or "
+        "pattern:REGEX with one group",
+    )
+    tolerance: Number = setting(
+        0.0, "largest difference between a right number and the right answer, as a share of the latter; 0: none"
+    )
     cross_reference: CrossReference = section(CrossReference)
     workers: Count = setting(
         2,

@@ -55,7 +55,8 @@ def reward_means(scores: Sequence[Scored]) -> dict[str, float]:
     good = [score for score in scores if isinstance(score, Score)]
     means = {"reward/mean": mean([score.total for score in good])}
     for name in ("accuracy", "format", "cross_reference", "consistency"):
-        means[f"reward/{name}"] = mean([getattr(score, name) for score in good])
+        values = [getattr(score, name) for score in good]
+        means[f"reward/{name}"] = mean([value for value in values if value is not None])
     if any(len(score.components) > 1 for score in good):  # a sum of several rewards: each on its own, before its weight
         for name in sorted({name for score in good for name in score.components}):
             values = [value for score in good if (value := score.components.get(name)) is not None]

@@ -18,8 +18,9 @@ from crpo_jax.answer.records import Answer, question_digest
 from crpo_jax.answer.truth import EXACT_MEASURES, count_exactly, has_truth
 from crpo_jax.config import Config
 from crpo_jax.data.question import Question
+from crpo_jax.reward.answer import find_answer
 from crpo_jax.reward.parse import parse_response
-from crpo_jax.reward.rules import Score, find_answer
+from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
 
 Z = 1.959964  # of a 95% interval
@@ -36,7 +37,7 @@ def extract_letter(answer: Answer, settings: Config) -> str | None:
     for tags in dict.fromkeys((*FORMATS, tuple(settings.reward.grpo_tags))):
         parsed = parse_response(answer.response, tags, systems=False)
         if parsed.conclusion is not None:
-            return find_answer(parsed, question, tags[1])[0]
+            return find_answer(answer.response, question, settings.reward, parsed, tags[1])[0]
     return None
 
 

@@ -124,7 +124,7 @@ def validate_response(question: Question, response: str, settings: Reward) -> Co
     if "<|" in response:
         return Conversion(None, "the trace spells a special token")
     score = score_response(question, response, replace(settings, design="crpo"))
-    problems = score.why["format"] + ([] if score.accuracy else [score.why["answer"]])
+    problems = score.why["format"] + ([score.why["answer"]] if score.accuracy == 0 else [])
     return Conversion(None, "; ".join(problems), score) if problems else Conversion(response, "", score)
 
 

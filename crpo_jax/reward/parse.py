@@ -167,12 +167,12 @@ def find_boxes(response: str) -> tuple[tuple[Box, ...], int]:
     return tuple(boxes), count
 
 
-def read_braces(text: str, at: int) -> str | None:
-    """The text between the brace at `at` and the one that closes it, None where that is missing or too far."""
+def read_braces(text: str, at: int, limit: int = MAX_BOX_CHARS) -> str | None:
+    """The text between the brace at `at` and the one that closes it, None where that is missing or beyond `limit`."""
     if not text.startswith("{", at):
         return None
     depth = 0
-    for offset, character in enumerate(text[at : at + MAX_BOX_CHARS]):
+    for offset, character in enumerate(text[at : at + limit]):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return text[at + 1 : at + offset]

@@ -17,6 +17,7 @@ import numpy as np
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
+from crpo_jax.reward.answer import find_answer, is_right
 from crpo_jax.reward.citation import cross_reference
 from crpo_jax.reward.effective import effective_characters
 from crpo_jax.reward.parse import BOX, Parsed, parse_response
@@ -32,11 +33,12 @@ class Score:
     """The reward of one response by parts; `components` holds the value of each reward that the total sums up.
 
     `format` and `cross_reference` are 0 or 1, `consistency` is in [0, 1], and so is `accuracy` except in `released`,
-    whose penalties are negative. `answer_found` is the letter the response answers with, None where it has no readable
-    one. `why` explains every part and can be written as JSON.
+    whose penalties are negative; it is None, and no part of the total, where the question has no right answer.
+    `answer_found` is what the response answers with, None where it has no readable answer. `why` explains every part
+    and can be written as JSON.
     """
 
-    accuracy: float
+    accuracy: float | None
     format: float
     cross_reference: float
     clinical_reasoning: float
@@ -69,7 +71,7 @@ def score_crpo(
 ) -> Score:
     """The paper's reward, equation (4); a cross-reference counts only where the format is right."""
     parsed = parse_response(response)
-    answer, answer_why = find_answer(parsed, question, "conclusion")
+    answer, answer_why = find_answer(response, question, settings, parsed)
     conclusion = parsed.conclusion_without_box()
     problems = [*parsed.problems, *short_sections(parsed, conclusion, settings.min_section_words)]
     cited, citation_why = False, None
@@ -79,9 +81,9 @@ def score_crpo(
         )
     share, consistency_why = measure_consistency(response, token_ids, effective)
 
-    accuracy, formatted = float(answer == question.answer), float(not problems)
+    accuracy, formatted = measure_accuracy(question, answer, settings), float(not problems)
     clinical_reasoning = settings.format * formatted + settings.citation * cited
-    total = settings.k * accuracy + clinical_reasoning + settings.consistency * share
+    total = settings.k * (accuracy or 0.0) + clinical_reasoning + settings.consistency * share
     why = {"answer": answer_why, "format": problems, "cross_reference": citation_why, "consistency": consistency_why}
     return Score(accuracy, formatted, float(cited), clinical_reasoning, share, total, answer, why, {"crpo": total})
 
@@ -94,38 +96,22 @@ def score_grpo(
     Consistency is reported, so that runs can be compared, but is not part of the total.
     """
     parsed = parse_response(response, settings.grpo_tags, systems=False)
-    answer, answer_why = find_answer(parsed, question, settings.grpo_tags[1])
+    answer, answer_why = find_answer(response, question, settings, parsed, settings.grpo_tags[1])
     problems = list(parsed.problems)
     for name, text in zip(settings.grpo_tags, (parsed.dx, parsed.conclusion), strict=True):
         if text is not None and not text.strip():
             problems.append(f"{name} is empty")
     share, consistency_why = measure_consistency(response, token_ids, effective)
 
-    accuracy, formatted = float(answer == question.answer), float(not problems)
+    accuracy, formatted = measure_accuracy(question, answer, settings), float(not problems)
     clinical_reasoning = settings.format * formatted
-    total = settings.k * accuracy + clinical_reasoning
+    total = settings.k * (accuracy or 0.0) + clinical_reasoning
     why = {"answer": answer_why, "format": problems, "cross_reference": None, "consistency": consistency_why}
     return Score(accuracy, formatted, 0.0, clinical_reasoning, share, total, answer, why, {"grpo": total})
 
 
-def find_answer(parsed: Parsed, question: Question, part: str) -> tuple[str | None, str]:
-    """The option letter in the only box of the response, which must be in its second part, `part`; and an explanation.
-
-    The box must hold the letter as the options write it, white space around it aside. `\\boxed{C.}`, `\\boxed{(C)}`,
-    `\\boxed{c}`, `\\boxed{\\text{C}}`, full-width letters and zero-width characters are no answers: the prompt asks for
-    one form, and a policy that is paid for many forms drifts to those that no other evaluator reads.
-    """
-    if parsed.box_count != 1:
-        return None, f"no {BOX}{{}}" if parsed.box_count == 0 else f"{parsed.box_count} boxes, one expected"
-    box = parsed.boxes[0]
-    if box.text is None:
-        return None, f"a {BOX} without readable braces"
-    if not parsed.in_conclusion(box):
-        return None, f"the box stands outside the {part}"
-    letter = box.text.strip()
-    if letter not in question.options:
-        return None, f"the box holds {letter!r}, not one of the letters {', '.join(question.options)}"
-    return letter, "right" if letter == question.answer else f"wrong: {question.answer} is right"
+def measure_accuracy(question: Question, answer: str | None, settings: Reward) -> float | None:
+    return None if question.kind == "none" else float(is_right(question, answer, settings))
 
 
 def short_sections(parsed: Parsed, conclusion: str, min_words: int) -> list[str]:
@@ -184,6 +170,7 @@ def score_released(
     only. `accuracy` holds these penalties, `consistency` the share of plain ASCII characters, with blank and newline as
     the only white space among them.
     """
+    require_choices(question)
     text = response.strip().replace("<\\think>", "</think>").replace("<\\answer>", "</answer>")
     if RELEASED_TITLE in text:
         text = text.split(RELEASED_TITLE, 2)[1].strip()
@@ -211,6 +198,15 @@ def score_released(
         "consistency": {"by": "ASCII characters", "effective": count, "of": len(text)},
     }
     return Score(accuracy, formatted, 0.0, clinical_reasoning, share, total, answer, why, {"released": total})
+
+
+def require_choices(question: Question) -> None:
+    """Refuses what the published code cannot score."""
+    if question.kind != "choice":
+        raise InputError(
+            f"reward.design: expected questions with options for released, got question {question.id} with an answer "
+            f"of kind {question.kind}"
+        )
 
 
 def released_accuracy(text: str, right: str) -> tuple[float, str]:

@@ -27,10 +27,11 @@ import numpy as np
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError, one_line
+from crpo_jax.reward.answer import answer_place
 from crpo_jax.reward.functions import Failure, RewardFunction, import_path
 from crpo_jax.reward.overlong import OVERLONG
 from crpo_jax.reward.process import START_LIMIT, Overrun, WorkerProcess
-from crpo_jax.reward.rules import DESIGNS, Score, TokenIds
+from crpo_jax.reward.rules import DESIGNS, Score, TokenIds, require_choices
 from crpo_jax.reward.worker import PartScorer, ScoringJob, Value, WorkerSetup
 
 Scored = Score | Failure
@@ -77,6 +78,7 @@ def design_parts(settings: Reward, functions: Collection[str] = ()) -> tuple[tup
         if not math.isfinite(weight):
             raise InputError(f"reward.design: expected a number after {name}*, got {factor!r}")
         parts[name] = weight
+    answer_place(settings.answer_in)
     tags = settings.grpo_tags
     if "grpo" in parts and not (
         len(tags) == 2 and tags[0] != tags[1] and all(re.fullmatch(r"[\w-]+", tag) for tag in tags)
@@ -217,6 +219,9 @@ class Scorer:
         """A batch of one response per question, to be handed over by `add`, some responses at a time."""
         if not self._open:
             raise RuntimeError("Scorer: use it in a with statement; this one is not open")
+        if "released" in self.names:
+            for question in questions:
+                require_choices(question)
         n = len(questions)
         values: dict[str, list[Value | Failure]] = {name: [None] * n for name in self.names}
         batch = ScoringBatch(questions, [""] * n, [None] * n, values, n * len(self.names), next(self._batches), n)
