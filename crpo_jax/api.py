@@ -126,7 +126,7 @@ def sample(
 
     runtime = open_runtime(choose_settings(config, settings, {"model.path": model}, jax.default_backend()))
     data, dtype = runtime.settings.data, runtime.settings.model.dtype
-    prompts = render_prompts(as_questions(questions), data.prompt, data.system_prompt, runtime.vocabulary.tokenizer)
+    prompts = render_prompts(as_questions(questions), data, runtime.vocabulary.tokenizer)
     start = model_folder(str(model))
     weights = runtime.sampler_weights(Policy(runtime.start_weights(start, runtime.layout.master, dtype)))
     groups = runtime.sampler.generate(weights, prompts, key=runtime.key, group=n)

@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from crpo_jax.config import Config, closest_settings, default_config_path, load_config, setting_fields
+from crpo_jax.config import Config, closest_settings, default_config_path, find_setting, load_config, setting_fields
 from crpo_jax.disk import local_path
 from crpo_jax.errors import Fault, InputError
 
@@ -72,9 +72,10 @@ class Parser(argparse.ArgumentParser):
             word = rest.pop(0)
             flag, equals, value = word.partition("=")
             key = flag.lstrip("-").replace("-", "_") if flag.startswith("-") else flag
-            if key in settings:
+            if name := find_setting(key):
                 if not equals and (not rest or not re.match(r"[^-]|-\.?\d|$", rest[0]) or self._is_setting(rest[0])):
-                    raise InputError(f"{word}: expected section.key=value, such as {key}={settings[key].default}")
+                    value = "VALUE" if settings[name].default == {} else settings[name].default
+                    raise InputError(f"{word}: expected section.key=value, such as {key}={value}")
                 spelled.append(f"{key}={value if equals else rest.pop(0)}")
                 continue
             if flag == "-h" or (len(flag) > 3 and "--help".startswith(flag)):
@@ -91,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         return spelled
 
     def _is_setting(self, word: str) -> bool:
-        return word.partition("=")[0] in setting_fields()
+        return find_setting(word.partition("=")[0]) is not None
 
     def _help(self, words: list[str]) -> str:
         """Flags and settings, or after --help WORD the settings that WORD finds, with the defaults of the config that

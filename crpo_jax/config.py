@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
@@ -54,6 +54,13 @@ Number = Annotated[Real, Field(ge=0)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 String = Annotated[str, Field(pattern=r"\A[^\x00]*\z")]
 Strings = Annotated[tuple[String, ...], BeforeValidator(lambda text: tuple(text) if isinstance(text, list) else text)]
+
+
+Name = Annotated[str, Field(pattern=r"\A[A-Za-z_]\w*\z")]
+"""A key of a setting with free keys, which are set one by one."""
+
+PROMPT_NAMES = ("crpo", "grpo", "grpo_dx", "released", "brief", "boxed")
+"""The built-in values of data.prompt."""
 
 
 def setting(default: Any, doc: str, *, unit: str = "", source: str = "ours", **bounds: Any) -> Any:
@@ -117,14 +124,20 @@ class Data:
     eval_path: String = setting("", "local file or folder with held-out questions; empty: data.path")
     eval_split: String = setting("test", "split to evaluate on", source="paper, section 4.3")
     eval_questions: Count = setting(512, "held-out questions per evaluation; 0: all")
-    prompt: Literal["crpo", "grpo", "grpo_dx", "released", "brief"] = setting(
-        "crpo", "instruction around the question, worded by this project"
+    prompt: String = setting(
+        "crpo",
+        f"instruction around the question: {', '.join(PROMPT_NAMES)}, worded by this project, or a Jinja file that "
+        "writes the whole user turn",
     )
     system_prompt: String = setting(
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-        "system turn, the same in cold start, RL and evaluation",
+        "system turn, the same in cold start, RL and evaluation: a text, or file:PATH for the text of a file",
         source="authors' code",
     )
+    chat_template_kwargs: Annotated[
+        dict[Name, JsonValue],
+        setting(..., "arguments of the chat template by name, as in data.chat_template_kwargs.enable_thinking=false"),
+    ] = dataclasses.field(default_factory=dict, hash=False)
     max_prompt_tokens: PositiveCount = setting(1024, "longest prompt", unit="tokens", source="authors' code")
     overlong_prompts: Literal["drop", "error"] = setting(
         "drop", "drop and count questions with a longer prompt, or stop with an error; prompts are never truncated"
@@ -151,7 +164,9 @@ class Rollout:
     slots: PositiveCount = setting(128, "responses decoded at the same time on each data shard", unit="rows")
     chunk: PositiveCount = setting(16, "decode steps between the host's checks for finished responses", unit="tokens")
     stop: Strings = setting(
-        ("<|im_end|>", "<|endoftext|>"), "tokens that end a response; the one sampled is part of the response"
+        (),
+        "tokens that end a response; the one sampled is part of the response; empty: the end of turn of the chat "
+        "template, the tokenizer's eos_token and the eos_token_id of generation_config.json",
     )
 
 
@@ -509,6 +524,13 @@ def setting_fields(
     return settings
 
 
+def find_setting(key: str) -> str | None:
+    """The setting that a key names: itself, or the one with free keys under which it stands."""
+    settings = setting_fields()
+    free = (name for name, item in settings.items() if item.default == {} and key.startswith(f"{name}."))
+    return key if key in settings else next(free, None)
+
+
 def closest_settings(name: str, sections: Sequence[str] = ()) -> list[str]:
     """The settings of these sections, or of all, that end in the name, or else the one that is spelled most like it."""
     keys = [key for key in setting_fields() if not sections or key.split(".")[0] in sections]
@@ -521,6 +543,8 @@ def legal_values(info: FieldInfo) -> str:
     kind = info.annotation
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
+    if get_origin(kind) is dict:
+        return "values by name"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = [
@@ -556,7 +580,9 @@ def merge_settings(section: Any, values: Any, origin: str, prefix: str = "") -> 
             hint = f"; did you mean {' or '.join(close)}? The" if close else "; the"
             raise InputError(f"{origin}: {key}: unknown key{hint} legal keys here: {', '.join(fields)}")
         current = getattr(section, name)
-        if dataclasses.is_dataclass(current):
+        if isinstance(current, dict) and isinstance(value, Mapping):
+            value = {**current, **value}
+        elif dataclasses.is_dataclass(current):
             value = merge_settings(current, {} if value is None else value, origin, f"{key}.")
         changed[name] = value
     try:
@@ -565,7 +591,7 @@ def merge_settings(section: Any, values: Any, origin: str, prefix: str = "") -> 
         problem = error.errors(include_url=False)[0]
         name = problem["loc"][0]
         legal = legal_values(fields[name])
-        if problem["type"] in ("string_unicode", "string_pattern_mismatch"):
+        if problem["type"] in ("string_unicode", "string_pattern_mismatch") and not isinstance(changed[name], dict):
             legal = "text that a file can hold, without NUL and lone surrogates"
         elif problem.get("ctx", {}).get("le") == LARGEST_WHOLE:
             legal = f"at most {LARGEST_WHOLE}"
@@ -642,8 +668,8 @@ def read_override(override: str) -> tuple[str, Any]:
         close = closest_settings(key)
         hint = f"; did you mean {' or '.join(f'{name}=VALUE' for name in close)}?" if close else ""
         raise InputError(f"{override}: expected section.key=value{hint}")
-    settings = setting_fields()
-    if key in settings and not isinstance(settings[key].default, str):
+    name = find_setting(key)
+    if name and not isinstance(setting_fields()[name].default, str):
         with contextlib.suppress(yaml.YAMLError, ValueError):
             return key, read_yaml(value, f"override: {key}")
     return key, value
@@ -695,6 +721,8 @@ def check_config(config: Config, model: bool = True) -> None:
             raise InputError(f"model.shape.num_attention_heads: expected {wanted}, got {heads}")
         if not c.tokenizer.path:
             raise InputError("tokenizer.path: expected a folder, since model.path is empty and brings none")
+    if model and c.data.prompt not in PROMPT_NAMES and not Path(c.data.prompt).expanduser().is_file():
+        raise InputError(f"data.prompt: expected {' | '.join(PROMPT_NAMES)} or a Jinja file, got {c.data.prompt!r}")
 
 
 def dump_config(config: Config) -> str:

@@ -124,7 +124,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.report and (args.model or args.data or args.responses or args.overrides):
         raise InputError("--report: expected NAME=DIR and --workdir alone")
     for values in (args.data, args.responses):  # settings after the last data set belong to the settings
-        args.overrides += [value for value in values if value.split("=")[0] in config.setting_fields()]
+        args.overrides += [value for value in values if config.find_setting(value.split("=")[0])]
         values[:] = [value for value in values if value not in args.overrides]
     if bool(args.model) != bool(args.data) or (args.model and args.responses):
         raise InputError("expected --model with --data, or --responses, or --workdir alone")

@@ -28,18 +28,20 @@ import numpy as np
 from crpo_jax.answer.records import sample_columns
 from crpo_jax.cli import build_parser, load_settings, path_of
 from crpo_jax.config import Reward
+from crpo_jax.data.chat_template import stop_ids
 from crpo_jax.data.files import parse_line
 from crpo_jax.data.question import LETTERS, Question
 from crpo_jax.data.readers import QUESTION_FIELDS
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError
-from crpo_jax.reward.effective import effective_table, read_vocabulary
+from crpo_jax.reward.effective import effective_table, read_tokenizer, read_vocabulary
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer, ScoringBatch, ScoringError, score_row
 
 BATCH_LINES = 256  # a user's function is called with this many responses
 BATCHES_AHEAD = 4  # read before the first of them is written
 MAX_TOKEN_ID = 2**31 - 1
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,29 @@ class ResponseTokenizer:
         self.path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
         if not self.path.is_file():
             raise InputError(f"--tokenizer {folder}: expected a folder with tokenizer.json, got none there")
-        vocabulary = read_vocabulary(self.path)
+        vocabulary, added = read_vocabulary(self.path), read_tokenizer(self.path).added
         self.vocab_size = max(vocabulary.values(), default=0) + 1
         self.effective = effective_table(self.path, self.vocab_size)
-        self.stops = {vocabulary[stop] for stop in stops if stop in vocabulary}
+        self.given = {vocabulary[stop] for stop in stops if stop in vocabulary}
+        self.added = added
+
+    @cached_property
+    def stops(self) -> set[int]:
+        """The ids that end a response: of rollout.stop, or else what the folder's chat template and settings say; with
+        no chat template those of all special tokens."""
+        folder = self.path.parent
+        settings = folder / "tokenizer_config.json"
+        templates = (settings.is_file() and b'"chat_template"' in settings.read_bytes(), (folder / TEMPLATE).is_file())
+        if self.given or self.path.name != "tokenizer.json" or not any(templates):
+            return self.given or {index for index, token in self.added.items() if token.get("special")}
+        from crpo_jax.data.tokenizer import load_tokenizer
+
+        return set(stop_ids(load_tokenizer(folder), (), [folder]))
+
+    def without_stop(self, ids: np.ndarray) -> np.ndarray:
+        """The ids without the one that ended the response; which tokens do that is only asked where one may have."""
+        last = int(ids[-1]) if ids.size else None
+        return ids[:-1] if (last in self.added or last in self.given) and last in self.stops else ids
 
     @cached_property
     def encoder(self) -> Any:
@@ -81,7 +102,7 @@ class ResponseTokenizer:
         of_line = [
             np.array(next(encoded).ids, np.int64) if line.token_ids is None else line.token_ids for line in lines
         ]
-        return [ids[:-1] if ids.size and int(ids[-1]) in self.stops else ids for ids in of_line]
+        return [self.without_stop(ids) for ids in of_line]
 
 
 def read_response(record: Record, vocab_size: int | None) -> ResponseLine:

@@ -37,7 +37,7 @@ def values_of(item: config.Setting) -> str:
 
 
 def default_of(default: Any) -> str:
-    if default in ("", ()):
+    if default in ("", (), {}):
         return "empty"
     if isinstance(default, tuple):
         return ", ".join(f"`{item}`" for item in default)

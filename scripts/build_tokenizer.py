@@ -97,7 +97,10 @@ def build(vocab_size: int, corpus: Iterator[str]) -> Tokenizer:
 
 
 def write(folder: Path, tokenizer: Tokenizer) -> None:
-    """tokenizer.json and tokenizer_config.json in `folder`."""
+    """tokenizer.json, tokenizer_config.json and generation_config.json in `folder`.
+
+    As Qwen's Instruct models, one with this tokenizer ends a response with the end of a turn or of a text.
+    """
     settings = {
         "add_bos_token": False,
         "add_prefix_space": False,
@@ -128,6 +131,10 @@ def write(folder: Path, tokenizer: Tokenizer) -> None:
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(
         json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    ends = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": ends, "pad_token_id": ends[1]}, indent=2) + "\n", encoding="utf-8"
     )
 
 

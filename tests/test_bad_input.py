@@ -167,7 +167,10 @@ BAD: list[tuple[list[str], str]] = [
         ["data.source=pubmed"],
         "data.source: expected vignettes | arithmetic | medqa | medmcqa | medxpertqa | jsonl, got 'pubmed'",
     ),
-    (["data.prompt=terse"], "data.prompt: expected crpo | grpo | grpo_dx | released | brief, got 'terse'"),
+    (
+        ["data.prompt=terse"],
+        "data.prompt: expected crpo | grpo | grpo_dx | released | brief | boxed or a Jinja file, got 'terse'",
+    ),
     # settings that contradict each other, or the machine
     (["crpo.mini_batch_prompts=3"], "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=16, got 3"),
     (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from crpo_jax.config import Config, dump_config, find_config, load_config, replaced
+from crpo_jax.config import Config, Data, dump_config, find_config, load_config, replaced
 from crpo_jax.data.prompts import render_prompts
 from crpo_jax.data.question import Question, select_part
 from crpo_jax.data.readers import questions_from
@@ -113,7 +113,7 @@ def test_a_run_that_would_drop_more_than_a_tenth_says_which_setting_to_change(ow
     """Of 1,272 questions 4 were left, and the run went on with them to the end."""
     few, many = [*OWN, *long_questions(4)], [*OWN, *long_questions(5)]
     assert len(open_questions(runtime(own), few, OWN).training.dropped) == 4
-    length = len(render_prompts(long_questions(1), "brief", "", TOKENIZER)[0])
+    length = len(render_prompts(long_questions(1), Data(prompt="brief", system_prompt=""), TOKENIZER)[0])
     line = (
         rf"data\.max_prompt_tokens: expected room for at least 90% of the training questions, got 160: 5 of 45 are "
         rf"longer, up to {length} tokens; data\.max_prompt_tokens={length} keeps all; raise data\.max_dropped_share "

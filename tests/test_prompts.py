@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crpo_jax.config import Data
+from crpo_jax.config import PROMPT_NAMES, Data
 from crpo_jax.data.prompts import PROMPTS, encode_response, fit_prompts, render_prompts, user_turn
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import read_questions
@@ -41,7 +41,7 @@ def tokenizer(request):
 
 
 def render(question, name, system_prompt, tokenizer):
-    (tokens,) = render_prompts([question], name, system_prompt, tokenizer)
+    (tokens,) = render_prompts([question], Data(prompt=name, system_prompt=system_prompt), tokenizer)
     return tokens
 
 
@@ -102,10 +102,9 @@ def test_the_instruction_asks_for_the_rewards_format(name, tags):
 
 
 def test_every_setting_has_its_prompt():
-    (choices,) = (item.type for item in dataclasses.fields(Data) if item.name == "prompt")
-    assert set(choices.__args__) == set(PROMPTS)
+    assert tuple(PROMPTS) == PROMPT_NAMES
     with pytest.raises(
-        InputError, match=r"data\.prompt: expected one of crpo, grpo, grpo_dx, released, brief, got 'cot'"
+        InputError, match=r"data\.prompt: expected one of crpo, grpo, grpo_dx, released, brief, boxed, got 'cot'"
     ):
         user_turn(QUESTION, "cot")
 
@@ -166,10 +165,11 @@ def test_no_text_opens_or_closes_a_turn(tiny, question, option):
 
 def test_batch_equals_one_by_one(tokenizer):
     questions = [dataclasses.replace(QUESTION, id=f"q{number}", question="x " * number + "?") for number in range(5)]
-    assert render_prompts(questions, "crpo", SYSTEM, tokenizer) == [
+    data = Data(system_prompt=SYSTEM)
+    assert render_prompts(questions, data, tokenizer) == [
         render(question, "crpo", SYSTEM, tokenizer) for question in questions
     ]
-    assert render_prompts([], "crpo", SYSTEM, tokenizer) == []
+    assert render_prompts([], data, tokenizer) == []
 
 
 # ---- the limit -------------------------------------------------------------------------------------------------------
@@ -239,10 +239,17 @@ def copied(folder, **changed):
 
 def test_templates_that_leave_a_turn_out_or_refuse_it(tmp_path):
     silent = load_tokenizer(copied(tmp_path, chat_template="{{ messages[1]['content'] }}<|im_end|>"))
-    with pytest.raises(InputError, match="expected a chat template that writes both turns unchanged"):
+    with pytest.raises(InputError, match=r"expected a chat template in .* that writes all turns unchanged"):
         render(QUESTION, "crpo", SYSTEM, silent)
-    strict = load_tokenizer(copied(tmp_path, chat_template="{{ raise_exception('no system turn here') }}"))
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
+    strict = load_tokenizer(
+        copied(tmp_path, chat_template=refusal + "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    )
     with pytest.raises(
-        InputError, match="expected a chat template that takes a system and a user turn, got: no system turn here"
+        InputError,
+        match=r"data\.system_prompt: expected none, .* since .* takes none, got 'Be brief\.'; "
+        r"tokenizer\.path: expected a chat template in .* that takes turns of system, user, got: no system turn here",
     ):
         render(QUESTION, "crpo", SYSTEM, strict)
+    with pytest.raises(InputError, match=r"that takes turns of user, assistant, got: nothing here"):
+        load_tokenizer(copied(tmp_path, chat_template="{{ raise_exception('nothing here') }}"))

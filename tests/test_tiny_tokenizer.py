@@ -39,7 +39,11 @@ def test_building_again_gives_the_committed_bytes(tmp_path):
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arithmetic_tokenizer", "tiny_tokenizer"]
     for folder in tmp_path.iterdir():
-        assert sorted(path.name for path in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
         for path in folder.iterdir():
             assert path.read_bytes() == (FOLDER.parent / folder.name / path.name).read_bytes(), path
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from crpo_jax.config import Data
 from crpo_jax.data.prompts import render_prompts
 from crpo_jax.data.tokenizer import comparison_texts, encode_all, load_tokenizer
 from crpo_jax.data.vignettes import vignettes
@@ -50,8 +51,9 @@ def test_auto_tokenizer_reads_an_export_as_the_run_did(folder: Path, tmp_path: P
     assert encode_all(theirs, texts) == encode_all(ours, texts)
     assert theirs(texts[:100])["input_ids"] == encode_all(ours, texts[:100])  # nothing is added by default
     question = vignettes("test", 1)[0]
-    [prompt] = render_prompts([question], "brief", "", ours)
-    assert render_prompts([question], "brief", "", theirs) == [prompt]
+    brief = Data(prompt="brief", system_prompt="")
+    [prompt] = render_prompts([question], brief, ours)
+    assert render_prompts([question], brief, theirs) == [prompt]
     user = [{"role": "user", "content": "Fever?"}]
     for chat in (user, [{"role": "system", "content": ""}, *user]):
         assert theirs.apply_chat_template(chat, add_generation_prompt=True) == ours.apply_chat_template(

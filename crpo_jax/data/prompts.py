@@ -1,16 +1,27 @@
 """Prompts: the instruction around a question, and its tokens through the tokenizer's own chat template.
 
-A prompt is the system turn, the user turn and the opening of the assistant's turn; a response is what follows, to the
-end-of-turn token inclusive. Cold start, RL and evaluation all use this module, so that they cannot disagree.
+A prompt is the system turn, the question's earlier turns, the user turn and the opening of the assistant's turn; a
+response is what follows, to the end-of-turn token inclusive. Cold start, RL and evaluation all use this module, so that
+they cannot disagree.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from crpo_jax.config import Data
+from crpo_jax.data.chat_template import (
+    Turn,
+    check_arguments,
+    control_tokens,
+    end_of_turn,
+    expected,
+    has_system_turn,
+    write_chat,
+)
+from crpo_jax.data.prompt_file import read_text, render_turns
 from crpo_jax.data.question import Question
-from crpo_jax.data.tokenizer import END_OF_TURN
 from crpo_jax.errors import InputError, brief
 
 if TYPE_CHECKING:
@@ -57,8 +68,12 @@ PROMPTS: dict[str, str] = {
         "Write in English."
     ),
     "brief": "",
+    "boxed": (
+        "Answer the question below. Reason step by step and finish with the final answer alone, as in \\boxed{ANSWER}. "
+        "Where options are listed, the answer is the letter of one of them."
+    ),
 }
-"""The instruction of each data.prompt; the question and its options follow it.
+"""The instruction of each built-in data.prompt; the question and its options follow it.
 
 `brief` has none: a small model has learned the format in its cold start.
 """
@@ -76,42 +91,67 @@ def user_turn(question: Question, name: str) -> str:
     return "\n\n".join(part for part in (instruction(name), question.question, options) if part)
 
 
-def render_prompts(
-    questions: Sequence[Question], name: str, system_prompt: str, tokenizer: "Tokenizer"
-) -> list[list[int]]:
+def user_turns(questions: Sequence[Question], prompt: str) -> list[str]:
+    """The user turn of every question, by a built-in instruction or a Jinja file."""
+    if prompt in PROMPTS:
+        return [user_turn(question, prompt) for question in questions]
+    return render_turns(Path(prompt).expanduser(), questions)
+
+
+def render_prompts(questions: Sequence[Question], data: Data, tokenizer: "Tokenizer") -> list[list[int]]:
     """The prompt tokens of every question, up to where the response begins.
 
-    The system turn is always written, even if empty: with none, Qwen's template inserts its own. A question or system
-    prompt that spells one of the tokenizer's added tokens is refused: it could end its own turn and open another.
+    A system turn is written even if it is empty, since with none Qwen's template inserts its own; not so where the
+    template has no such turn. A question or system prompt that spells one of the template's tokens is refused: it could
+    end its own turn and open another.
     """
     if not questions:
         return []
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    refuse_tokens(system_prompt, added, "data.system_prompt")
+    arguments, control, system = data.chat_template_kwargs, control_tokens(tokenizer), read_system_prompt(data)
+    check_arguments(arguments, tokenizer)
+    refuse_tokens(system, control, "data.system_prompt")
+    system_turns = open_conversation(system, tokenizer, arguments)
     texts = []
-    for question in questions:
-        for part in (question.question, *question.options.values()):
-            refuse_tokens(part, added, f"question {question.id}")
-        texts.append(apply_template(user_turn(question, name), system_prompt, tokenizer))
+    for question, user in zip(questions, user_turns(questions, data.prompt), strict=True):
+        turns = [{"role": role, "content": content} for role, content in (*question.turns, ("user", user))]
+        for turn in turns:
+            refuse_tokens(turn["content"], control, f"question {question.id}")
+        if turns[0]["role"] != "system":  # a conversation's own takes the place of data.system_prompt
+            turns = [*system_turns, *turns]
+        texts.append(write_whole(turns, tokenizer, arguments))
     # The template has written all special tokens: the tokenizer must add none of its own.
     return cast(Any, tokenizer)(texts, add_special_tokens=False)["input_ids"]
 
 
-def apply_template(user: str, system_prompt: str, tokenizer: "Tokenizer") -> str:
-    """The chat template's text of the system and user turns and the opening of the assistant's."""
-    import jinja2
+def read_system_prompt(data: Data) -> str:
+    """data.system_prompt, or the text of the file that it names as `file:PATH`."""
+    path = data.system_prompt.removeprefix("file:")
+    return data.system_prompt if path == data.system_prompt else read_text("data.system_prompt", Path(path)).strip()
 
-    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]
+
+def open_conversation(system: str, tokenizer: "Tokenizer", arguments: Mapping[str, Any]) -> list[Turn]:
+    """The system turn, or nothing for an empty prompt where the template has no such turn; InputError where it takes
+    no system prompt."""
+    if not system and not has_system_turn(tokenizer, arguments):
+        return []
+    turn, user = {"role": "system", "content": system}, {"role": "user", "content": "Which?"}
     try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
+        write_chat(tokenizer, [turn, user], arguments)
+    except InputError as error:
+        write_chat(tokenizer, [user], arguments)  # where this is refused too, it is not for the system prompt
         raise InputError(
-            f"tokenizer.path: expected a chat template that takes a system and a user turn, got: {error}"
+            "data.system_prompt: expected none, as in data.system_prompt= alone, since the chat template takes none, "
+            f"got {brief(system)}; {error}"
         ) from None
-    if system_prompt.strip() not in text or user not in text:
-        raise InputError(
-            f"tokenizer.path: expected a chat template that writes both turns unchanged, got {brief(text)}"
-        )
+    return [turn]
+
+
+def write_whole(turns: Sequence[Turn], tokenizer: "Tokenizer", arguments: Mapping[str, Any]) -> str:
+    """The conversation as the chat template writes it; InputError where it leaves out or changes a turn."""
+    text = write_chat(tokenizer, turns, arguments)
+    for turn in turns:
+        if turn["content"].strip() not in text:
+            raise InputError(f"{expected(tokenizer)} that writes all turns unchanged, got {brief(text)}")
     return text
 
 
@@ -126,10 +166,11 @@ def encode_response(text: str, tokenizer: "Tokenizer") -> list[int]:
     The text is encoded on its own, never together with the prompt: across the boundary the two could merge into a token
     that no sampled response starts with. A text that spells a special token is refused.
     """
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {END_OF_TURN}
+    end = end_of_turn(tokenizer)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {end}
     refuse_tokens(text, special, f"response {brief(text, 40)}")
-    end: Any = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    return [*tokenizer.encode(text, add_special_tokens=False), end]
+    last: Any = tokenizer.convert_tokens_to_ids(end)
+    return [*tokenizer.encode(text, add_special_tokens=False), last]
 
 
 @dataclass(frozen=True)
@@ -152,7 +193,7 @@ def fit_prompts(
     A prompt is never cut: half a case, or half the options, would be another question.
     """
     fitting = Fitting([], [], {})
-    for question, prompt in zip(questions, render(questions, data.prompt, data.system_prompt, tokenizer), strict=True):
+    for question, prompt in zip(questions, render(questions, data, tokenizer), strict=True):
         if len(prompt) <= data.max_prompt_tokens:
             fitting.questions.append(question)
             fitting.prompts.append(prompt)

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from crpo_jax.data.chat_template import Turn, end_of_turn, write_chat
 from crpo_jax.errors import InputError
 
 if TYPE_CHECKING:  # slow to import, and not needed to read questions
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-END_OF_TURN = "<|im_end|>"
-
 COMPARED_TEXTS = 400
 """On which two tokenizers are compared: some tenths of a second."""
 
-EMPTY_SYSTEM_TURN = {"role": "system", "content": ""}
+USER_TURN, EMPTY_SYSTEM_TURN = {"role": "user", "content": "Fever, new murmur?"}, {"role": "system", "content": ""}
+CHATS = ([USER_TURN], [EMPTY_SYSTEM_TURN, USER_TURN])
 
 PIECES = [
     *" \n\r\t.,;:!?'\"()[]{}<>/\\|-_=+*&^%$#@~`",
@@ -46,20 +46,17 @@ PIECES = [
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """The tokenizer of a local folder; it needs a chat template and the end-of-turn token."""
+    """The tokenizer of a local folder; it needs a chat template that ends turns with a token."""
     folder = Path(path)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"tokenizer.path: expected a folder with tokenizer.json, got {str(path)!r}")
     tokenizer = tokenizer_of_class("PreTrainedTokenizerFast", folder)
     if not tokenizer.chat_template:
         raise InputError(
-            f"tokenizer.path: expected a chat_template in {folder}/tokenizer_config.json, got none; "
-            "take an Instruct model's tokenizer"
+            f"tokenizer.path: expected a chat_template in {folder}/tokenizer_config.json, or as chat_template.jinja, "
+            "got none; take an Instruct model's tokenizer"
         )
-    if END_OF_TURN not in tokenizer.get_vocab():
-        raise InputError(
-            f"tokenizer.path: expected the end-of-turn token {END_OF_TURN} in {folder}, got a vocabulary without it"
-        )
+    end_of_turn(tokenizer)
     return tokenizer
 
 
@@ -95,9 +92,8 @@ class Difference(NamedTuple):
 def first_difference(tokenizer: "Tokenizer", other: "Tokenizer", count: int = COMPARED_TEXTS) -> Difference | None:
     """The first difference among `count` texts and two conversations in both chat templates; None where there is
     none."""
-    user = {"role": "user", "content": "Fever, new murmur?"}
     pairs = [(text, text) for text in comparison_texts(tokenizer, count)]
-    pairs += [(write_chat(tokenizer, turns), write_chat(other, turns)) for turns in ([user], [EMPTY_SYSTEM_TURN, user])]
+    pairs += [(chat_or_error(tokenizer, turns), chat_or_error(other, turns)) for turns in CHATS]
     ids = (encode_all(each, texts) for each, texts in zip((tokenizer, other), zip(*pairs, strict=True), strict=True))
     for (text, _), own, others in zip(pairs, *ids, strict=True):
         if own != others:
@@ -107,11 +103,13 @@ def first_difference(tokenizer: "Tokenizer", other: "Tokenizer", count: int = CO
     return None
 
 
-def write_chat(tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    """The conversation as the chat template writes it; nothing where the tokenizer has none."""
-    if not tokenizer.chat_template:
-        return ""
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+def chat_or_error(tokenizer: "Tokenizer", turns: Sequence[Turn]) -> str:
+    """The conversation as the chat template writes it, or what it says where it refuses one; nothing where the
+    tokenizer has no template."""
+    try:
+        return write_chat(tokenizer, turns) if tokenizer.chat_template else ""
+    except InputError as error:
+        return str(error).replace(str(tokenizer.name_or_path), "")
 
 
 def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -64,6 +64,9 @@ PROGRAM_PARTS = {
 }
 """The memory parts that are arguments or results of each phase's program; the others are held beside it."""
 
+STOP_TOKENS = 2
+"""As many as most models have, where rollout.stop names none."""
+
 BASE_PHASES = ("sampling copy", "old log-probs", "accumulate")
 """The phases whose programs also take the frozen base of adapters, which is the reference."""
 
@@ -178,7 +181,8 @@ def list_update_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
 
 def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
     settings, shape, rollout = run.settings, run.shape, run.settings.rollout
-    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, tuple(range(len(rollout.stop))))
+    stops = tuple(range(len(rollout.stop) or STOP_TOKENS))
+    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, stops)
     chunk, most = min(rollout.chunk, rollout.max_new_tokens), rollout.max_new_tokens
     sampler: Any = sampling_programs(shape, mesh, sampling, chunk, run.attention)
     gather = to_sampler(shape, mesh, settings.model.dtype)

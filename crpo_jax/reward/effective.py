@@ -8,10 +8,11 @@ plain Latin letters is effective.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +34,8 @@ EFFECTIVE_RANGES = (
 )  # fmt: skip
 WHITE_SPACE = (0x09, 0x0A, 0x0B, 0x0C, 0x0D, 0x20, 0x85, 0xA0, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F)
 NOT_EFFECTIVE, EFFECTIVE, WHITE = 0, 1, 2
-ENCODED_WHITE_SPACE = "ĠĊĉč"  # space, line feed, tab and carriage return in a byte-level vocabulary
+PLAIN = bytes((*b" \t\n\r", *range(0x21, 0x7F)))  # ASCII, all of it effective or white space
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @cache
@@ -109,38 +111,35 @@ def may_begin_effective(cut: bytes) -> bool:
     return bool((character_classes()[max(start << missing, shortest) : (start + 1) << missing] != NOT_EFFECTIVE).any())
 
 
-def read_vocabulary(tokenizer_json: str | Path) -> dict[str, int]:
-    """The id of every token of a byte-level BPE tokenizer, including those added to the vocabulary."""
-    vocabulary, added = read_tokenizer(tokenizer_json)
-    return {**vocabulary, **{token["content"]: index for index, token in added.items()}}
+# ---- tokenizer.json --------------------------------------------------------------------------------------------------
 
 
-def effective_table(tokenizer_json: str | Path, vocab_size: int) -> np.ndarray:
-    """Whether each token id of a byte-level BPE tokenizer is effective; shape [vocab_size], bool.
+class TokenizerFile(NamedTuple):
+    """The vocabulary of a tokenizer.json, its added tokens by id, and the bytes that a token of the vocabulary stands
+    for (None: no text)."""
 
-    Special tokens and those written `<|...|>` are not effective, nor are rows of the embedding that no token uses.
-    """
-    vocabulary, added = read_tokenizer(tokenizer_json)
-    largest = max((*vocabulary.values(), *added), default=-1)
-    if largest >= vocab_size:
-        raise InputError(f"{tokenizer_json}: expected token ids below the vocabulary size {vocab_size}, got {largest}")
-    alphabet, table = byte_alphabet(), np.zeros(vocab_size, bool)
-    for token, index in vocabulary.items():
-        if token.lstrip(
-            ENCODED_WHITE_SPACE
-        ).isascii():  # most of a vocabulary: ASCII stands for itself and is effective
-            table[index] = True
-        elif all(character in alphabet for character in token):
-            table[index] = effective_bytes(bytes(map(alphabet.__getitem__, token)))
-    for index, token in added.items():
-        text = token["content"]
-        special = token.get("special") or (text.startswith("<|") and text.endswith("|>"))
-        table[index] = not special and all_effective(text)
-    return table
+    vocabulary: Mapping[str, int]
+    added: Mapping[int, Mapping[str, Any]]
+    spell: Callable[[str], bytes | None]
 
 
-def read_tokenizer(tokenizer_json: str | Path) -> tuple[Mapping[str, int], Mapping[int, Mapping[str, Any]]]:
-    """The vocabulary of a tokenizer.json and its added tokens by id."""
+def spell_byte_level(token: str) -> bytes | None:
+    """A token of a byte-level BPE (GPT-2, Qwen, Llama 3), in which a character stands for a byte."""
+    try:
+        return bytes(map(byte_alphabet().__getitem__, token))
+    except KeyError:
+        return None
+
+
+def spell_piece(piece: str) -> bytes | None:
+    """A piece of a SentencePiece vocabulary (Llama 2, Mistral, Gemma): text with ▁ for spaces, or a byte as <0x0A>."""
+    if BYTE_PIECE.fullmatch(piece):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode("utf-8", "surrogatepass")
+
+
+def read_tokenizer(tokenizer_json: str | Path) -> TokenizerFile:
+    """A tokenizer.json of one of the two kinds that language models have, as BPE or Unigram."""
     try:
         tokenizer = json.loads(Path(tokenizer_json).read_bytes())
     except OSError as error:
@@ -149,8 +148,41 @@ def read_tokenizer(tokenizer_json: str | Path) -> tuple[Mapping[str, int], Mappi
         raise InputError(f"{tokenizer_json}: expected a tokenizer in JSON: {error}") from None
     model = tokenizer.get("model") if isinstance(tokenizer, Mapping) else None
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    if not isinstance(vocabulary, Mapping) or "ByteLevel" not in json.dumps(tokenizer.get("decoder")):
+    if isinstance(vocabulary, list) and all(isinstance(entry, list) and len(entry) == 2 for entry in vocabulary):
+        # Unigram: pieces with their scores, in the order of their ids
+        vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+    decoder = json.dumps(tokenizer.get("decoder"), ensure_ascii=False) if isinstance(vocabulary, Mapping) else ""
+    if not isinstance(vocabulary, Mapping) or not ("ByteLevel" in decoder or "\N{LOWER ONE EIGHTH BLOCK}" in decoder):
         raise InputError(
-            f"{tokenizer_json}: expected a byte-level BPE tokenizer, with model.vocab and a ByteLevel decoder"
+            f"{tokenizer_json}: expected a byte-level BPE tokenizer, with model.vocab and a ByteLevel decoder, or a "
+            "SentencePiece vocabulary, with model.vocab and a decoder of \N{LOWER ONE EIGHTH BLOCK}"
         )
-    return vocabulary, {token["id"]: token for token in tokenizer.get("added_tokens") or ()}
+    added = {token["id"]: token for token in tokenizer.get("added_tokens") or ()}
+    return TokenizerFile(vocabulary, added, spell_byte_level if "ByteLevel" in decoder else spell_piece)
+
+
+def read_vocabulary(tokenizer_json: str | Path) -> dict[str, int]:
+    """The id of every token, including those added to the vocabulary."""
+    file = read_tokenizer(tokenizer_json)
+    return {**file.vocabulary, **{token["content"]: index for index, token in file.added.items()}}
+
+
+def effective_table(tokenizer_json: str | Path, vocab_size: int) -> np.ndarray:
+    """Whether each token id of a tokenizer is effective; shape [vocab_size], bool.
+
+    Special tokens and those written `<|...|>` are not effective, nor are rows of the embedding that no token uses.
+    """
+    file = read_tokenizer(tokenizer_json)
+    largest = max((*file.vocabulary.values(), *file.added), default=-1)
+    if largest >= vocab_size:
+        raise InputError(f"{tokenizer_json}: expected token ids below the vocabulary size {vocab_size}, got {largest}")
+    table = np.zeros(vocab_size, bool)
+    for token, index in file.vocabulary.items():
+        spelled = file.spell(token)
+        if spelled is not None:  # most of a vocabulary is plain ASCII
+            table[index] = not spelled.translate(None, PLAIN) or effective_bytes(spelled)
+    for index, token in file.added.items():
+        text = token["content"]
+        special = token.get("special") or (text.startswith("<|") and text.endswith("|>"))
+        table[index] = not special and all_effective(text)
+    return table

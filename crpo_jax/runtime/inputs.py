@@ -149,7 +149,7 @@ def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> T
             f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher"
         )
     require_same_questions(f"{sft.path or data.source}: teacher traces", questions)
-    prompts = render_prompts(questions, data.prompt, data.system_prompt, tokenizer)
+    prompts = render_prompts(questions, data, tokenizer)
     rows, dropped = {}, []
     for question, prompt, response in zip(questions, prompts, responses, strict=True):
         row = Row(prompt, encode_response(response, tokenizer))
@@ -193,7 +193,8 @@ def model_digests(runtime: Runtime, start: Path | None) -> dict[str, str]:
             total.update(path.name.encode() + bytes.fromhex(file_digest(path)))
         return total.hexdigest()
 
-    digests = {"tokenizer": digest(runtime.vocabulary.folder, "tokenizer.json", "tokenizer_config.json")}
+    tokenizer_files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    digests = {"tokenizer": digest(runtime.vocabulary.folder, *tokenizer_files)}
     if start:
         digests["start model"] = digest(start, "config.json", "*.safetensors")
     if adapter := runtime.settings.model.adapter:

@@ -107,8 +107,8 @@ class LimitWatch:
             "response/truncated": (
                 lambda share: 0 < limits.truncated <= share,
                 f"of the responses were cut at rollout.max_new_tokens={s.rollout.max_new_tokens}, and a response "
-                "without an end has no answer. Try more tokens; check that "
-                f"rollout.stop={list(s.rollout.stop)} is what the model ends with; teach it to end by a cold start",
+                "without an end has no answer. Try more tokens; check that rollout.stop is what the model ends with; "
+                "teach it to end by a cold start",
             ),
         }
 

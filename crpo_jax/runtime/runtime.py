@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from crpo_jax.config import Config, Lora, Optimizer, config_folder, replaced
+from crpo_jax.data.chat_template import stop_ids
 from crpo_jax.data.tokenizer import first_difference, load_tokenizer, tokenizer_of_class
 from crpo_jax.errors import InputError, brief
 from crpo_jax.model.attention import choose_attention
@@ -61,7 +62,9 @@ class Vocabulary:
         return response.tokens[: len(response.tokens) - response.stopped].tolist()
 
     def decode(self, response: Response) -> str:
-        return str(self.tokenizer.decode(self.content_ids(response), skip_special_tokens=False))
+        # Llama 3's settings ask for spaces before punctuation to be removed: not what the model wrote.
+        how: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(self.content_ids(response), **how))
 
 
 @dataclass(frozen=True)
@@ -212,11 +215,8 @@ def open_vocabulary(settings: Config, shape: Shape) -> Vocabulary:
     size = max(len(tokenizer), max(ids.values()) + 1)  # ids may have gaps
     if size > shape.v:
         raise InputError(f"tokenizer.path: expected at most the model's {shape.v} tokens, got {size} in {folder}")
-    for stop in settings.rollout.stop:
-        if stop not in ids:
-            raise InputError(f"rollout.stop: expected tokens of {folder}, got {stop!r}")
-    stop_ids = tuple(ids[stop] for stop in settings.rollout.stop)
-    return Vocabulary(folder, tokenizer, stop_ids, effective_table(folder / "tokenizer.json", shape.v))
+    stops = stop_ids(tokenizer, settings.rollout.stop, [folder, *([of_model] if of_model else [])])
+    return Vocabulary(folder, tokenizer, stops, effective_table(folder / "tokenizer.json", shape.v))
 
 
 def check_same_ids(ids: Mapping[str, int], folder: Path, of_model: Path) -> None:

@@ -35,6 +35,9 @@ def require_same_settings(settings: Config) -> None:
     for key in ("reward.design", "parallel.layout"):
         for module in re.findall(r"([\w.]+):[\w.]+", attrgetter(key)(settings)):
             facts[f"{key}: module {module}"] = module_digest(module)
+    for key in ("data.prompt", "data.system_prompt"):
+        path = Path(attrgetter(key)(settings).removeprefix("file:")).expanduser()
+        facts[f"{key}: {path.name}"] = short_digest(path) if path.is_file() else "no file"
     require_agreement(facts)
 
 
@@ -59,7 +62,7 @@ def require_same_files(model: str | Path, tokenizer: Path, adapter: str) -> None
         return
     folders = [
         ("model.path", model, MODEL_FILES),
-        ("tokenizer.path", tokenizer, TOKENIZER_FILES),
+        ("tokenizer.path", tokenizer, (*TOKENIZER_FILES, "generation_config.json")),
         ("model.adapter", adapter, ("adapter_*",)),
     ]
     require_agreement(
