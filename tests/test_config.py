@@ -502,7 +502,7 @@ def test_values_in_other_spellings():
         ),
         (
             ["--config", "tinny"],
-            "--config tinny: No such file or directory; expected a file, or one of clinical",
+            "--config tinny: No such file or directory; expected a file, or one of arithmetic, clinical",
         ),
     ],
 )
