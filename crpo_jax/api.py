@@ -31,8 +31,8 @@ Questions = Sequence[Mapping[str, Any] | Question]
 which reward functions receive by name."""
 
 Rewards = str | RewardFunction | Sequence[str | RewardFunction]
-"""A built-in design (crpo, grpo, released), a function of TRL's convention, `f(prompts, completions, **columns)` with a
-list of a number or None per completion, or several of them, which are summed."""
+"""A value of reward.design, such as crpo or accuracy*10+format; a function of TRL's convention, async or not,
+`f(prompts, completions, **columns)` with a list of a number or None per completion; or several, which are summed."""
 
 HELD_OUT_SHARE = 0.1
 """Of the questions given to `train` without `held_out`, chosen by a hash of their ids."""

@@ -62,6 +62,9 @@ Name = Annotated[str, Field(pattern=r"\A[A-Za-z_]\w*\z")]
 PROMPT_NAMES = ("crpo", "grpo", "grpo_dx", "released", "brief", "boxed")
 """The built-in values of data.prompt."""
 
+RENAMED = {"reward.grpo_tags": "reward.tags"}
+"""Settings by the names under which the files of earlier runs have them."""
+
 
 def setting(default: Any, doc: str, *, unit: str = "", source: str = "ours", **bounds: Any) -> Any:
     """A field with what `--help` prints; `bounds` are pydantic's: ge, gt, le, lt."""
@@ -184,10 +187,50 @@ class CrossReference:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Endpoint:
+    """A model behind an OpenAI-compatible server."""
+
+    base_url: String = setting("", "address of the server, including /v1, such as http://localhost:8000/v1")
+    model: String = setting("", "name of the model on that server")
+    key_variable: String = setting("OPENAI_API_KEY", "environment variable with the API key; unset: no key is sent")
+    temperature: Real = setting(0.0, "sampling temperature", ge=0, le=2)
+    top_p: Share = setting(1.0, "nucleus sampling: probability mass to sample from; 1: off")
+    sampling: Literal["send", "omit"] = setting(
+        "send", "omit: leave temperature and top_p to the server, for models that refuse them"
+    )
+    max_tokens: PositiveCount = setting(2048, "longest reply, reasoning included", unit="tokens")
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = setting(
+        "max_tokens", "name of that limit on the server"
+    )
+    concurrency: PositiveCount = setting(8, "requests in flight at the same time")
+    timeout: Real = setting(600.0, "time after which an unfinished request is given up", unit="seconds", ge=0.001)
+    retries: Count = setting(6, "attempts after the first, with growing pauses or as Retry-After says")
+    max_reply_bytes: PositiveCount = setting(8_000_000, "a larger reply counts as malformed", unit="bytes")
+
+
+@dataclass(frozen=True, config=STRICT)
+class RewardJudge(Endpoint):
+    """The model behind the part `judge` of a design."""
+
+    timeout: Real = setting(60.0, "time after which an unfinished request is given up", unit="seconds", ge=0.001)
+    rubric: String = setting(
+        "",
+        "text file with what the judge assesses, or a whole prompt with {question}, {answer} and {response}; "
+        "empty: the criteria in the questions' column rubrics, each by itself",
+    )
+    lowest: Real = setting(0.0, "with a rubric file: the judge's lowest score, a reward of 0")
+    highest: Real = setting(10.0, "with a rubric file: the judge's highest score, a reward of 1")
+    time_limit: Real = setting(
+        180.0, "time after which a request and its further attempts are given up", unit="seconds", ge=0.001
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
 class Reward:
     design: String = setting(
         "crpo",
-        "crpo, grpo, released, your own as module:function, or a weighted sum such as crpo*1.0+my.module:f*0.5",
+        "crpo, grpo or released; or a weighted sum of these, of the parts accuracy, format, citation, consistency, "
+        "length and judge, and of your own module:function, such as accuracy*10+format+my.module:f*0.5",
         source="paper, section 3",
     )
     k: Number = setting(10.0, "weight of accuracy", source="paper, section 4.3")
@@ -207,8 +250,13 @@ class Reward:
         le=1,
     )
     min_section_words: Count = setting(3, "fewest words in each of System 1, System 2 and the conclusion", unit="words")
-    grpo_tags: Strings = setting(
-        ("think", "answer"), "the two tags of the grpo design; [dx, conclusion] after a cold start shared with crpo"
+    tags: Strings = setting(
+        ("think", "answer"),
+        "the tagged parts of a response, in order, for format, citation and the grpo design (two of them); "
+        "[dx, conclusion] after a cold start shared with crpo",
+    )
+    target_length: PositiveCount = setting(
+        1024, "length: up to this many tokens 0, from there linearly less, -1 from twice as many on", unit="tokens"
     )
     answer_in: String = setting(
         "box",
@@ -219,6 +267,7 @@ class Reward:
         0.0, "largest difference between a right number and the right answer, as a share of the latter; 0: none"
     )
     cross_reference: CrossReference = section(CrossReference)
+    judge: RewardJudge = section(RewardJudge)
     workers: Count = setting(
         2,
         "scoring processes; 0: built-in designs are scored in the training process, your functions in one of their own",
@@ -355,28 +404,6 @@ class Sft:
     optimizer: Optimizer = section(
         Optimizer, "authors' code", learning_rate=1e-4, schedule="cosine", warmup_ratio=0.1, beta2=0.95
     )
-
-
-@dataclass(frozen=True, config=STRICT)
-class Endpoint:
-    """A model behind an OpenAI-compatible server."""
-
-    base_url: String = setting("", "address of the server, including /v1, such as http://localhost:8000/v1")
-    model: String = setting("", "name of the model on that server")
-    key_variable: String = setting("OPENAI_API_KEY", "environment variable with the API key; unset: no key is sent")
-    temperature: Real = setting(0.0, "sampling temperature", ge=0, le=2)
-    top_p: Share = setting(1.0, "nucleus sampling: probability mass to sample from; 1: off")
-    sampling: Literal["send", "omit"] = setting(
-        "send", "omit: leave temperature and top_p to the server, for models that refuse them"
-    )
-    max_tokens: PositiveCount = setting(2048, "longest reply, reasoning included", unit="tokens")
-    limit_name: Literal["max_tokens", "max_completion_tokens"] = setting(
-        "max_tokens", "name of that limit on the server"
-    )
-    concurrency: PositiveCount = setting(8, "requests in flight at the same time")
-    timeout: Real = setting(600.0, "time after which an unfinished request is given up", unit="seconds", ge=0.001)
-    retries: Count = setting(6, "attempts after the first, with growing pauses or as Retry-After says")
-    max_reply_bytes: PositiveCount = setting(8_000_000, "a larger reply counts as malformed", unit="bytes")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -532,8 +559,13 @@ def find_setting(key: str) -> str | None:
 
 
 def closest_settings(name: str, sections: Sequence[str] = ()) -> list[str]:
-    """The settings of these sections, or of all, that end in the name, or else the one that is spelled most like it."""
+    """The settings of these sections, or of all, that end in the name, or else the one that is spelled most like it.
+
+    The name of a section means its path.
+    """
     keys = [key for key in setting_fields() if not sections or key.split(".")[0] in sections]
+    if f"{name}.path" in keys:
+        return [f"{name}.path"]
     endings = [key for key in keys if key.endswith(f".{name}")]
     return endings or difflib.get_close_matches(name, keys, n=1)
 
@@ -573,6 +605,7 @@ def merge_settings(section: Any, values: Any, origin: str, prefix: str = "") -> 
         raise InputError(f"{origin}: {where}: expected a mapping of settings, got {brief(values)}")
     fields, changed = section.__pydantic_fields__, {}
     for name, value in values.items():
+        name = RENAMED.get(f"{prefix}{name}", f"{prefix}{name}").removeprefix(prefix) if isinstance(name, str) else name
         key = f"{prefix}{name if isinstance(name, str) else brief(name)}"[:200]
         if name not in fields:
             close = [prefix + match for match in difflib.get_close_matches(key.removeprefix(prefix), fields, n=1)]
@@ -668,6 +701,7 @@ def read_override(override: str) -> tuple[str, Any]:
         close = closest_settings(key)
         hint = f"; did you mean {' or '.join(f'{name}=VALUE' for name in close)}?" if close else ""
         raise InputError(f"{override}: expected section.key=value{hint}")
+    key = RENAMED.get(key, key)
     name = find_setting(key)
     if name and not isinstance(setting_fields()[name].default, str):
         with contextlib.suppress(yaml.YAMLError, ValueError):
@@ -700,8 +734,8 @@ def check_config(config: Config, model: bool = True) -> None:
     if c.crpo.kl_target and not c.crpo.kl_coef:
         wanted = f"more than 0, from which crpo.kl_target={c.crpo.kl_target} can move it"
         raise InputError(f"crpo.kl_coef: expected {wanted}, got 0")
-    if c.reward.design == "grpo" and len(c.reward.grpo_tags) != 2:
-        raise InputError(f"reward.grpo_tags: expected two tags, got {list(c.reward.grpo_tags)}")
+    if c.reward.design == "grpo" and len(c.reward.tags) != 2:
+        raise InputError(f"reward.tags: expected two tags, got {list(c.reward.tags)}")
     for where, lora in (("lora", c.lora), ("sft.lora", c.sft.lora)):
         targets = set(lora.targets)
         if not targets or len(targets) < len(lora.targets) or not targets <= set(LINEAR_LAYERS):

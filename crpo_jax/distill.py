@@ -17,15 +17,6 @@ from typing import Any, NamedTuple
 from crpo_jax import cli
 from crpo_jax.answer.records import question_to_row
 from crpo_jax.chat.client import Client, GivenUp, Reply, ask_all, request_parameters
-from crpo_jax.chat.traces import (
-    CUT_OFF,
-    Conversion,
-    convert_trace,
-    explain_wrong_answer,
-    find_answer_letter,
-    split_reasoning,
-    validate_response,
-)
 from crpo_jax.config import Config
 from crpo_jax.data.files import json_records
 from crpo_jax.data.prompts import instruction, user_turn
@@ -39,6 +30,15 @@ from crpo_jax.runtime.signals import StopSignal
 from crpo_jax.store.files import replace_rows
 from crpo_jax.store.journal import Journal, request_key
 from crpo_jax.store.workdir import open_workdir
+from crpo_jax.traces import (
+    CUT_OFF,
+    Conversion,
+    convert_trace,
+    explain_wrong_answer,
+    find_answer_letter,
+    split_reasoning,
+    validate_response,
+)
 
 TEACHER = (
     "Answer the medical multiple-choice question below. Think it through first: what the case shows, and what speaks "

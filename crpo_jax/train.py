@@ -53,6 +53,7 @@ def train(
     inputs, traces = open_questions(runtime, questions, held_out), cold_start_traces(runtime, workdir)
     steps = crpo.steps or inputs.batches.steps(crpo.epochs)
     scorer, examiner = open_scorers(runtime, inputs, reward_functions)
+    scorer.check_questions(inputs.training.questions)
     # The scorers first: a reward function that cannot be loaded is found before anything is written or computed.
     with scorer, examiner, shared_workdir(runtime, workdir, allow_changes=allow_changes):
         start = cold_start(runtime, workdir, traces, allow_changes=allow_changes)
@@ -60,6 +61,7 @@ def train(
             return
         digests = question_digests(inputs) | model_digests(runtime, start)
         check_inputs(workdir, digests, writer=runtime.writes, allow_changes=allow_changes)
+        scorer.keep_replies(workdir, jax.process_index())
         trainer = runtime.trainer("crpo", steps * (crpo.prompts_per_step // crpo.mini_batch_prompts))
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, settings.run.keep_best)
         state = runtime.start_state(trainer, start)

@@ -262,7 +262,7 @@ BAD_FILES = [
         "crpo: {mini_batch_prompts: 7}",
         "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7",
     ),
-    ("reward: {design: grpo, grpo_tags: [think]}", "reward.grpo_tags: expected two tags, got ['think']"),
+    ("reward: {design: grpo, tags: [think]}", "reward.tags: expected two tags, got ['think']"),
     ("rollout: {top_p: 0}", "FILE: rollout.top_p: expected a number > 0 and <= 1, got 0"),
     ("evaluate: {top_p: 0}", "FILE: evaluate.top_p: expected a number > 0 and <= 1, got 0"),
     (

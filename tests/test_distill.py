@@ -13,13 +13,13 @@ from question_file import write_jsonl
 
 from crpo_jax import distill
 from crpo_jax.chat import client
-from crpo_jax.chat.traces import convert_trace, find_answer_letter, split_reasoning
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
 from crpo_jax.reward.rules import score_response
 from crpo_jax.store import journal
+from crpo_jax.traces import convert_trace, find_answer_letter, split_reasoning
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "coldstart" / "think_traces.jsonl"
 CASE = "A man of 60 has white ear tophi and a swollen big toe after heavy beer use."

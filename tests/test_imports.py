@@ -17,12 +17,13 @@ ROOMS = {
     "cli": {"errors", "disk", "config"},
     "parallel": {"errors"},
     "data": {"errors", "config"},
-    "reward": {"errors", "config", "data"},
+    "store": {"errors", "disk", "config"},
+    "chat": {"errors", "config"},
+    "reward": {"errors", "config", "data", "store", "chat"},
+    "traces": {"config", "data", "reward"},
     "model": {"errors", "disk", "config", "parallel"},
     "rollout": {"errors", "parallel", "model"},
     "update": {"config", "parallel", "model"},
-    "store": {"errors", "disk", "config"},
-    "chat": {"errors", "config", "data", "reward"},
     "runtime": {
         "errors",
         "hardware",
@@ -136,7 +137,19 @@ def test_the_table_allows_nothing_that_is_not_used(name: str):
 
 
 HOST_MODULES = [
-    *("errors", "hardware", "config", "cli", "api", "score", "distill", "evaluate", "plan", "planner.targets"),
+    *(
+        "errors",
+        "hardware",
+        "config",
+        "cli",
+        "api",
+        "score",
+        "distill",
+        "evaluate",
+        "plan",
+        "traces",
+        "planner.targets",
+    ),
     *("answer.records", "answer.statistics", "answer.truth", "runtime.progress", "runtime.signals"),
     *("store.files", "store.journal", "store.skipped", "store.workdir"),
     *(

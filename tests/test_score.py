@@ -174,7 +174,7 @@ def test_the_responses_are_not_overwritten(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_config_with_reward_settings_alone_is_enough(tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
-    config.write_text("reward:\n  design: grpo\n  k: 3\n  grpo_tags: [dx, conclusion]\n")
+    config.write_text("reward:\n  design: grpo\n  k: 3\n  tags: [dx, conclusion]\n")
     _, found = run(tmp_path, [line()], "--config", str(config))
     assert found[0]["total"] == 4.0
 

@@ -127,7 +127,7 @@ def test_one_cold_start_serves_two_designs(whole, tmp_path):
         f"model.path={whole / 'coldstart'}",
         "crpo.steps=1",
         "reward.design=grpo",
-        "reward.grpo_tags=[dx, conclusion]",
+        "reward.tags=[dx, conclusion]",
     ]
     metrics = run(tmp_path / "grpo", *overrides)
     assert metrics[0]["eval/accuracy"] == read_metrics(whole)[0]["eval/accuracy"]

@@ -34,7 +34,7 @@ def extract_letter(answer: Answer, settings: Config) -> str | None:
         box = parse_response(answer.response).box
         letter = box.text.strip() if box and box.text is not None else None
         return letter if letter in question.options else None
-    for tags in dict.fromkeys((*FORMATS, tuple(settings.reward.grpo_tags))):
+    for tags in dict.fromkeys((*FORMATS, settings.reward.tags)):
         parsed = parse_response(answer.response, tags, systems=False)
         if parsed.conclusion is not None:
             return find_answer(answer.response, question, settings.reward, parsed, tags[1])[0]
