@@ -61,7 +61,8 @@ def train(
             return
         digests = question_digests(inputs) | model_digests(runtime, start)
         check_inputs(workdir, digests, writer=runtime.writes, allow_changes=allow_changes)
-        scorer.keep_replies(workdir, jax.process_index())
+        scorer.keep_replies(workdir, f"{jax.process_index()}")
+        examiner.keep_replies(workdir, f"held_out_{jax.process_index()}")
         trainer = runtime.trainer("crpo", steps * (crpo.prompts_per_step // crpo.mini_batch_prompts))
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, settings.run.keep_best)
         state = runtime.start_state(trainer, start)

@@ -182,10 +182,11 @@ class Scorer:
         self._threads.clear()
         self._processes.clear()
 
-    def keep_replies(self, workdir: Path, process: int = 0) -> None:
-        """Keeps the judge's replies in the workdir, a file per process of the run, and asks for none that is there."""
+    def keep_replies(self, workdir: Path, name: str = "0") -> None:
+        """Keeps the judge's replies in the workdir, a file per scorer and process of the run, and asks for none that is
+        there."""
         if self.judge:
-            self.judge.keep_replies(workdir / "judge" / f"reward_{process}.jsonl")
+            self.judge.keep_replies(workdir / "judge" / f"reward_{name}.jsonl")
 
     def check_questions(self, questions: Sequence[Question]) -> None:
         """InputError where the judge is to score a question by criteria that it does not have."""
