@@ -109,7 +109,7 @@ def select_questions(settings: Config) -> list[Question]:
     if data.source in WORLDS:
         selected = generate_questions(data, data.split)
     else:
-        selected = read_questions(data.source, data.path, data.split)
+        selected = read_questions(data.source, data.path, data.split, data)
     selected = select_part(selected, OTHER_HALF[data.part])
     return selected[: settings.distill.questions or len(selected)]
 

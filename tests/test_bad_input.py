@@ -165,7 +165,8 @@ BAD: list[tuple[list[str], str]] = [
     ),
     (
         ["data.source=pubmed"],
-        "data.source: expected vignettes | arithmetic | medqa | medmcqa | medxpertqa | jsonl, got 'pubmed'",
+        "data.source: expected vignettes | arithmetic | medqa | medmcqa | medxpertqa | pubmedqa | mmlu | healthbench | "
+        "gsm8k | math500 | file | hub | jsonl, got 'pubmed'",
     ),
     (
         ["data.prompt=terse"],

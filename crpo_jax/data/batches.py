@@ -58,7 +58,7 @@ def load_questions(data: Data, split: str) -> list[Question]:
     if data.source in WORLDS:
         questions = generate_questions(data, split)
     else:
-        questions = read_questions(data.source, data.path if training else evaluation_path(data), split)
+        questions = read_questions(data.source, data.path if training else evaluation_path(data), split, data)
     return select_part(questions, data.part) if training and data.part != "auto" else questions
 
 
