@@ -32,6 +32,10 @@ LLAMA_TEMPLATE = (
     "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
     "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+QWEN3_THINKING = (
+    "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}"
+)
 SMALL = [
     *("model.dtype=float32", "parallel.remat=false", "run.compile_cache=", "reward.workers=0"),
     *(
@@ -59,6 +63,8 @@ def model_folder(folder: Path, model_type: str) -> Path:
             "eos_token": LLAMA_TOKENS[3],
             "chat_template": LLAMA_TEMPLATE,
         }
+    if model_type == "qwen3":
+        settings["chat_template"] += QWEN3_THINKING
     end = tokenizer.token_to_id(settings["eos_token"])
     vocabulary = tokenizer.get_vocab_size()
     shape = Shape(

@@ -15,7 +15,7 @@ from crpo_jax.errors import InputError
 
 PROBLEM_SPLITS = ("train", "validation", "test")
 
-LARGEST = 40
+LARGEST = 30
 """No number in a problem or in its right solution is larger."""
 
 Event = tuple[str, int, int]
@@ -55,7 +55,7 @@ class TeacherMistakes:
 
     comparison: float = 0.45  # of the problems that open with one: adds for "more than", subtracts for "fewer than"
     packs: float = 0.4  # of the bags: adds their number and what is in each, instead of multiplying
-    slip: float = 0.03  # of the calculations: the result is one or ten off
+    slip: float = 0.02  # of the calculations: the result is one or ten off
     missing_part: float = 0.12  # of the responses: lacks one of MISSING_PARTS
 
 
@@ -107,7 +107,7 @@ def split_of(events: Sequence[Event]) -> str:
 def _draw_events(rng: Random) -> list[Event]:
     """An opening and two later events of different kinds, with no number above LARGEST."""
     while True:
-        kind, m, n = rng.choice(list(OPENINGS)), rng.randint(6, 30), rng.randint(2, 9)
+        kind, m, n = rng.choice(list(OPENINGS)), rng.randint(6, 24), rng.randint(2, 9)
         events = [(kind, m, n if kind != "stated" else 0)]
         for later in rng.sample(list(LATER), 2):
             if later == "packs":
