@@ -21,7 +21,7 @@ from crpo_jax.store.logs import read_metrics
 
 train = import_module("crpo_jax.train")
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compiles")]
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny_tokenizer"
