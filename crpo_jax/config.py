@@ -54,6 +54,9 @@ Number = Annotated[Real, Field(ge=0)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 String = Annotated[str, Field(pattern=r"\A[^\x00]*\z")]
 Strings = Annotated[tuple[String, ...], BeforeValidator(lambda text: tuple(text) if isinstance(text, list) else text)]
+PositiveCounts = Annotated[
+    tuple[PositiveCount, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
 
 
 Name = Annotated[str, Field(pattern=r"\A[A-Za-z_]\w*\z")]
@@ -465,6 +468,12 @@ class Evaluate:
         "tagged",
         "where the one box with the answer must be: in the section its format prescribes, as for rewards, or anywhere",
     )
+    k: PositiveCounts = setting(
+        (1, 4), "numbers of samples for pass@k and majority@k; one that exceeds a question's samples is left out"
+    )
+    measures: Strings = setting(
+        (), "measures of your own, each as module:function, called as reward functions are and apart from any reward"
+    )
     subjects: Strings = setting(
         ("meta_info", "subject_name", "medical_task", "body_system", "condition"),
         "question columns to break accuracy down by, where present",
@@ -608,6 +617,7 @@ def legal_values(info: FieldInfo) -> str:
     if get_origin(kind) is dict:
         return "values by name"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    words[tuple[PositiveCount, ...]] = "a list of whole numbers >= 1"
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = [
         f"{sign} {getattr(limit, name)}"

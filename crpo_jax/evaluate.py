@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from crpo_jax import cli, config
+from crpo_jax.answer.measures import Measures, open_measures
 from crpo_jax.answer.records import Answer, read_answers, read_dropped, read_summary
 from crpo_jax.answer.statistics import summarize
 from crpo_jax.config import Config, Endpoint
@@ -63,6 +64,7 @@ def evaluate(
         expected = f"expected responses to evaluate in {folder}, got none"
         raise InputError(f"--workdir {workdir}: {expected}; use --model and --data, or --responses")
     with (
+        open_measures(settings) as measures_of_user,  # before anything is sampled
         open_workdir(workdir, settings, allow_changes=allow_changes),
         StopSignal("finishing this wave of responses, keeping it, then stopping") as stop,
     ):
@@ -71,7 +73,7 @@ def evaluate(
         if foreign:
             copy_responses(response_files, folder)
         answers = foreign or {path.stem: read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
-        return summarize_and_judge(answers, settings, workdir, stop)
+        return summarize_and_judge(answers, settings, workdir, measures_of_user, stop)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -185,7 +187,11 @@ def copy_responses(paths: Sequence[str], folder: Path) -> None:
 
 
 def summarize_and_judge(
-    answers: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: StopSignal
+    answers: Mapping[str, Sequence[Answer]],
+    settings: Config,
+    workdir: Path,
+    measures_of_user: Measures,
+    stop: StopSignal,
 ) -> dict[str, Any]:
     """The contents of summary.json: written with the judges' previous results before they are asked, and afterwards."""
     path = workdir / "summary.json"
@@ -194,7 +200,7 @@ def summarize_and_judge(
     effective = load_effective_table(settings)
     sets = {}
     for name, responses in answers.items():
-        sets[name], rows = summarize(responses, settings, effective)
+        sets[name], rows = summarize(responses, settings, effective, measures_of_user)
         sets[name]["dropped"] = len(dropped.get(name, {}))
         judged = {key: previous.get(name, {}).get(key) for key in ("judges", "agreement", "judges_and_truth")}
         sets[name] |= {key: value for key, value in judged.items() if value is not None}

@@ -34,6 +34,7 @@ from crpo_jax.data.files import parse_line
 from crpo_jax.data.question import LETTERS, Question
 from crpo_jax.data.readers import QUESTION_FIELDS, answer_kind, question_of
 from crpo_jax.data.record import Record
+from crpo_jax.disk import make_folder
 from crpo_jax.errors import InputError
 from crpo_jax.reward.effective import effective_table, read_tokenizer, read_vocabulary
 from crpo_jax.reward.rules import Score
@@ -223,7 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
         with ExitStack() as files:
             # First of all, so that a function that cannot be loaded is found before any file is opened.
             scorer = files.enter_context(Scorer(settings, tokenizer.effective if tokenizer else None))
-            if args.workdir:
+            if args.workdir and scorer.judge:
+                make_folder(Path(args.workdir), parents=True)
                 scorer.keep_replies(Path(args.workdir))
             lines, source = sys.stdin.buffer, "line"
             if args.responses != "-":

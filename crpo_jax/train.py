@@ -59,7 +59,7 @@ def train(
         start = cold_start(runtime, workdir, traces, allow_changes=allow_changes)
         if start is None:  # asked to stop during the cold start, which resumes from there
             return
-        digests = question_digests(inputs) | model_digests(runtime, start)
+        digests = question_digests(inputs) | model_digests(runtime, start) | scorer.digests()
         check_inputs(workdir, digests, writer=runtime.writes, allow_changes=allow_changes)
         scorer.keep_replies(workdir, f"{jax.process_index()}")
         examiner.keep_replies(workdir, f"held_out_{jax.process_index()}")

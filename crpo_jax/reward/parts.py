@@ -34,7 +34,8 @@ class Reading:
 
 
 def accuracy(reading: Reading) -> tuple[float | None, Any]:
-    """Whether the answer is right, wherever it stands in the response: that is for a format to say."""
+    """1 for the right answer wherever it stands in the response, which is for a format to say; None where the question
+    has no right answer."""
     return measure_accuracy(reading.question, reading.answer, reading.settings), reading.answer_why
 
 
@@ -77,7 +78,7 @@ def length(reading: Reading) -> tuple[float | None, Any]:
     if reading.token_ids is None:
         return None, "the tokens are unknown"
     tokens, target = len(reading.token_ids), reading.settings.target_length
-    return -min(1.0, max(0.0, (tokens - target) / target)), {"tokens": tokens}
+    return min(0.0, max(-1.0, (target - tokens) / target)), {"tokens": tokens}
 
 
 PARTS: dict[str, Callable[[Reading], tuple[float | None, Any]]] = {

@@ -11,6 +11,7 @@ One that answers none of LOST_IN_A_ROW responses is not called for the rest of t
 """
 
 import functools
+import hashlib
 import logging
 import math
 import queue
@@ -109,7 +110,7 @@ class Scorer:
     `functions` are Python objects by the names that the design gives them, also that of a built-in part. One that can
     be imported again runs in the workers like any other; a lambda, a closure or a function of a notebook is called in
     this process, by the `submit` or `add` that completes its batch, and has no time limit unless it is async: if it
-    hangs or exits, so does this process.
+    hangs or exits, so does this process. `setting` is what names functions in error messages.
     """
 
     def __init__(
@@ -117,11 +118,12 @@ class Scorer:
         settings: Reward,
         effective: np.ndarray | None = None,
         functions: Mapping[str, RewardFunction] | None = None,
+        setting: str = "reward.design",
     ) -> None:
         functions = functions or {}
         if taken := {*DESIGNS, *([OVERLONG] if settings.overlong else [])} & functions.keys():
             raise InputError(f"reward functions: expected other names than those of built-in rewards, got {min(taken)}")
-        self.settings = settings
+        self.settings, self.setting = settings, setting
         self.parts = design_parts(settings, functions)
         self.built_in = tuple(name for name, _ in self.parts if name in PARTS and name not in functions)
         tasks = [BUILT_IN if name in self.built_in else name for name, _ in self.parts]
@@ -153,7 +155,7 @@ class Scorer:
             self._processes[number] = WorkerProcess(self.setup)
         try:
             if self.setup.paths:  # whether a function can be loaded is to be known before anything else begins
-                wait_for_functions(self._processes[0])
+                wait_for_functions(self._processes[0], self.setting)
         except BaseException:
             self.close()
             raise
@@ -188,6 +190,11 @@ class Scorer:
         if self.judge:
             self.judge.keep_replies(workdir / "judge" / f"reward_{name}.jsonl")
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of what the reward depends on besides settings and questions."""
+        rubric = self.judge.template if self.judge else ""
+        return {"rubric of reward.judge": hashlib.sha256(rubric.encode()).hexdigest()} if rubric else {}
+
     def check_questions(self, questions: Sequence[Question]) -> None:
         """InputError where the judge is to score a question by criteria that it does not have."""
         if self.judge and not self.judge.template:
@@ -216,11 +223,11 @@ class Scorer:
         """A batch of one response per question, to be handed over by `add`, some responses at a time."""
         if not self._open:
             raise RuntimeError("Scorer: use it in a with statement; this one is not open")
+        if self.judge:
+            self.judge.try_again()
         if "released" in self.names:
             for question in questions:
                 require_choices(question)
-        if self.judge:
-            self.judge.try_again()
         n = len(questions)
         values: dict[str, list[Any]] = {name: [None] * n for name in self.names}
         batch = ScoringBatch(questions, [""] * n, [None] * n, values, n * len(self.names), next(self._batches), n)
@@ -323,7 +330,7 @@ class Scorer:
         limit, lost = self.settings.time_limit, task.batch.lost
         if lost[task.part] >= LOST_IN_A_ROW:
             return self._record(task, Failure(f"not called: none of the {LOST_IN_A_ROW} before it was answered"))
-        wait_for_functions(process)
+        wait_for_functions(process, self.setting)
         try:
             values = process.score(task.batch.job(task.part, task.rows), limit)
             lost[task.part] = 0
@@ -412,8 +419,8 @@ def score_row(scored: Scored) -> dict[str, Any]:
     return {name: getattr(scored, name) for name in names}
 
 
-def wait_for_functions(process: WorkerProcess) -> None:
-    """Wait until a process has started; InputError where it cannot load a user's function."""
+def wait_for_functions(process: WorkerProcess, setting: str) -> None:
+    """Wait until a process has started; InputError where it cannot load a user's function, which `setting` names."""
     paths = ", ".join(process.setup.paths.values())
     try:
         problems = process.wait_until_ready()
@@ -425,7 +432,7 @@ def wait_for_functions(process: WorkerProcess) -> None:
         fate = process.fate()
         process.end()
         if paths:
-            raise InputError(f"reward.design: importing {paths} ended the scoring process: {fate}") from None
+            raise InputError(f"{setting}: importing {paths} ended the scoring process: {fate}") from None
         raise ScoringError(f"a scoring process did not start: {fate}; see its message on standard error") from None
     for name, problem in problems.items():
-        raise InputError(f"reward.design: expected a function {process.setup.paths[name]}, got {problem}")
+        raise InputError(f"{setting}: expected a function {process.setup.paths[name]}, got {problem}")

@@ -44,6 +44,8 @@ MAY_CHANGE = (
     *(f"reward.judge.{name}" for name in ("retries", "max_reply_bytes")),
     # how much is evaluated
     "evaluate.answer",
+    "evaluate.k",
+    "evaluate.measures",
     "evaluate.subjects",
     "evaluate.samples",
 )
