@@ -218,10 +218,9 @@ def before_and_after(workdir: Path, first: int, last: int) -> str:
         if not pairs:
             raise InputError("none is scored in both files")
         old, new = max(pairs, key=lambda pair: pair[1]["total"] - pair[0]["total"])
-        options = [f"{letter}) {text}" for letter, text in new.get("options", {}).items()]
-        answer = [f"(answer {new['answer']})"] if new["answer"] else []
+        options = "\n".join(f"{letter}) {text}" for letter, text in new["options"].items())
         return (
-            "\n".join([new["question"], *options, *answer]) + "\n\n"
+            f"{new['question']}\n{options}\n(answer {new['answer']})\n\n"
             f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n"
             f"-- after, reward {new['total']:.2f}:\n{new['response']}"
         )
