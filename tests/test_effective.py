@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from model_folder import SPACE, unigram
 from tokenizers import Tokenizer
 
 from crpo_jax.errors import InputError
@@ -15,6 +16,8 @@ from crpo_jax.reward.effective import (
     character_classes,
     effective_bytes,
     effective_table,
+    read_vocabulary,
+    spell_piece,
 )
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny_tokenizer" / "tokenizer.json"
@@ -127,6 +130,39 @@ def test_qwen_has_few_ways_to_hide_a_character() -> None:
     assert names == {"LATIN", "MODIFIER", "GREEK", "COPTIC", "ETHIOPIC"}, "no letter of a script that models write"
 
 
+@pytest.mark.parametrize(
+    ("token", "spelled"),
+    [
+        (f"{SPACE}fever", b" fever"),
+        (f"{SPACE}{SPACE}", b"  "),
+        ("<0x0A>", b"\n"),
+        ("<0xE2>", b"\xe2"),
+        ("<0xe2>", b"<0xe2>"),  # a piece of text: bytes are written in capitals
+        ("\n\n", b"\n\n"),
+        ("°C", "°C".encode()),
+    ],
+)
+def test_pieces_stand_for_text_or_a_byte(token: str, spelled: bytes) -> None:
+    assert spell_piece(token) == spelled
+
+
+def test_table_of_a_unigram_vocabulary(tmp_path: Path) -> None:
+    tokenizer = unigram()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    table = effective_table(tmp_path / "tokenizer.json", tokenizer.get_vocab_size() + 5)
+    ids = read_vocabulary(tmp_path / "tokenizer.json")
+    assert ids == tokenizer.get_vocab()
+    assert not table[ids["</s>"]]
+    assert not table[-5:].any()
+    assert not table[ids["<0x00>"]]
+    assert not table[ids["<0xE6>"]]
+    for text in ("Tophi, uric acid 9.1 mg/dL.\n\\boxed{C}", "12 °C ≥ α"):
+        assert table[tokenizer.encode(text, add_special_tokens=False).ids].all(), text
+    for text in ("痛み", "вероятно", "👍"):
+        assert not table[tokenizer.encode(text, add_special_tokens=False).ids].all(), text
+
+
 def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(InputError, match=r"tokenizer.json: No such file"):
@@ -135,8 +171,10 @@ def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a tokenizer in JSON"):
         effective_table(path, 10)
     path.write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {"a": 0}}, "decoder": {"type": "WordPiece"}}))
-    with pytest.raises(InputError, match="expected a byte-level BPE tokenizer"):
-        effective_table(path, 10)
+    for vocabulary in ({"a": 0}, [["a", 0.0]], [["a"]], "a", None):
+        path.write_text(json.dumps({"model": {"vocab": vocabulary}, "decoder": {"type": "WordPiece"}}))
+        with pytest.raises(InputError, match=r"expected a byte-level BPE tokenizer, .* or a SentencePiece vocabulary"):
+            effective_table(path, 10)
     path.write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 12}}, "decoder": {"type": "ByteLevel"}}))
     with pytest.raises(InputError, match="expected token ids below the vocabulary size 10, got 12"):
         effective_table(path, 10)

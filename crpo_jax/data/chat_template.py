@@ -22,7 +22,7 @@ Turn = Mapping[str, str]
 DATE = datetime.date(2024, 7, 26)
 """Today, in every prompt: the date that the templates of Llama 3 write where they are told none."""
 
-CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 
 OWN_ARGUMENTS = frozenset(
     (

@@ -1,7 +1,7 @@
 """What runs inside the process that renders a user's prompt file, in Jinja's sandbox and under limits of its own.
 
 It imports jinja2 and nothing of this package. A question whose rendering takes too long ends the process by SIGALRM,
-even inside a single operation such as 9**9**9.
+even inside a single operation such as 9**(9**9), which Jinja computes as it reads the file.
 """
 
 import json
@@ -10,12 +10,12 @@ import pickle
 import resource
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 TIME_LIMIT = 10.0  # seconds for a question
-MEMORY_LIMIT = 4 * 2**30  # bytes
+MEMORY_LIMIT = 2**30  # bytes, besides what the questions take
 LONGEST_TURN = 200_000  # characters
 
 
@@ -72,27 +72,28 @@ def line_of(error: BaseException) -> int | None:
     return line
 
 
-def answer_job(job: Job, out: IO[str]) -> None:
-    """A line of JSON per question: its turn, or at the first error what it was and the line where it arose."""
+def replies(job: Job) -> Iterator[dict[str, Any]]:
+    """The turn of every question, as far as the first error: what it was, and the line of the file."""
+    environment = sandbox()
     try:
         signal.setitimer(signal.ITIMER_REAL, job.limit)
-        template = sandbox().from_string(job.source)
+        template = environment.from_string(job.source)
         for variables in job.variables:
             signal.setitimer(signal.ITIMER_REAL, job.limit)
-            out.write(json.dumps({"text": render(template, variables)}) + "\n")
-            out.flush()
+            yield {"text": render(template, variables)}
     except Exception as error:  # noqa: BLE001 (a template may raise anything; it is reported by the run)
         text = " ".join(str(error).split()) or type(error).__name__
-        out.write(json.dumps({"error": text[:1000], "line": line_of(error)}) + "\n")
-        out.flush()
+        yield {"error": text[:1000], "line": line_of(error)}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def main() -> None:
-    """Read a Job from standard input and answer it on standard output."""
-    job = pickle.load(sys.stdin.buffer)  # noqa: S301 (from the run)
+    """Read a Job from standard input and write a line of JSON per reply to standard output."""
+    data, most = sys.stdin.buffer.read(), resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MEMORY_LIMIT + 10 * len(data)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    most = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT if most < 0 else min(MEMORY_LIMIT, most), most))
-    answer_job(job, sys.stdout)
-    sys.stdout.flush()
+    for reply in replies(pickle.loads(data)):  # noqa: S301 (from the run)
+        print(json.dumps(reply), flush=True)
     os._exit(0)
