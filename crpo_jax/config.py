@@ -59,15 +59,14 @@ PositiveCounts = Annotated[
 ]
 
 
-RENAMED = {"reward.grpo_tags": "reward.tags"}
-"""Settings by the names under which the files of earlier runs have them."""
-
-
 Name = Annotated[str, Field(pattern=r"\A[A-Za-z_]\w*\z")]
 """A key of a setting with free keys, which are set one by one."""
 
 PROMPT_NAMES = ("crpo", "grpo", "grpo_dx", "released", "brief", "boxed")
 """The built-in values of data.prompt."""
+
+RENAMED = {"reward.grpo_tags": "reward.tags"}
+"""Settings by the names under which the files of earlier runs have them."""
 
 
 def setting(default: Any, doc: str, *, unit: str = "", source: str = "ours", **bounds: Any) -> Any:
@@ -131,8 +130,8 @@ class Columns:
 @dataclass(frozen=True, config=STRICT)
 class Data:
     source: Literal[
-        "vignettes", "medqa", "medmcqa", "medxpertqa", "pubmedqa", "mmlu", "healthbench", "gsm8k", "math500",
-        "file", "hub", "jsonl",
+        "vignettes", "arithmetic", "medqa", "medmcqa", "medxpertqa", "pubmedqa", "mmlu", "healthbench", "gsm8k",
+        "math500", "file", "hub", "jsonl",
     ] = setting(
         "medqa",
         "data set; or questions of your own: file (jsonl is the same), or hub with an id in data.path",
@@ -182,7 +181,8 @@ class Data:
     max_dropped_share: Share = setting(
         0.1, "the run stops before it begins if a larger share of its questions or traces is too long"
     )
-    vignettes: PositiveCount = setting(8192, "vignettes in the training split of the embedded world")
+    vignettes: PositiveCount = setting(8192, "vignettes in the training split, with source=vignettes")
+    problems: PositiveCount = setting(16384, "word problems in the training split, with source=arithmetic")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -457,7 +457,7 @@ class Sft:
     path: String = setting(
         "",
         "teacher traces, JSON lines of id, question, options, answer, response; "
-        "empty, with data.source=vignettes: the built-in teacher",
+        "empty, with data.source=vignettes or arithmetic: the built-in teacher",
     )
     steps: Count = setting(0, "optimizer steps; 0: as many as sft.epochs takes", unit="steps")
     epochs: PositiveCount = setting(20, "passes over the traces", source="paper, section 4.3")
@@ -892,12 +892,17 @@ def find_config(path: str | Path) -> Path:
 
 
 def default_config_path(platform: str, model: str = "") -> Path:
-    """The config of a command without --config: the embedded world on a CPU and for models that have its tokenizer, the
-    paper's run on accelerators and for all other models."""
-    embedded = has_embedded_tokenizer(Path(model).expanduser()) if model else platform == "cpu"
-    return config_folder() / ("tiny.yaml" if embedded else "clinical_r1_3b.yaml")
+    """The config of a command without --config: for a model of an embedded world that world's, for other models and on
+    accelerators the paper's run, else the vignettes'."""
+    fallback = config_folder() / ("tiny.yaml" if platform == "cpu" and not model else "clinical_r1_3b.yaml")
+    return embedded_config(model) or fallback
 
 
-def has_embedded_tokenizer(folder: Path) -> bool:
-    own, embedded = folder / "tokenizer.json", config_folder() / "tiny_tokenizer" / "tokenizer.json"
-    return own.is_file() and filecmp.cmp(own, embedded, shallow=False)
+def embedded_config(model: str) -> Path | None:
+    """The config of the embedded world whose tokenizer a model's folder has; None for all other models."""
+    own = Path(model).expanduser() / "tokenizer.json"
+    for name in ("tiny", "arithmetic"):
+        embedded = config_folder() / f"{name}_tokenizer" / "tokenizer.json"
+        if model and own.is_file() and filecmp.cmp(own, embedded, shallow=False):
+            return config_folder() / f"{name}.yaml"
+    return None

@@ -24,6 +24,7 @@ from crpo_jax.data.prompts import instruction, user_turn
 from crpo_jax.data.question import OTHER_HALF, Question, select_part
 from crpo_jax.data.readers import question_of, read_questions
 from crpo_jax.data.record import Record
+from crpo_jax.data.worlds import WORLDS, generate_questions
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.reward.answer import write_answer
 from crpo_jax.runtime.progress import Progress
@@ -111,10 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def select_questions(settings: Config) -> list[Question]:
     """The half of the training questions that is for the cold start, in the order of the file."""
     data = settings.data
-    if data.source == "vignettes":
-        from crpo_jax.data.vignettes import vignettes
-
-        selected = vignettes(data.split, data.vignettes)
+    if data.source in WORLDS:
+        selected = generate_questions(data, data.split)
     else:
         selected = read_questions(data.source, data.path, data.split, data)
     selected = select_part(selected, OTHER_HALF[data.part])

@@ -30,6 +30,7 @@ from crpo_jax.config import Config, Endpoint
 from crpo_jax.data.files import HUB_DATASETS
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import OWN_SOURCES, read_questions
+from crpo_jax.data.worlds import WORLDS, generate_questions
 from crpo_jax.disk import make_folder, replace_file
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
@@ -104,9 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def default_config(model: str) -> Path | None:
-    """The embedded world's config for a model of that world, and no file but the declared defaults for all others."""
-    path = Path(model).expanduser()
-    return config.default_config_path("", model) if model and config.has_embedded_tokenizer(path) else None
+    """An embedded world's config for a model of that world, and no file but the declared defaults for all others."""
+    return config.embedded_config(model)
 
 
 def device_faults() -> contextlib.AbstractContextManager[None]:
@@ -147,10 +147,9 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
     sets: dict[str, list[Question]] = {}
     for text in specifications:
         name, equals, path = text.partition("=")
-        if name == "vignettes" and not equals:
-            from crpo_jax.data.vignettes import vignettes
-
-            data_set = vignettes(data.eval_split, limit or data.eval_questions or data.vignettes)
+        if name in WORLDS and not equals:
+            changed = dataclasses.replace(data, source=name, eval_questions=limit or data.eval_questions)
+            data_set = generate_questions(changed, data.eval_split)
         elif name in HUB_DATASETS:
             own = data if data.source == name else None
             data_set = read_questions(name, path, EVALUATION_SPLITS.get(name, data.eval_split), own)
@@ -159,7 +158,7 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
             own = data if data.source in OWN_SOURCES else None
             name, data_set = Path(path).stem, read_questions(source, path, data.eval_split, own)
         else:
-            known = ", ".join(("vignettes", *HUB_DATASETS))
+            known = ", ".join((*WORLDS, *HUB_DATASETS))
             raise InputError(
                 f"--data {text}: expected {known}, one of them as NAME=PATH, a file of questions, file=FOLDER or hub=ID"
             )

@@ -182,7 +182,7 @@ def test_measures_of_ones_own_apart_from_the_reward(tmp_path, monkeypatch, capsy
     [
         (["--model", "/nowhere"], "expected --model with --data"),
         (["--data", "medqa"], "expected --model with --data"),
-        (["--model", "m", "--data", "nonsense"], "--data nonsense: expected vignettes, medqa"),
+        (["--model", "m", "--data", "nonsense"], "--data nonsense: expected vignettes, arithmetic, medqa"),
         (["--responses", "/nowhere.jsonl"], "--responses /nowhere.jsonl: expected a file"),
         ([], "expected responses to evaluate in"),
         (["--model", "/nowhere/model", "--data", "vignettes"], "model.path: expected a folder"),

@@ -184,10 +184,11 @@ class Scorer:
         self._threads.clear()
         self._processes.clear()
 
-    def keep_replies(self, workdir: Path, process: int = 0) -> None:
-        """Keeps the judge's replies in the workdir, a file per process of the run, and asks for none that is there."""
+    def keep_replies(self, workdir: Path, name: str = "0") -> None:
+        """Keeps the judge's replies in the workdir, a file per scorer and process of the run, and asks for none that is
+        there."""
         if self.judge:
-            self.judge.keep_replies(workdir / "judge" / f"reward_{process}.jsonl")
+            self.judge.keep_replies(workdir / "judge" / f"reward_{name}.jsonl")
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of what the reward depends on besides settings and questions."""
