@@ -137,9 +137,8 @@ def tiled_row(
 
 
 def tiled_forward(q: Array, k: Array, v: Array, packing: Packing, scale: float, window: int) -> tuple[Array, Any]:
-    t, n, h = q.shape
-    length = tile_length(t)
-    tiles, kv = find_tiles(packing, length, window), k.shape[1]
+    n, kv, length = q.shape[1], k.shape[1], tile_length(q.shape[0])
+    tiles = find_tiles(packing, length, window)
     queries, (keys, values) = split_queries(q, kv, length), [split_tiles(x, length) for x in (k, v)]
 
     def add_tile(pair: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from crpo_jax.hardware import GPUS_PER_HOST
+from crpo_jax.model.packed_attention import tile_length
 from crpo_jax.model.shape import block_weights
 from crpo_jax.planner.hlo import Collective, count_ring_bytes, merge_collectives
 from crpo_jax.planner.memory import (
@@ -49,15 +50,17 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
         """Of a forward pass through so many weights, with attention to `context` tokens."""
         return tokens * 2 * weights / run.model + count_attention_flops(tokens, context)
 
-    attention = count_attention_flops(prompt_tokens, prompt / 2)
-    attention += count_attention_flops(response_tokens, prompt + response / 2)
+    # Kernels and XLA compute whole tiles: about half of one too much where a prompt ends, and where the query stands.
+    tile = tile_length(run.packed_length)
+    attention = count_attention_flops(prompt_tokens, prompt / 2 + tile / 2)
+    attention += count_attention_flops(response_tokens, prompt + response / 2 + tile)
     if run.attention == "cudnn":  # computes whatever a causal mask leaves
         attention = tokens * 4.0 * shape.n * shape.h * shape.l * run.packed_length / 2 / run.model
     through_blocks = tokens * 2 * blocks / run.model + attention
     logits = response_tokens * 2 * output / run.model
     forward = through_blocks + logits
     recomputed = (through_blocks if remat else 0) + logits  # the backward pass always computes the logits again
-    both_passes = 3 * forward
+    both_passes = 3 * forward + attention / 2  # the backward pass of attention computes the scores again
     if settings.lora.rank:  # a frozen weight has no gradient
         both_passes -= forward - attention
     resident = count_resident_memory(run)

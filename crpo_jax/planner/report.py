@@ -52,7 +52,7 @@ def format_run(plan: Plan) -> str:
             f"{model} ({parameter_count(run.shape):,} parameters) on {run.target.name}, "
             f"mesh {run.mesh_text} (data x model), layout {run.layout_name}",
             f"per step: {crpo.prompts_per_step} prompts x {crpo.group_size} responses, {run.optimizer_steps} optimizer "
-            f"steps; per data shard: {run.wave_rows} rows decoded together, micro-batches of {run.packed_length:,} tokens",
+            f"steps; per data shard: {run.wave_rows} rows decoded together, micro-batches of {run.packed_length:,}",
             f"per device: {chip.flops / 1e12:g} TFLOP/s in bf16, memory {chip.bandwidth / 1e9:,.0f} GB/s, "
             f"{chip.link} {chip.link_bandwidth / 1e9:g} GB/s ({chip.source})",
         ]
