@@ -553,12 +553,13 @@ class Parallel:
         False, "unroll the blocks in training instead of scanning: faster with few layers, slower to compile"
     )
     micro_batch_tokens: PositiveCount = setting(
-        8192, "most tokens per device in a forward and backward pass, padding included", unit="tokens"
+        8192,
+        "places of the packed row that a data shard computes in a forward and backward pass: prompts, each once, and "
+        "their responses; a longer response has a longer row",
+        unit="tokens",
     )
-    length_multiple: PositiveCount = setting(128, "rows are padded to a multiple of this", unit="tokens")
-    logprob_chunk: PositiveCount = setting(
-        512, "tokens per block of rows whose logits are in memory together", unit="tokens"
-    )
+    length_multiple: PositiveCount = setting(128, "lengths of packed rows are a multiple of this", unit="tokens")
+    logprob_chunk: PositiveCount = setting(512, "tokens whose logits are in memory together", unit="tokens")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SHAPE, leaves_by_name, mesh_of, placed
+from conftest import SHAPE, leaves_by_name, mesh_of, one_micro_batch, placed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,7 +29,7 @@ from crpo_jax.model.placement import sampler_specs, to_sampler, weight_shardings
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import LAYOUTS
 from crpo_jax.parallel.mesh import MODEL
-from crpo_jax.update.batches import Row, make_batch, pad_rows
+from crpo_jax.update.batches import Row, make_batch
 from crpo_jax.update.losses import row_weights
 from crpo_jax.update.trainer import Trainer, make_optimizer
 
@@ -197,7 +197,7 @@ def test_an_optimizer_step_on_every_layout(
     shardings = trained_shardings(SHAPE, LORA, axes.master, mesh)
     state = trainer.begin(placed(random_adapters(), shardings), base)
     weights = row_weights(np.array([len(row.response) for row in ROWS]), np.ones(len(ROWS), bool), "token_mean")
-    batches = trainer.put_batches([make_batch(pad_rows(ROWS, range(len(ROWS)), 8, 8), weights)])
+    batches = trainer.put_batches([make_batch(one_micro_batch(ROWS, mesh), weights)])
     gradients, _ = trainer.gradients(state, batches)
     state, update = trainer.update(state, batches)
 

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from crpo_jax.model.adapters import Adapters, matrix_names
 from crpo_jax.model.architecture import Weight
-from crpo_jax.model.attention import AttentionKind, causal_attention
+from crpo_jax.model.attention import AttentionKind
 from crpo_jax.model.decode import SamplerWeights, sampler_buffers
 from crpo_jax.model.lora import Policy, matrix_sizes
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import Block, Placement, Transformer
+from crpo_jax.model.transformer import Block, Placement, Transformer, attend_rows
 from crpo_jax.parallel.layout import (
     HIDDEN_BTD,
     KV_BTKH,
@@ -25,6 +25,7 @@ from crpo_jax.parallel.layout import (
     Q_BTNH,
     SHARDED,
     TENSOR,
+    TOKENS_BT,
     Axes,
     Layout,
     kv_copies,
@@ -65,8 +66,8 @@ def training_placement(shape: Shape, mesh: Mesh, attention: AttentionKind = "xla
     """The constraints of the training forward: a block's weights are gathered to TENSOR before use, rows stay split
     over the data axis, and KV heads are repeated until every model shard has its own.
 
-    An attention kernel runs on each device's rows and heads by itself; XLA's attention the compiler splits the same
-    way.
+    Attention in packed rows and attention kernels run on each device's rows and heads by themselves; XLA's attention of
+    plain rows the compiler splits the same way.
     """
     copies = kv_copies(mesh, shape.k)
 
@@ -99,12 +100,12 @@ def training_placement(shape: Shape, mesh: Mesh, attention: AttentionKind = "xla
     def kv_heads(x_btkh: Any) -> Any:
         return constrain(jnp.repeat(x_btkh, copies, axis=2) if copies > 1 else x_btkh, KV_BTKH)
 
-    def attend(q: Any, k: Any, v: Any, scale: float, window: int) -> Any:
-        local = functools.partial(causal_attention, kind=attention, scale=scale, window=window)
-        if attention == "xla":
-            return local(q, k, v)
-        specs = (Q_BTNH, KV_BTKH, KV_BTKH)
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=Q_BTNH, check_vma=False)(q, k, v)
+    def attend(q: Any, k: Any, v: Any, packing: Any, scale: float, window: int) -> Any:
+        local = functools.partial(attend_rows, scale=scale, window=window, kind=attention)
+        if attention == "xla" and packing is None:
+            return local(q, k, v, None)
+        specs = (Q_BTNH, KV_BTKH, KV_BTKH, jax.tree.map(lambda _: TOKENS_BT, packing))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=Q_BTNH, check_vma=False)(q, k, v, packing)
 
     def split_width(total: Any, dims: str) -> Any:
         return total if shape.d % data_size(mesh) else constrain(total, weight_spec(SHARDED, dims, mesh, shape.k))

@@ -26,7 +26,7 @@ from crpo_jax.runtime.progress import format_duration
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.files import read_rows, writing
 from crpo_jax.store.metrics import read_metrics
-from crpo_jax.update.batches import Row
+from crpo_jax.update.batches import Row, count_places
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Update
 
@@ -175,13 +175,13 @@ def time_metrics(
     GiB.
     """
     tokens, lengths = sum(len(response.tokens) for response in responses), [row.length for row in rows]
-    places = sum(batch.tokens.size for batches in mini_batches for batch in batches)
+    places = sum(batch.targets.size for batches in mini_batches for batch in batches if batch.targets is not None)
     metrics = {
         **{f"time/{phase}": spent for phase, spent in seconds.items()},
         "time/tokens_per_second": tokens / sum(seconds.values()),
         "time/rollout_tokens_per_second": tokens / seconds["rollout"],
         "time/update_tokens_per_second": sum(lengths) / seconds["update"],
-        "time/padding": 1 - sum(lengths) / places,
+        "time/padding": 1 - count_places(rows) / places,
     }
     peak = peak_flops(runtime.mesh.devices.flat[0].device_kind)
     if peak is not None:
