@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import filecmp
+import os
 import re
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -857,8 +858,10 @@ def check_config(config: Config, model: bool = True) -> None:
             raise InputError(f"model.shape.num_attention_heads: expected {wanted}, got {heads}")
         if not c.tokenizer.path:
             raise InputError("tokenizer.path: expected a folder, since model.path is empty and brings none")
-    if model and c.data.prompt not in PROMPT_NAMES and not Path(c.data.prompt).expanduser().is_file():
-        raise InputError(f"data.prompt: expected {' | '.join(PROMPT_NAMES)} or a Jinja file, got {c.data.prompt!r}")
+    if model and c.data.prompt not in PROMPT_NAMES and not os.path.isfile(os.path.expanduser(c.data.prompt)):
+        raise InputError(
+            f"data.prompt: expected {' | '.join(PROMPT_NAMES)} or a Jinja file, got {brief(c.data.prompt)}"
+        )
 
 
 def dump_config(config: Config) -> str:

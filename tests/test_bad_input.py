@@ -189,6 +189,7 @@ BAD: list[tuple[list[str], str]] = [
         ["data.prompt=FOLDER/prompt.jinja"],
         "data.prompt: FOLDER/prompt.jinja:2: question train-000000: 'cas' is undefined",
     ),
+    (["data.prompt=" + "Reason. " * 99], "data.prompt: expected crpo | grpo | grpo_dx | released | brief | boxed or a"),
     (["data.system_prompt=file:FOLDER/gone"], "data.system_prompt: FOLDER/gone: No such file or directory"),
     (
         ["data.chat_template_kwargs.thinking=1"],

@@ -15,7 +15,7 @@ import pytest
 from chat_templates import FAMILIES
 from model_folder import SIZES, write_model
 
-from crpo_jax.config import load_config
+from crpo_jax.config import Data, load_config
 from crpo_jax.data.tokenizer import load_tokenizer
 from crpo_jax.rollout.engine import Response
 from crpo_jax.runtime.inputs import open_questions, open_traces
@@ -87,6 +87,15 @@ def test_a_familys_folder_is_read(name: str, tmp_path: Path):
         assert "\nA) " in tokenizer.decode(list(row.prompt))
         response = Response(0, 0, np.array(row.response), np.zeros(len(row.response)), stopped=True)
         assert runtime.vocabulary.decode(response).startswith("The half of ")
+
+
+def test_another_model_is_not_told_silently_that_it_is_qwen(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = write_model(tmp_path / "model", "mistral")
+    named = ["tokenizer.path=", f"model.path={model}", f"parallel.mesh={jax.device_count()}x1"]
+    for prompt, told in ((Data().system_prompt, True), ("Be brief.", False)):
+        open_runtime(load_config("tiny", [*named, f"data.system_prompt={prompt}"]))
+        line = "data.system_prompt: the default tells this model that it is Qwen"
+        assert (line in capsys.readouterr().err.splitlines()) == told
 
 
 @pytest.mark.skipif(not os.environ.get("CRPO_JAX_FAMILY_RUNS"), reason="takes minutes: CRPO_JAX_FAMILY_RUNS=1")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from crpo_jax.config import Config, Lora, Optimizer, config_folder, replaced
+from crpo_jax.config import Config, Data, Lora, Optimizer, config_folder, replaced
 from crpo_jax.data.chat_template import stop_ids
 from crpo_jax.data.tokenizer import first_difference, load_tokenizer, tokenizer_of_class
 from crpo_jax.errors import InputError, brief
@@ -216,6 +216,12 @@ def open_vocabulary(settings: Config, shape: Shape) -> Vocabulary:
     size = max(len(tokenizer), max(ids.values()) + 1)  # ids may have gaps
     if size > shape.v:
         raise InputError(f"tokenizer.path: expected at most the model's {shape.v} tokens, got {size} in {folder}")
+    if (
+        settings.data.system_prompt == Data().system_prompt
+        and "qwen" not in shape.model_type
+        and jax.process_index() == 0
+    ):
+        print("data.system_prompt: the default tells this model that it is Qwen", file=sys.stderr)
     stops = stop_ids(tokenizer, settings.rollout.stop, [folder, *([of_model] if of_model else [])])
     return Vocabulary(folder, tokenizer, stops, effective_table(folder / "tokenizer.json", shape.v))
 

@@ -36,8 +36,9 @@ def require_same_settings(settings: Config) -> None:
         for module in re.findall(r"([\w.]+):[\w.]+", attrgetter(key)(settings)):
             facts[f"{key}: module {module}"] = module_digest(module)
     for key in ("data.prompt", "data.system_prompt"):
-        path = Path(attrgetter(key)(settings).removeprefix("file:")).expanduser()
-        facts[f"{key}: {path.name}"] = short_digest(path) if path.is_file() else "no file"
+        path = os.path.expanduser(attrgetter(key)(settings).removeprefix("file:"))
+        if os.path.isfile(path):
+            facts[f"{key}: {os.path.basename(path)}"] = short_digest(Path(path))
     if rubric := settings.reward.judge.rubric:
         path = Path(rubric).expanduser()
         facts["reward.judge.rubric: the file"] = short_digest(path) if path.is_file() else "no such file"
