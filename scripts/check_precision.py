@@ -136,8 +136,8 @@ def print_mismatch(dtype: str, rank: int, factor: float) -> None:
         gaps += [gap[inside] for gap, inside in zip(of_trainer - np.asarray(batch.sampler), mask, strict=True)]
     sizes, sums = np.abs(np.concatenate(gaps)), np.array([gap.sum() for gap in gaps])
     print(
-        f"{dtype}, LoRA rank {rank}, weights x {factor:g}: |log ratio| of trainer to sampler {sizes.mean():.2g} on average, "
-        f"at most {sizes.max():.2g}; summed over a response {np.sqrt(np.mean(sums**2)):.2g} (rms)"
+        f"{dtype}, LoRA rank {rank}, weights x {factor:g}: |log ratio| of trainer to sampler {sizes.mean():.2g} on "
+        f"average, at most {sizes.max():.2g}; summed over a response {np.sqrt(np.mean(sums**2)):.2g} (rms)"
     )
 
 
