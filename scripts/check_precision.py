@@ -1,4 +1,4 @@
-"""Where bf16 and float32 round, in three comparisons on a small random Qwen2; runs on a CPU.
+"""Where bf16 and float32 round, in four comparisons on a small random Qwen2; runs on a CPU.
 
     python scripts/check_precision.py
 
@@ -7,9 +7,12 @@
 2. The error of each attention kernel in bf16 against float32, output and gradients, relative in L2; Splash is
    interpreted.
 3. The precision that the programs of training ask of their products, by compute type.
+4. How far the sampler's log-probs are from the trainer's of the same weights, with and without adapters, and with all
+   weights twice as large: what crpo.old_logprobs=sampler puts into its ratios.
 """
 
 import functools
+import itertools
 import os
 import re
 import sys
@@ -27,12 +30,15 @@ import numpy as np
 from crpo_jax import config
 from crpo_jax.model import attention
 from crpo_jax.model.attention import causal_attention
-from crpo_jax.model.lora import Policy
+from crpo_jax.model.lora import Policy, initial_adapters
+from crpo_jax.model.placement import to_sampler
 from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import random_model
 from crpo_jax.parallel.mesh import make_mesh
+from crpo_jax.rollout import Engine, Sampling
 from crpo_jax.update.batches import Row, crpo_mini_batches
+from crpo_jax.update.losses import response_mask
 from crpo_jax.update.trainer import Trainer
 
 SHAPE = Shape(d=128, n=8, k=4, h=16, f=320, v=2048, l=3, tied=False, rope=Rope(1e4), norm_eps=1e-6)
@@ -103,7 +109,41 @@ def print_precisions() -> None:
         print(f"model.dtype={dtype}: {', '.join(f'{count} products at {name}' for name, count in counts.items())}")
 
 
+def print_mismatch(dtype: str, rank: int, factor: float) -> None:
+    """Of responses of 112 tokens at temperature 0.6; adapters are random, the size of some updates."""
+    keys = [f"lora.rank={rank}", "rollout.temperature=0.6", "crpo.kl_coef=0"]
+    settings, mesh = config.replaced(settings_of(dtype), dict(config.read_override(key) for key in keys)), make_mesh()
+    trainer = Trainer(SHAPE, mesh, settings, settings.optimizer, 10, loss="crpo", lora=settings.lora)
+    model = jax.tree.map(lambda x: x * factor if x.ndim > 2 else x, random_model(SHAPE, jax.random.key(0)))
+    if rank:
+        adapters = initial_adapters(SHAPE, settings.lora, jax.random.key(1))
+        noise = jax.random.normal(jax.random.key(2), (SHAPE.l, rank, SHAPE.d))
+        adapters = jax.tree.map(lambda x: x + 0.01 * jnp.resize(noise, x.shape), adapters)
+        state = trainer.begin(adapters, jax.tree.map(lambda x: x.astype(dtype), model))
+    else:
+        state = trainer.begin(model)
+    engine = Engine(SHAPE, mesh, Sampling(0.6), LENGTH - PROMPT, 64, 16)
+    weights = to_sampler(SHAPE, mesh, dtype, state.policy.adapted)(state.policy)
+    prompts = np.random.default_rng(0).integers(SHAPE.v, size=(ROWS // 2, PROMPT)).tolist()
+    groups = engine.generate(weights, prompts, key=jax.random.key(5), group=ROWS // 2)
+    responses = [response for group in groups for response in group]
+    rows = [Row(prompts[response.prompt], response.tokens.tolist()) for response in responses]
+    ones, logprobs = np.ones(len(rows), np.float32), [response.logprobs for response in responses]
+    mini_batches = crpo_mini_batches(rows, logprobs, ones, ones > 0, settings, 1)
+    policy, gaps = trainer.weights(state), list[np.ndarray]()
+    for batch in (batch for batches in mini_batches for batch in trainer.put_batches(batches)):
+        of_trainer, mask = np.asarray(trainer.logprobs(policy, batch)), np.asarray(response_mask(batch))
+        gaps += [gap[inside] for gap, inside in zip(of_trainer - np.asarray(batch.sampler), mask, strict=True)]
+    sizes, sums = np.abs(np.concatenate(gaps)), np.array([gap.sum() for gap in gaps])
+    print(
+        f"{dtype}, LoRA rank {rank}, weights x {factor:g}: |log ratio| of trainer to sampler {sizes.mean():.2g} on "
+        f"average, at most {sizes.max():.2g}; summed over a response {np.sqrt(np.mean(sums**2)):.2g} (rms)"
+    )
+
+
 if __name__ == "__main__":
     print_ratios()
     print_attention_errors()
     print_precisions()
+    for dtype, rank, factor in (("float32", 0, 1), *itertools.product(["bfloat16"], [0, 32], [1, 2])):
+        print_mismatch(dtype, rank, factor)

@@ -241,6 +241,27 @@ def test_the_variants_resume_exactly(whole, tmp_path):
     assert metrics[0]["reward/zero_variance_groups"] > 0.5
 
 
+def test_log_probs_of_the_sampler_resume_exactly(whole, tmp_path, monkeypatch):
+    """With no forward of the old policy, a loss of one's own, weights of importance and a KL in the reward."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_losses.py").write_text(
+        "def reinforce(logprobs, advantages):\n    return -logprobs * advantages[:, None]\n", encoding="utf-8"
+    )
+    overrides = [f"model.path={whole / 'coldstart'}", "crpo.old_logprobs=sampler", "crpo.importance=token"]
+    overrides += ["crpo.loss=my_losses:reinforce", "crpo.kl_in=reward", "crpo.kl_estimator=k1", "crpo.advantage=rloo"]
+    overrides += ["rollout.top_p=0.9", "crpo.kl_coef=0.1", "run.eval_every=0"]
+    metrics = run(tmp_path / "never stopped", *overrides, "crpo.steps=2")
+    run(tmp_path / "stopped", *overrides, "crpo.steps=1")
+    assert timeless(run(tmp_path / "stopped", *overrides, "crpo.steps=2")) == timeless(metrics)
+    for row in metrics[:2]:
+        assert 0.9 < row["importance/mean"] < 1, "about the probability that top-p kept"
+        assert 0.9 < row["importance/effective_sample_size"] < 1
+        assert row["policy/gradient_norm"] > 0
+    rows = [row for row in samples(tmp_path / "stopped", 1) if "total" in row]
+    assert any(row["advantage"] for row in rows), "the KL differs where rewards are equal"
+
+
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONFIGS / "variants").iterdir()))
 def test_a_published_recipe_trains(whole, tmp_path, recipe):
     """Two steps without KL and entropy in the loss; DAPO's punishment is in the rewards, and a part of them by name."""

@@ -19,6 +19,10 @@ RECIPES = {
     | {"crpo.advantage": "grpo", "crpo.aggregation": "token_mean", "crpo.ratio": "token"}
     | {"crpo.clip_low": 0.2, "crpo.clip_high": 0.28, "crpo.dynamic_sampling": 10}
     | {"reward.overlong": 1.0, "reward.overlong_share": 4096 / 20480},
+    "sapo": NEITHER
+    | {"crpo.loss": "sapo", "crpo.sapo_tau_positive": 1.0, "crpo.sapo_tau_negative": 1.05}
+    | {"crpo.advantage": "grpo", "crpo.aggregation": "sequence_mean", "crpo.ratio": "token"}
+    | {"crpo.dynamic_sampling": 0, "reward.overlong": 0.0},
     "gspo": NEITHER
     | {"crpo.advantage": "grpo", "crpo.aggregation": "sequence_mean", "crpo.ratio": "sequence"}
     | {"crpo.sequence_clip_low": 3e-4, "crpo.sequence_clip_high": 4e-4}
