@@ -121,15 +121,17 @@ def select_questions(settings: Config) -> list[Question]:
 
 
 def build_teacher_turn(question: Question, settings: Config) -> list[dict[str, str]]:
+    """The conversation so far, and the turn that asks for a trace."""
+    earlier = [{"role": role, "content": said} for role, said in question.turns]
     if settings.distill.prompt == "crpo":
-        return [{"role": "user", "content": user_turn(question, "crpo")}]
+        return [*earlier, {"role": "user", "content": user_turn(question, "crpo")}]
     teacher = TEACHER
     if question.kind != "choice":
         form = write_answer("ANSWER", settings.reward).strip()
         teacher = OPEN_TEACHER.format(
             end="" if question.kind == "none" else f", and end with the answer alone, as in {form}"
         )
-    return [{"role": "user", "content": f"{teacher}\n\n{user_turn(question, 'brief')}"}]
+    return [*earlier, {"role": "user", "content": f"{teacher}\n\n{user_turn(question, 'brief')}"}]
 
 
 def ask_teacher(

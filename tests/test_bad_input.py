@@ -252,7 +252,16 @@ BAD: list[tuple[list[str], str]] = [
         "FOLDER/missing/model.safetensors: model.norm.weight: missing; expected shape [64]",
     ),
     # questions
-    (own("nowhere.jsonl"), "FOLDER/nowhere.jsonl: expected a file or folder with jsonl questions, got no such path"),
+    (own("nowhere.jsonl"), "FOLDER/nowhere.jsonl: expected a file or folder with questions, got no such path"),
+    (["data.source=hub"], "data.path: expected the id of a data set on the hub, got ''"),
+    (["data.answer=number"], "data.answer: expected it with data.source=file or hub only, got data.source=vignettes"),
+    (
+        [*own("train.jsonl"), "data.columns.answer=gold"],
+        "FOLDER/train.jsonl:1: gold: expected what data.columns.answer names",
+    ),
+    ([*own("train.jsonl"), "data.answer=number"], "FOLDER/train.jsonl:1: answer: expected a finite number"),
+    (["reward.answer_in=after:"], "reward.answer_in: expected box, tag:NAME, after:MARK or pattern:REGEX"),
+    (["reward.answer_in=pattern:("], "reward.answer_in: expected a regular expression, got '(': missing )"),
     (["data.source=jsonl"], "data.path: expected a file or folder, since jsonl has no hub id, got ''"),
     (
         ["data.source=jsonl", "data.path=FOLDER/train.jsonl"],

@@ -72,7 +72,7 @@ class Record:
         for name in names:
             value = self.fields.get(name)
             if isinstance(value, int) and not isinstance(value, bool):
-                return str(value)
+                return number_text(value) or self.fail(name, "an id of moderate length", value)
             if value is not None:
                 return self.text(name)
         return default or self.text(names[0])

@@ -267,7 +267,8 @@ def case_html(data: str, samples: Sequence[Sample]) -> str:
         why = score.why.get("cross_reference") or {}
         cites = "the conclusion cites its analysis" if score.cross_reference else "no citation"
         reasons = "; ".join([*score.why["format"], *why.get("failed", [])])
-        verdict = f"answer {score.answer_found}, {'right' if score.accuracy else 'wrong'}; reward {score.total:.2f}; "
+        right = "" if score.accuracy is None else ", right" if score.accuracy else ", wrong"
+        verdict = f"answer {score.answer_found}{right}; reward {score.total:.2f}; "
         verdict = html.escape(verdict + cites + (f": {reasons}" if reasons else ""))
         body = mark_citations(answer.response, set(why.get("cited", ())))
         sides.append(f"<div><h4>{html.escape(method)}</h4><p class=verdict>{verdict}</p><pre>{body}</pre></div>")
