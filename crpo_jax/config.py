@@ -109,11 +109,41 @@ class Tokenizer:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Data:
-    source: Literal["vignettes", "medqa", "medmcqa", "medxpertqa", "jsonl"] = setting(
-        "medqa", "data set, or jsonl for questions of your own", source="paper, section 4.3"
+class Columns:
+    """Where a source of one's own has the parts of a question: a column, or a dotted path into a nested one."""
+
+    id: String = setting("id", "column with a unique id; a record without one gets a digest of its question")
+    question: String = setting("question", "column with the question")
+    messages: String = setting(
+        "messages", "column with a conversation in the question's place, which a user's turn ends"
     )
-    path: String = setting("", "local file or folder with the training questions; empty: the source's hub data set")
+    options: String = setting("options", "column with the options, by letter or as a list")
+    answer: String = setting("answer", "column with the right answer")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    source: Literal[
+        "vignettes", "medqa", "medmcqa", "medxpertqa", "pubmedqa", "mmlu", "healthbench", "gsm8k", "math500",
+        "file", "hub", "jsonl",
+    ] = setting(
+        "medqa",
+        "data set; or questions of your own: file (jsonl is the same), or hub with an id in data.path",
+        source="paper, section 4.3",
+    )  # fmt: skip
+    path: String = setting(
+        "",
+        "local file or folder with the training questions, or with source=hub an id; empty: the source's hub data set",
+    )
+    config: String = setting(
+        "", "named configuration of the hub data set, or several with commas; empty: the source's own"
+    )
+    answer: Literal["auto", "choice", "number", "text", "none"] = setting(
+        "auto",
+        "what answers of your own questions are compared as; none: there is no right one. "
+        "auto: choice with options, number or text by the answer's type, none without an answer",
+    )
+    columns: Columns = section(Columns)
     split: String = setting("train", "split to train on", source="paper, section 4.3")
     part: Literal["auto", "all", "first_half", "second_half"] = setting(
         "auto",
@@ -719,6 +749,10 @@ def check_config(config: Config, model: bool = True) -> None:
         raise InputError(f"crpo.kl_coef: expected {wanted}, got 0")
     if c.reward.design == "grpo" and len(c.reward.tags) != 2:
         raise InputError(f"reward.tags: expected two tags, got {list(c.reward.tags)}")
+    if c.data.source not in ("file", "hub", "jsonl") and (c.data.columns != Columns() or c.data.answer != "auto"):
+        keys = [key for key, value in dataclasses.asdict(c.data.columns).items() if value != getattr(Columns(), key)]
+        key = f"columns.{keys[0]}" if keys else "answer"
+        raise InputError(f"data.{key}: expected it with data.source=file or hub only, got data.source={c.data.source}")
     for where, lora in (("lora", c.lora), ("sft.lora", c.sft.lora)):
         targets = set(lora.targets)
         if not targets or len(targets) < len(lora.targets) or not targets <= set(LINEAR_LAYERS):

@@ -11,6 +11,7 @@ Exit code 0; 1 if questions are left without a reply; 2 for bad input.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from crpo_jax.data.question import OTHER_HALF, Question, select_part
 from crpo_jax.data.readers import question_of, read_questions
 from crpo_jax.data.record import Record
 from crpo_jax.errors import Fault, InputError
+from crpo_jax.reward.answer import write_answer
 from crpo_jax.runtime.progress import Progress
 from crpo_jax.runtime.signals import StopSignal
 from crpo_jax.store.files import replace_rows
@@ -34,7 +36,8 @@ from crpo_jax.traces import (
     Conversion,
     convert_trace,
     explain_wrong_answer,
-    find_answer_letter,
+    is_right_answer,
+    read_answer,
     split_reasoning,
     validate_response,
 )
@@ -44,8 +47,11 @@ TEACHER = (
     "for and against each option. Then explain in a short paragraph which findings decide it, and end with the letter "
     "of the option, as in \\boxed{LETTER}."
 )
+OPEN_TEACHER = (
+    "Answer the question below. Think it through first. Then explain in a short paragraph what decides it{end}."
+)
 REWRITE = (
-    "Below are a medical multiple-choice question and a physician's notes on it, which arrive at option {letter}. "
+    "Below are {question_kind} and a physician's notes on it, which arrive at {answer}. "
     "Write the notes down anew in the shape that the instruction asks for. Say only what the notes say: add no fact, "
     "no finding and no argument of your own, and leave nothing out that matters to the answer.\n\n"
     "Instruction:\n{instruction}\n\nQuestion:\n{question}\n\nNotes:\n{notes}"
@@ -110,15 +116,23 @@ def select_questions(settings: Config) -> list[Question]:
 
         selected = vignettes(data.split, data.vignettes)
     else:
-        selected = read_questions(data.source, data.path, data.split)
+        selected = read_questions(data.source, data.path, data.split, data)
     selected = select_part(selected, OTHER_HALF[data.part])
     return selected[: settings.distill.questions or len(selected)]
 
 
 def build_teacher_turn(question: Question, settings: Config) -> list[dict[str, str]]:
+    """The conversation so far, and the turn that asks for a trace."""
+    earlier = [{"role": role, "content": said} for role, said in question.turns]
     if settings.distill.prompt == "crpo":
-        return [{"role": "user", "content": user_turn(question, "crpo")}]
-    return [{"role": "user", "content": f"{TEACHER}\n\n{user_turn(question, 'brief')}"}]
+        return [*earlier, {"role": "user", "content": user_turn(question, "crpo")}]
+    teacher = TEACHER
+    if question.kind != "choice":
+        form = write_answer("ANSWER", settings.reward).strip()
+        teacher = OPEN_TEACHER.format(
+            end="" if question.kind == "none" else f", and end with the answer alone, as in {form}"
+        )
+    return [*earlier, {"role": "user", "content": f"{teacher}\n\n{user_turn(question, 'brief')}"}]
 
 
 def ask_teacher(
@@ -165,7 +179,7 @@ def ask_teacher(
 
 def trace_to_row(question: Question, attempt: int, key: str, reply: Reply, settings: Config) -> dict[str, Any]:
     parts = split_reasoning(reply.content, reply.reasoning)
-    letter = find_answer_letter(parts[1], question)[0] if parts else None
+    found = read_answer(parts[1], question, settings.reward)[0] if parts else None
     return question_to_row(question) | {
         "key": key,
         "attempt": attempt,
@@ -174,8 +188,8 @@ def trace_to_row(question: Question, attempt: int, key: str, reply: Reply, setti
         "content": reply.content,
         "finish_reason": reply.finish_reason,
         "usage": dict(reply.usage),
-        "letter": letter,
-        "right": letter == question.answer,
+        "letter" if question.kind == "choice" else "answer_found": found,
+        "right": parts is not None and is_right_answer(found, question, settings.reward),
     }
 
 
@@ -190,18 +204,18 @@ def read_traces(workdir: Path) -> list[Trace]:
 
 
 def read_foreign_traces(path: str) -> list[Trace]:
-    """Someone else's traces: question, options, answer or answer_idx; `completion`, or `content` and `reasoning`."""
+    """Someone else's traces: questions of one's own, or MedQA's; `completion`, or `content` and `reasoning`."""
     if not Path(path).is_file():
         raise InputError(f"--traces {path}: expected a file, got none there")
     traces = []
     for number, record in enumerate(json_records(Path(path))):
-        options = record.options()
-        answer = record.letter("answer_idx" if record.has("answer_idx") else "answer", options)
+        if record.has("answer_idx"):
+            record = replace(record, fields={**record.fields, "answer": record.fields["answer_idx"]})
         source, reasoning, teacher = (
             record.text(name) if record.has(name) else "" for name in ("source", "reasoning", "teacher")
         )
         identity = record.identity("id", default=f"trace-{number:06d}")
-        question = Question(identity, record.text("question"), options, answer, source)
+        question = replace(question_of(record), id=identity, source=source, split="", columns={})
         content = record.text("completion" if record.has("completion") else "content")
         traces.append(Trace(question, number, teacher, *(split_reasoning(content, reasoning) or (None, None))))
     return traces
@@ -249,7 +263,8 @@ def convert_traces(
 def build_rewriting_turn(trace: Trace) -> list[dict[str, str]]:
     question = trace.question
     text = REWRITE.format(
-        letter=question.answer,
+        question_kind="a medical multiple-choice question" if question.kind == "choice" else "a question",
+        answer=f"option {question.answer}" if question.kind == "choice" else f"the answer {question.answer}",
         instruction=instruction("crpo"),
         question=user_turn(question, "brief"),
         notes="\n\n".join(filter(None, (trace.reasoning, trace.answer))),
@@ -267,7 +282,7 @@ def rewrite_traces(
         if trace.answer is None:
             conversions.append(CUT_OFF)
             continue
-        reason = explain_wrong_answer(trace.answer, trace.question)
+        reason = explain_wrong_answer(trace.answer, trace.question, settings.reward)
         if not reason:
             turns[index] = build_rewriting_turn(trace)
         conversions.append(Conversion(None, reason or "not rewritten yet"))

@@ -6,11 +6,11 @@
   --report NAME=DIR ...                    the paper's table and figures over workdirs of evaluations, or of training
                                            runs with their held-out questions, into WORKDIR/report
 
-All but the first need no model and no jax. A data set is medqa, medmcqa, medxpertqa or vignettes (from the hub, or from
-NAME=PATH), or a file in the project's own format. WORKDIR/responses/NAME.jsonl holds the responses as they are
-generated, WORKDIR/summary.json their statistics, WORKDIR/questions/NAME.jsonl those of each question. With
-judge.base_url and judge.model set, a judge counts the eight measures; WORKDIR/judge holds its replies, and none is
-requested twice. judge.second.* names a second judge and adds its agreement with the first.
+All but the first need no model and no jax. A data set is any data.source (from the hub, or from NAME=PATH), a file of
+questions of your own, whose columns data.columns.* name, file=FOLDER or hub=ID. WORKDIR/responses/NAME.jsonl holds the
+responses as they are generated, WORKDIR/summary.json their statistics, WORKDIR/questions/NAME.jsonl those of each
+question. With judge.base_url and judge.model set, a judge counts the eight measures; WORKDIR/judge holds its replies,
+and none is requested twice. judge.second.* names a second judge and adds its agreement with the first.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from crpo_jax.answer.statistics import summarize
 from crpo_jax.config import Config, Endpoint
 from crpo_jax.data.files import HUB_DATASETS
 from crpo_jax.data.question import Question
-from crpo_jax.data.readers import read_questions
+from crpo_jax.data.readers import OWN_SOURCES, read_questions
 from crpo_jax.disk import make_folder, replace_file
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
@@ -41,7 +41,8 @@ from crpo_jax.runtime.signals import StopRequested, StopSignal
 from crpo_jax.store.files import read_rows, replace_rows, writing
 from crpo_jax.store.workdir import open_workdir
 
-EVALUATION_SPLITS = {"medmcqa": "validation"}  # its test split hides the answers; all others: data.eval_split
+EVALUATION_SPLITS = {"medmcqa": "validation", "pubmedqa": "train"}
+"""Of data sets whose test split hides the answers or is not there; all others: data.eval_split."""
 
 
 def evaluate(
@@ -146,12 +147,17 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
 
             data_set = vignettes(data.eval_split, limit or data.eval_questions or data.vignettes)
         elif name in HUB_DATASETS:
-            data_set = read_questions(name, path, EVALUATION_SPLITS.get(name, data.eval_split))
-        elif not equals and Path(text).is_file():
-            name, data_set = Path(text).stem, read_questions("jsonl", text, data.eval_split)
+            own = data if data.source == name else None
+            data_set = read_questions(name, path, EVALUATION_SPLITS.get(name, data.eval_split), own)
+        elif name in OWN_SOURCES or (not equals and Path(text).is_file()):
+            source, path = (name, path) if equals else ("file", text)
+            own = data if data.source in OWN_SOURCES else None
+            name, data_set = Path(path).stem, read_questions(source, path, data.eval_split, own)
         else:
             known = ", ".join(("vignettes", *HUB_DATASETS))
-            raise InputError(f"--data {text}: expected {known}, one of them as NAME=PATH, or a file of questions")
+            raise InputError(
+                f"--data {text}: expected {known}, one of them as NAME=PATH, a file of questions, file=FOLDER or hub=ID"
+            )
         if name in sets:
             raise InputError(f"--data: expected data sets of different names, got {name} twice")
         sets[name] = data_set[: limit or len(data_set)]

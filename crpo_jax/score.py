@@ -1,7 +1,8 @@
 """Reward breakdowns of a file of responses; needs no model and no jax.
 
-Each input line is JSON: {"id", "question", "options": {"A": ...}, "answer", "response"}, optionally "token_ids"; other
-keys are columns for a user's function. The samples.jsonl of a run is such a file. Each output line, in the same order,
+Each input line is JSON: {"id", "question", "options": {"A": ...}, "answer", "response"}, optionally "token_ids"; a
+question without options has a number or a text as its answer, a list of texts, or none; other keys are columns for a
+user's function. The samples.jsonl of a run is such a file. Each output line, in the same order,
 is {"id", "accuracy", "format", "cross_reference", "clinical_reasoning", "consistency", "total", "answer_found", "why"},
 and "components" where the design names a user's function or a sum; or {"id", "error", "traceback"} for a response that
 could not be scored. With --tokenizer consistency is the share of effective tokens, of "token_ids" where a line has them
@@ -30,7 +31,7 @@ from crpo_jax.cli import build_parser, load_settings, path_of
 from crpo_jax.config import Reward
 from crpo_jax.data.files import parse_line
 from crpo_jax.data.question import LETTERS, Question
-from crpo_jax.data.readers import QUESTION_FIELDS
+from crpo_jax.data.readers import QUESTION_FIELDS, answer_kind, question_of
 from crpo_jax.data.record import Record
 from crpo_jax.disk import make_folder
 from crpo_jax.errors import InputError
@@ -86,23 +87,12 @@ class ResponseTokenizer:
 
 
 def read_response(record: Record, vocab_size: int | None) -> ResponseLine:
-    """A line's record, validated less strictly than questions to train on: any options by letter, any text."""
-    identity, options = record.value("id"), record.value("options")
+    """A line's record; options are validated less strictly than those of questions to train on: any letters, any
+    text."""
+    identity = record.value("id")
     if not isinstance(identity, str | int):
         record.fail("id", "a text or a whole number", identity)
-    if not isinstance(options, dict) or not options or not all(isinstance(text, str) for text in options.values()):
-        record.fail("options", "an object of texts by letter", options)
-    if unknown := [letter for letter in options if len(letter) != 1 or letter not in LETTERS]:
-        record.fail("options", "capital letters as keys", unknown[0])
-    question = Question(
-        id=str(identity),
-        question=record.string("question"),
-        options=options,
-        answer=record.letter("answer", options),
-        source=str(record.fields.get("source", "")),
-        split=str(record.fields.get("split", "")),
-        columns=record.columns(*QUESTION_FIELDS, "response", "token_ids", *sample_columns(record)),
-    )
+    question = read_question(record, str(identity))
     ids = record.fields.get("token_ids")
     if ids is not None:
         below, whole = (
@@ -115,6 +105,20 @@ def read_response(record: Record, vocab_size: int | None) -> ResponseLine:
             record.fail("token_ids", f"token ids{below}", max(ids))
         ids = np.array(ids, np.int64)
     return ResponseLine(identity, question, record.string("response"), ids)
+
+
+def read_question(record: Record, identity: str) -> Question:
+    columns = record.columns(*QUESTION_FIELDS, "response", "token_ids", *sample_columns(record))
+    source, split = (str(record.fields.get(name, "")) for name in ("source", "split"))
+    if answer_kind(record) != "choice":
+        return replace(question_of(record), id=identity, source=source, split=split, columns=columns)
+    options = record.value("options")
+    if not isinstance(options, dict) or not options or not all(isinstance(text, str) for text in options.values()):
+        record.fail("options", "an object of texts by letter", options)
+    if unknown := [letter for letter in options if len(letter) != 1 or letter not in LETTERS]:
+        record.fail("options", "capital letters as keys", unknown[0])
+    answer = record.letter("answer", options)
+    return Question(identity, record.string("question"), options, answer, source, split, columns)
 
 
 class Totals:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
+from crpo_jax.reward.answer import find_answer, is_right, without_marks, write_answer
 from crpo_jax.reward.rules import Score, score_response
 
 MIN_PROSE = 12  # words; a shorter answer is a verdict without its reasons
@@ -39,6 +40,19 @@ def split_reasoning(content: str, reasoning: str = "") -> tuple[str, str] | None
     return None if "<think>" in content else (reasoning.strip(), content.strip())
 
 
+def read_answer(answer: str, question: Question, settings: Reward) -> tuple[str | None, str]:
+    """What a teacher's answer settles on, or None and the reason."""
+    if question.kind == "choice":
+        return find_answer_letter(answer, question)
+    found, reason = find_answer(answer, question, settings)
+    return found, reason if found is None else ""
+
+
+def is_right_answer(found: str | None, question: Question, settings: Reward) -> bool:
+    """Whether it is right; any is, where nothing says which one would be."""
+    return question.kind == "none" or is_right(question, found, settings)
+
+
 def find_answer_letter(answer: str, question: Question) -> tuple[str | None, str]:
     """The one option that an answer settles on, or None and the reason: two statements that disagree are no answer."""
     options = "".join(question.options)
@@ -61,19 +75,22 @@ def find_answer_letter(answer: str, question: Question) -> tuple[str | None, str
     return (letter, "") if letter in question.options else (None, f"the answer {letter!r} is no option")
 
 
-def explain_wrong_answer(answer: str, question: Question) -> str:
-    """Why an answer is not the right option; empty if it is."""
-    letter, reason = find_answer_letter(answer, question)
-    return "" if letter == question.answer else reason or f"the answer is {letter}, {question.answer} is right"
+def explain_wrong_answer(answer: str, question: Question, settings: Reward) -> str:
+    """Why an answer is not right; empty if it is."""
+    found, reason = read_answer(answer, question, settings)
+    if is_right_answer(found, question, settings):
+        return ""
+    return reason or f"the answer is {found}, {question.answer} is right"
 
 
-def rearrange_trace(question: Question, reasoning: str, answer: str) -> tuple[str | None, str]:
+def rearrange_trace(question: Question, reasoning: str, answer: str, settings: Reward) -> tuple[str | None, str]:
     """The sentences of a trace with the right answer in the dx / conclusion format, or None and the reason.
 
     System 1 is the start of the reasoning, System 2 the rest. The conclusion is the prose of the teacher's answer; if
     that is a bare letter, the end of the reasoning moves there.
     """
-    body, conclusion = paragraphs(plain_text(reasoning)), answer_prose(plain_text(answer), question)
+    reasoning, answer = (plain_text(without_marks(text, settings)) for text in (reasoning, answer))
+    body, conclusion = paragraphs(reasoning), answer_prose(answer, question)
     if word_count(conclusion) < MIN_PROSE:
         last, body = take_sentences(body, SECTION_WORDS, from_end=True)
         conclusion = "\n\n".join([*last, *([conclusion] if word_count(conclusion) > 1 else [])])
@@ -82,7 +99,8 @@ def rearrange_trace(question: Question, reasoning: str, answer: str) -> tuple[st
         return None, "the reasoning is too short to be split into System 1 and System 2"
     first, second = "\n\n".join(impression), "\n\n".join(analysis)
     dx = f"<dx>\n(System 1: Intuitive) {first}\n(System 2: Analytical) {second}\n</dx>"
-    return f"{dx}\n<conclusion>\n{conclusion} \\boxed{{{question.answer}}}\n</conclusion>", ""
+    end = "" if question.kind == "none" else " " + write_answer(question.answer, settings)
+    return f"{dx}\n<conclusion>\n{conclusion}{end}\n</conclusion>", ""
 
 
 def plain_text(text: str) -> str:
@@ -92,6 +110,8 @@ def plain_text(text: str) -> str:
 
 def answer_prose(answer: str, question: Question) -> str:
     """An answer without the lines that only name an option."""
+    if not question.options:
+        return answer
     options = "".join(question.options)
     bare = re.compile(rf"(?i:the\s+)?(?i:final\s+|correct\s+|best\s+)?(?i:answer|option)?(?i:\s+is)?\W*[{options}]\W*")
     return "\n\n".join(text for text in paragraphs(answer) if not bare.fullmatch(text.replace("*", "")))
@@ -133,7 +153,7 @@ def convert_trace(question: Question, reasoning: str, answer: str, settings: Rew
     formatted = validate_response(question, answer, settings)
     if formatted.response is not None:
         return formatted
-    if reason := explain_wrong_answer(answer, question):
+    if reason := explain_wrong_answer(answer, question, settings):
         return Conversion(None, reason)
-    response, reason = rearrange_trace(question, reasoning, answer)
+    response, reason = rearrange_trace(question, reasoning, answer, settings)
     return Conversion(None, reason) if response is None else validate_response(question, response, settings)

@@ -314,6 +314,7 @@ values = st.recursive(
     max_leaves=12,
 )
 keys = st.sampled_from(sorted(config.setting_fields()))
+message = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": scalars})
 
 
 @st.composite
@@ -362,12 +363,33 @@ def question_files(draw: st.DrawFn) -> tuple[str, str, bytes]:
     fields = {
         **{
             name: st.text(max_size=10) | values
-            for name in ("question", "answer", "id", "realidx", "opa", "opb", "opc", "opd", "source", "split")
+            for name in (
+                "question",
+                "answer",
+                "id",
+                "realidx",
+                "opa",
+                "opb",
+                "opc",
+                "opd",
+                "source",
+                "split",
+                "problem",
+            )
         },
         **{
             "options": options,
             "cop": st.integers(-2, 5) | values,
             "answer_idx": st.sampled_from("ABCD"),
+            "answer_kind": st.sampled_from(["number", "text", "none", "choice"]) | values,
+            "messages": st.lists(message | values, max_size=3) | values,
+            "prompt": st.lists(message | values, max_size=3) | values,
+            "rubrics": st.lists(
+                st.fixed_dictionaries({"criterion": st.text(max_size=5), "points": scalars}), max_size=2
+            ),
+            "context": st.fixed_dictionaries({"contexts": st.lists(scalars, max_size=3)}) | values,
+            "final_decision": st.sampled_from(["yes", "no"]) | values,
+            "choices": st.lists(scalars, max_size=5) | values,
             "label": st.sampled_from("ABCD") | values,
         },
     }
@@ -382,7 +404,7 @@ def question_files(draw: st.DrawFn) -> tuple[str, str, bytes]:
         text = table.getvalue()
     else:
         text = json.dumps(records) if ending == ".json" else "".join(json.dumps(record) + "\n" for record in records)
-    return draw(st.sampled_from(sorted(READERS))), ending, damaged(draw, text.encode())
+    return draw(st.sampled_from(sorted([*READERS, "file"]))), ending, damaged(draw, text.encode())
 
 
 def one_line(error: InputError) -> None:
@@ -422,7 +444,7 @@ def test_any_question_file_loads_or_is_refused_in_one_line(file: tuple[str, str,
     else:
         assert len({question.id for question in questions}) == len(questions) > 0
         for question in questions:
-            assert question.answer in question.options
+            assert question.kind != "choice" or question.answer in question.options
             "".join([question.id, question.question, *question.options.values()]).encode()
     assert path.read_bytes() == data
     path.unlink()

@@ -9,6 +9,7 @@ from chat_server import ChatServer, complete, prompt_of
 from crpo_jax.answer.records import Answer, answer_to_row
 from crpo_jax.answer.truth import count_exactly
 from crpo_jax.chat import client
+from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import teacher_response, vignettes
 from crpo_jax.judge.measures import MEASURES, build_judge_turn, measure_agreement, parse_count, select_responses
 
@@ -150,3 +151,17 @@ def test_the_summary_is_written_even_if_the_judge_refuses(tmp_path, responses):
         evaluate.main([*responses, f"judge.base_url={server.url}", "judge.model=a"])
     assert read_summary(tmp_path)["accuracy"]["mean"] > 0
     assert "judges" not in read_summary(tmp_path)
+
+
+def test_a_judge_is_told_of_no_options_where_there_are_none():
+    turns = (("user", "My toe hurts."), ("assistant", "Since when?"))
+    for kind, right, shown in (
+        ("text", "gout", "<right_answer>gout</right_answer>\n"),
+        ("none", "", "</question>\n<resp"),
+    ):
+        question = Question("q", "Since noon.", {}, right, kind=kind, turns=turns)
+        [message] = build_judge_turn("faithfulness", Answer(question, 0, "Gout."))
+        assert "about a medical question." in message["content"]
+        assert "user: My toe hurts.\n\nassistant: Since when?\n\nSince noon.\n</question>" in message["content"]
+        assert shown in message["content"]
+        assert "option>" not in message["content"]

@@ -335,11 +335,18 @@ BAD = [
     ("jsonl", [OWN | {"question": 5}], ":1: question: expected a text, got 5"),
     ("jsonl", [OWN | {"question": "a \ud800"}], ":1: question: expected text that UTF-8 can write, got 'a \\\\ud800'"),
     ("jsonl", [OWN | {"question": ["x" * 200]}], f":1: question: expected a text, got ['{'x' * 37}...{'x' * 38}']"),
-    ("jsonl", [without(OWN, "options")], ":1: options: expected an object of texts by letter, got None"),
     (
         "jsonl",
-        [OWN | {"options": ["one", "two"]}],
-        ":1: options: expected an object of texts by letter, got ['one', 'two']",
+        [OWN, without(OWN, "options") | {"id": "q1"}],
+        ":2: options: expected options in all records or in none, got one unlike {path}:1; data.answer, or answer_kind "
+        "in each record, says how to compare answers",
+    ),
+    ("medqa", [without(MEDQA, "options")], ":1: options: expected an object of texts by letter, or a list, got None"),
+    ("jsonl", [OWN | {"options": 5}], ":1: options: expected an object of texts by letter, or a list, got 5"),
+    (
+        "jsonl",
+        [OWN | {"options": ["one", "two"], "answer": 2}],
+        ":1: answer: expected a letter, or a position from 0 to 1, got 2",
     ),
     (
         "jsonl",
@@ -470,12 +477,12 @@ BAD_FILES = [
     (
         "semicolons.csv",
         b"id;question;A\n",
-        ":1: expected a header of different names, question among them, got ['id;question;A']",
+        ":1: expected a header of different names, question or messages among them, got ['id;question;A']",
     ),
     (
         "same.csv",
         b"question,A,A\n",
-        ":1: expected a header of different names, question among them, got ['question', 'A', 'A']",
+        ":1: expected a header of different names, question or messages among them, got ['question', 'A', 'A']",
     ),
     ("short.csv", b'question,A,B,answer\n"two\nlines",one,two\n', ":3: expected 4 cells as in the header, got 3"),
     ("open.csv", b'question,A\n"Which?,one\n', ":2: expected CSV, got unexpected end of data"),
@@ -557,7 +564,7 @@ def test_a_table_of_questions(tmp_path):
         (OWN, "id: expected an id of its own (the same stands at questions[0]), got 'q0'"),
         (OWN | {"id": "q1", "answer": "C"}, "answer: expected a letter among A, B, got 'C'"),
         (without(OWN, "question"), "question: expected a field of this name, got id, options, answer"),
-        (OWN | {"options": ["one"]}, "options: expected an object of texts by letter, got ['one']"),
+        (OWN | {"options": ["one"]}, "options: expected letters A, B, ... without a gap, at least two, got 'A'"),
         ("q1", "expected a mapping with question, options and answer, got 'q1'"),
     ],
 )
@@ -569,7 +576,14 @@ def test_bad_questions_given_in_python(row, expected):
 
 def test_bad_places(tmp_path):
     for source, path, split, expected in [
-        ("pubmedqa", "", "train", "data.source: expected one of medqa, medmcqa, medxpertqa, jsonl, got 'pubmedqa'"),
+        (
+            "triviaqa",
+            "",
+            "train",
+            "data.source: expected one of medqa, medmcqa, medxpertqa, pubmedqa, mmlu, healthbench, gsm8k, math500, "
+            "file, hub, jsonl, got 'triviaqa'",
+        ),
+        ("hub", "", "train", "data.path: expected the id of a data set on the hub, got ''"),
         ("jsonl", "", "train", "data.path: expected a file or folder, since jsonl has no hub id, got ''"),
         (
             "medqa",

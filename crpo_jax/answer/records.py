@@ -35,15 +35,25 @@ class Answer:
 
 
 def question_to_row(question: Question) -> dict[str, Any]:
-    """A question without its further columns."""
-    row = {"id": question.id, "question": question.question, "options": dict(question.options)}
-    origin = {"source": question.source, "split": question.split}
-    return row | {"answer": question.answer} | {name: value for name, value in origin.items() if value}
+    """A question without its further columns, in the project's own format."""
+    row: dict[str, Any] = {"id": question.id, "question": question.question}
+    if question.turns:
+        turns = (*question.turns, ("user", question.question))
+        row["messages"] = [{"role": role, "content": content} for role, content in turns]
+    if question.options:
+        row["options"] = dict(question.options)
+    row["answer"] = [question.answer, *question.aliases] if question.aliases else question.answer
+    origin = {"answer_kind": question.kind, "source": question.source, "split": question.split}
+    if question.kind == "choice":
+        del origin["answer_kind"]
+    return row | {name: value for name, value in origin.items() if value}
 
 
 def question_digest(question: Question) -> str:
-    """Tells whether two questions are the same to a model: their text, their options and the right one."""
-    content = [question.question, sorted(question.options.items()), question.answer]
+    """Tells whether two questions are the same to a model: their text, their options and the right answers."""
+    content: list[Any] = [question.question, sorted(question.options.items()), question.answer]
+    if question.kind != "choice" or question.turns:
+        content += [question.kind, question.aliases, question.turns]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

@@ -59,7 +59,7 @@ def load_questions(data: Data, split: str) -> list[Question]:
 
         questions = vignettes(split, data.vignettes if training else data.eval_questions or data.vignettes)
     else:
-        questions = read_questions(data.source, data.path if training else evaluation_path(data), split)
+        questions = read_questions(data.source, data.path if training else evaluation_path(data), split, data)
     return select_part(questions, data.part) if training and data.part != "auto" else questions
 
 

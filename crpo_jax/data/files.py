@@ -7,17 +7,30 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
+from datetime import date, timedelta
+from datetime import time as clock
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from crpo_jax.data.question import LETTERS
 from crpo_jax.data.record import Record
+from crpo_jax.data.strict_json import DECODER, json_fault
 from crpo_jax.errors import InputError, brief
 
-HUB_DATASETS: dict[str, tuple[str, str | None]] = {  # id on the hub and configuration
+MEDICAL_SUBJECTS = "anatomy,clinical_knowledge,college_biology,college_medicine,medical_genetics,professional_medicine"
+"""The subjects of MMLU that Med-PaLM (arXiv 2212.13138) and most since take as its medical part."""
+
+HUB_DATASETS: dict[str, tuple[str, str | None]] = {  # id on the hub and named configuration, or several with commas
     "medqa": ("GBaker/MedQA-USMLE-4-options", None),
     "medmcqa": ("openlifescienceai/medmcqa", None),
     "medxpertqa": ("TsinghuaC3I/MedXpertQA", "Text"),
+    "pubmedqa": ("qiaojin/PubMedQA", "pqa_labeled"),
+    "mmlu": ("cais/mmlu", MEDICAL_SUBJECTS),
+    "healthbench": ("openai/healthbench", None),
+    "gsm8k": ("openai/gsm8k", "main"),
+    "math500": ("HuggingFaceH4/MATH-500", None),
 }
 # One split, four spellings: MedXpertQA has dev, MedMCQA on the hub has validation.
 VALIDATION = ("dev", "validation", "val", "valid")
@@ -25,18 +38,28 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def load_records(path: Path, source: str, split: str) -> list[Record]:
-    """Every record of a file, or of the split's files in a folder; none at all is an error."""
+def load_records(
+    path: Path, source: str, split: str, config: str | None = None, asked: Sequence[str] = ("question",)
+) -> list[Record]:
+    """Every record of a file, or of the split's files in a folder; none at all is an error.
+
+    `config` is the source's named configuration, or several with commas; `asked` are the columns with the question, one
+    of which the header of a table must have.
+    """
     if not path.exists():
-        raise InputError(f"{path}: expected a file or folder with {source} questions, got no such path")
+        kind = "questions" if source in ("file", "jsonl") else f"{source} questions"
+        raise InputError(f"{path}: expected a file or folder with {kind}, got no such path")
     records: list[Record] = []
-    for file in [path] if path.is_file() else split_files(path, source, split):
+    for file in [path] if path.is_file() else configured_files(path, config, split):
         if file.suffix not in SUFFIXES:
             raise InputError(
                 f"{file}: expected a file ending in {', '.join(SUFFIXES)}, got {file.suffix or 'no ending'}"
             )
         try:
-            in_file = {".parquet": parquet_records, ".csv": csv_records}.get(file.suffix, json_records)(file)
+            if file.suffix == ".csv":
+                in_file = csv_records(file, asked)
+            else:
+                in_file = parquet_records(file) if file.suffix == ".parquet" else json_records(file)
         except OSError as error:
             raise InputError(f"{file}: expected a readable file, got {error.strerror or error}") from None
         if not in_file:
@@ -49,24 +72,33 @@ def split_spellings(split: str) -> tuple[str, ...]:
     return (split, *(name for name in VALIDATION if name != split)) if split in VALIDATION else (split,)
 
 
-def split_files(folder: Path, source: str, split: str) -> list[Path]:
-    """The split's file in a folder laid out as on the hub, or all its shards in order.
+def configured_files(folder: Path, config: str | None, split: str) -> list[Path]:
+    """The split's files of every configuration that has a folder; of the whole folder where none has one."""
+    names = config.split(",") if config else []
+    missing = [name for name in names if not any(path.is_dir() for path in folder.rglob(name))]
+    if missing and len(missing) < len(names):
+        raise InputError(f"{folder}: expected a folder for each of data.config={config}, got none for {missing[0]}")
+    return [file for name in ([""] if missing else names or [""]) for file in split_files(folder, name, split)]
+
+
+def split_files(folder: Path, config: str, split: str) -> list[Path]:
+    """The split's file of a configuration in a folder laid out as on the hub, or all its shards in order.
 
     The split is a word of the file's name (`phrases_no_exclude_test.jsonl`, `data/train-00000-of-00002.parquet`) or a
     folder's whole name (`Text/test/0000.parquet`). Two candidates that are not shards of each other are refused.
     """
-    names = split_spellings(split)
     inside = {path: path.relative_to(folder) for path in sorted(folder.rglob("*"))}
     files = [
         path
         for path, name in inside.items()
         if path.suffix in SUFFIXES and path.is_file() and not any(part.startswith(".") for part in name.parts)
     ]
-    config = HUB_DATASETS[source][1] if source in HUB_DATASETS else None
     if config:  # MedXpertQA's multimodal part has files of the same names
-        files = [path for path in files if config in inside[path].parts[:-1]] or files
-    chosen = [path for path in files if set(re.split(r"[^a-z0-9]+", path.stem.lower())) & set(names)]
-    chosen = chosen or [path for path in files if set(inside[path].parts[:-1]) & set(names)]
+        files = [path for path in files if config in inside[path].parts[:-1]]
+    chosen, names = [], split_spellings(split)
+    for name in names:  # MMLU has both a dev and a validation split
+        chosen = chosen or [path for path in files if name in re.split(r"[^a-z0-9]+", path.stem.lower())]
+        chosen = chosen or [path for path in files if name in inside[path].parts[:-1]]
     if not chosen:
         listed = ", ".join(str(inside[path]) for path in files[:8]) or f"no {', '.join(SUFFIXES)} file"
         raise InputError(f"{folder}: expected a file of split {' or '.join(names)}, got {listed}")
@@ -151,28 +183,10 @@ def record_at(value: Any, where: str) -> Record:
     return Record(value, where)
 
 
-def json_fault(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "JSON that is nested too deeply"
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are each written once; plain JSON would keep the last option A and lose the first."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
-    return fields
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=object_of_unique_keys)
-
-
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def csv_records(path: Path) -> list[Record]:
+def csv_records(path: Path, asked: Sequence[str]) -> list[Record]:
     """Rows of a CSV file with commas and a header, each with the line it ends on. Columns A, B, ... are the options by
     letter, unless there is a column `options`, of JSON; an empty cell is None, or an option that the row lacks."""
     text = decode_utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
@@ -180,8 +194,9 @@ def csv_records(path: Path) -> list[Record]:
     records: list[Record] = []
     try:
         names = [name.strip() for name in next(reader, [])]
-        if len(set(names)) < len(names) or "question" not in names:
-            raise InputError(f"{path}:1: expected a header of different names, question among them, got {brief(names)}")
+        if len(set(names)) < len(names) or not set(asked) & set(names):
+            wanted = f"a header of different names, {' or '.join(asked)} among them"
+            raise InputError(f"{path}:1: expected {wanted}, got {brief(names)}")
         for cells in reader:
             where = f"{path}:{reader.line_num}"
             if not any(cells):
@@ -191,9 +206,10 @@ def csv_records(path: Path) -> list[Record]:
             fields: dict[str, Any] = {
                 name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)
             }
-            if isinstance(options := fields.get("options"), str):
+            options = fields.get("options")
+            if isinstance(options, str) and not options.lstrip().startswith("["):
                 fields["options"] = parse_line(options, f"{where}: options").fields
-            elif letters := [name for name in names if len(name) == 1 and name in LETTERS]:
+            elif options is None and (letters := [name for name in names if len(name) == 1 and name in LETTERS]):
                 fields["options"] = {letter: fields.pop(letter) for letter in letters}
             records.append(Record(fields, where, from_table=True))
     except csv.Error as error:
@@ -208,11 +224,41 @@ def parquet_records(path: Path) -> list[Record]:
 
     try:
         table = parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: expected a parquet file, got {str(error).splitlines()[0]}") from None
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: expected a parquet file, got {problem}") from None
+    if NO_JSON.search(str(table.schema)):
+        rows = plain_rows(rows, str(path))
     schema = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     cop = schema.get("info", {}).get("features", {}).get("cop", {})
-    return table_records(table.to_pylist(), str(path), isinstance(cop, dict) and cop.get("_type") == "ClassLabel")
+    return table_records(rows, str(path), isinstance(cop, dict) and cop.get("_type") == "ClassLabel")
+
+
+NO_JSON = re.compile(r"\b(?:timestamp|date|time|duration|decimal|(?:large_|fixed_size_)?binary)")
+"""Types of columns in an Arrow schema that hold what JSON cannot."""
+
+
+def plain_rows(rows: list[dict[str, Any]], table: str) -> list[dict[str, Any]]:
+    """The rows as JSON can write them: dates as text, decimals as numbers; InputError for bytes, such as an image's."""
+
+    def plain(value: Any, where: str) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(part, f"{where}.{name}") for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part, f"{where}.{place}") for place, part in enumerate(value)]
+        if isinstance(value, Decimal):
+            return int(value) if value == value.to_integral_value() else float(value)
+        if isinstance(value, date | clock | timedelta):
+            return str(value)
+        if isinstance(value, bytes):
+            raise InputError(f"{where}: expected texts, numbers, lists or objects, got {len(value)} bytes")
+        return value
+
+    return [
+        {name: plain(value, f"{table}: row {number}: {name}") for name, value in row.items()}
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 def table_records(rows: list[dict[str, Any]], table: str, zero_based: bool) -> list[Record]:
@@ -220,7 +266,13 @@ def table_records(rows: list[dict[str, Any]], table: str, zero_based: bool) -> l
 
 
 def hub_records(name: str, config: str | None, split: str) -> list[Record]:
-    """Rows of a split on the hub, or of the local copy that `datasets` keeps of it."""
+    """Rows of a split on the hub, or of the local copy that `datasets` keeps of it, of one configuration after the
+    other."""
+    return [record for each in (config or "").split(",") for record in hub_split(name, each or None, split)]
+
+
+def hub_split(name: str, config: str | None, split: str) -> list[Record]:
+    """Rows of a split of one configuration."""
     import datasets
     from huggingface_hub.utils import HfHubHTTPError
     from huggingface_hub.utils import logging as hub_logging
@@ -248,7 +300,10 @@ def hub_records(name: str, config: str | None, split: str) -> list[Record]:
     finally:
         hub_logging.set_verbosity(verbosity)
     zero_based = isinstance(dataset.features.get("cop"), datasets.ClassLabel)
-    records = table_records(dataset.to_list(), f"{name} [{split}]", zero_based)
+    table, rows = f"{name} [{f'{config}/' if config else ''}{split}]", dataset.to_list()
+    if NO_JSON.search(str(dataset.data.schema)):
+        rows = plain_rows(rows, table)
+    records = table_records(rows, table, zero_based)
     if not records:
         raise InputError(f"hub dataset {name}: expected at least one record in split {split}, got none")
     return records

@@ -11,41 +11,59 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
+from crpo_jax.config import Data
+from crpo_jax.data.benchmarks import read_gsm8k, read_healthbench, read_math500, read_mmlu, read_pubmedqa
 from crpo_jax.data.files import HUB_DATASETS, hub_records, load_records
-from crpo_jax.data.question import LETTERS, Question
-from crpo_jax.data.record import Record
+from crpo_jax.data.question import LETTERS, AnswerKind, Question
+from crpo_jax.data.record import Record, is_number, renamed
 from crpo_jax.errors import InputError, brief
 
-QUESTION_FIELDS = ("id", "question", "options", "answer", "source", "split")
+QUESTION_FIELDS = ("id", "question", "messages", "options", "answer", "answer_kind", "source", "split")
 """The project's own format; every other field becomes a column."""
+
+OWN_SOURCES = ("file", "hub", "jsonl")
+QUESTION_COLUMNS = {"math500": "problem", "healthbench": "prompt"}
+"""The column with the question, of sources that do not call it so."""
 
 CHOICES = "Answer Choices:"
 MAX_DIFFERING_CHOICES = 2  # in MedXpertQA 3 of 2,455 questions repeat 1 or 2 of their choices in another wording
 
 
-def read_questions(source: str, path: str = "", split: str = "train") -> list[Question]:
+def read_questions(source: str, path: str = "", split: str = "train", data: Data | None = None) -> list[Question]:
     """Every question of a split, in the order of the file.
 
     `path` is a file (which is the split, whatever its name), a folder in which the split is found by name, or "" for
-    the source's id on the hub. Ids are unique: the data's own, or where it has none `medqa-test-000012`, or a digest of
-    question and options (`content_id`).
+    the source's id on the hub; with source hub, an id there. `data` has the columns and answers of sources of one's
+    own, and the named configuration. Ids are unique: the data's own, or where it has none `medqa-test-000012`, or a
+    digest of question and options (`content_id`).
     """
-    if source not in READERS:
-        raise InputError(f"data.source: expected one of {', '.join(READERS)}, got {source!r}")
-    if path:
-        records = load_records(Path(path), source, split)
-    elif source in HUB_DATASETS:
-        records = hub_records(*HUB_DATASETS[source], split)
+    data = data or Data()
+    if source not in READERS and source not in OWN_SOURCES:
+        raise InputError(f"data.source: expected one of {', '.join((*READERS, *OWN_SOURCES))}, got {source!r}")
+    name, config = HUB_DATASETS.get(source, ("", None))
+    config = data.config or config
+    if source == "hub":
+        if not path:
+            raise InputError("data.path: expected the id of a data set on the hub, got ''")
+        records = hub_records(path, config, split)
+    elif path:
+        own = tuple(filter(None, (data.columns.question, data.columns.messages)))
+        asked = own if source in OWN_SOURCES else (QUESTION_COLUMNS.get(source, "question"),)
+        records = load_records(Path(path), source, split, config, [column.partition(".")[0] for column in asked])
+    elif name:
+        records = hub_records(name, config, split)
     else:
         raise InputError(f"data.path: expected a file or folder, since {source} has no hub id, got ''")
+    if source in OWN_SOURCES:
+        return check_ids(records, read_own(records, split, data, source))
     return check_ids(records, READERS[source](records, split))
 
 
 def questions_from(rows: Sequence[Mapping[str, Any]]) -> list[Question]:
-    """Questions given in Python: mappings with question, options, answer (a letter), an id that may be missing, and any
-    further columns."""
+    """Questions given in Python: mappings with question or messages, options if there are any, the answer, an id that
+    may be missing, and any further columns."""
     records = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -68,34 +86,93 @@ def check_ids(records: Sequence[Record], questions: Iterable[Question]) -> list[
     return checked
 
 
-def question_of(record: Record, split: str = "") -> Question:
+def question_of(record: Record, split: str = "", data: Data | None = None, source: str = "jsonl") -> Question:
     """The question of a record in the project's own format; a source and split of its own are kept."""
-    options = record.options()
-    answer = record.letter("answer", options)
-    source = record.text("source") if record.has("source") else "jsonl"
+    data = data or Data()
+    record = renamed(record, dataclasses.asdict(data.columns))
+    kind = answer_kind(record, data.answer)
+    options = record.options() if kind == "choice" or record.has_options() else {}
+    answers = read_answers_of(record, kind, options)
+    *turns, (_, question) = (
+        record.messages("messages") if record.has("messages") else [("user", record.text("question"))]
+    )
+    if turns and record.has("question") and record.text("question") != question:
+        record.fail(
+            "question", "the last message, or no such column (data.columns.question=)", record.value("question")
+        )
+    source = record.text("source") if record.has("source") else source
     split = record.text("split") if record.has("split") else split
-    question, columns = record.text("question"), record.columns(*QUESTION_FIELDS)
-    identity = record.identity("id", default=content_id(question, options))
-    return Question(identity, question, options, answer, source, split, columns)
+    identity = record.identity("id", default=content_id(question, options, turns))
+    columns = record.columns(*QUESTION_FIELDS)
+    return Question(identity, question, options, answers[0], source, split, columns, kind, answers[1:], tuple(turns))
 
 
-def content_id(question: str, options: Mapping[str, str]) -> str:
+def answer_kind(record: Record, stated: str = "auto") -> AnswerKind:
+    """What the record's answer is compared as: by its own `answer_kind`, by data.answer, or where that is auto by what
+    the record has: options, a number, a text or several, or no answer."""
+    own = record.fields.get("answer_kind")
+    if own is not None:
+        kinds = get_args(AnswerKind)
+        return own if own in kinds else record.fail("answer_kind", f"one of {', '.join(kinds)}", own)
+    if stated != "auto":
+        return cast(AnswerKind, stated)
+    if record.has_options():
+        return "choice"
+    if not record.has("answer"):
+        return "none"
+    return "number" if is_number(record.fields["answer"]) else "text"
+
+
+def read_answers_of(record: Record, kind: AnswerKind, options: Mapping[str, str]) -> tuple[str, ...]:
+    """The right answer, and for texts the others that are right as well. Without a right one a text is kept for the
+    reward functions to read."""
+    if kind == "choice":
+        return (record.choice("answer", options),)
+    if kind == "number":
+        return (record.number("answer"),)
+    if kind == "text":
+        return record.texts("answer")
+    value = record.fields.get("answer")
+    return (record.text("answer") if isinstance(value, str) and value.strip() else "",)
+
+
+def content_id(question: str, options: Mapping[str, str], turns: Sequence[tuple[str, str]] = ()) -> str:
     """The id of a question that has none: the same wherever it stands in whichever file."""
-    content = json.dumps([question, dict(options)], sort_keys=True)
+    content = json.dumps([question, dict(options), *([list(turns)] if turns else [])], sort_keys=True)
     return f"sha256-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-def read_own(records: Sequence[Record], split: str) -> Iterator[Question]:
-    """The project's own format: question, options, answer (a letter), an id that may be missing, and any further
-    columns. Of equal questions without ids the second ends in -2, the third in -3."""
+def read_own(
+    records: Sequence[Record], split: str, data: Data | None = None, source: str = "jsonl"
+) -> Iterator[Question]:
+    """The project's own format: question or messages, options if there are any, answer, an id that may be missing, and
+    any further columns. Of equal questions without ids the second ends in -2, the third in -3.
+
+    Where the kind of answer is told from the records, all have options and answers, or none: one that lacks them would
+    be taken for a question of another kind.
+    """
+    data = data or Data()
     seen = collections.Counter[str]()
+    first: tuple[Record, Question] | None = None
     for record in records:
-        question = question_of(record, split)
-        if not record.has("id"):
+        question = question_of(record, split, data, source)
+        if data.answer == "auto" and not record.has("answer_kind"):
+            first = first or (record, question)
+            require_same_fields(record, question, *first)
+        if not record.has(data.columns.id):
             seen[question.id] += 1
             if seen[question.id] > 1:
                 question = dataclasses.replace(question, id=f"{question.id}-{seen[question.id]}")
         yield question
+
+
+def require_same_fields(record: Record, question: Question, first: Record, like: Question) -> None:
+    for name, given in (("options", "choice"), ("answer", "none")):
+        if (question.kind == given) != (like.kind == given):
+            raise InputError(
+                f"{record.where}: {name}: expected {name} in all records or in none, got one unlike {first.where}; "
+                "data.answer, or answer_kind in each record, says how to compare answers"
+            )
 
 
 # ---- MedQA and MedMCQA -----------------------------------------------------------------------------------------------
@@ -219,5 +296,10 @@ READERS: dict[str, Callable[[Sequence[Record], str], Iterator[Question]]] = {
     "medqa": read_medqa,
     "medmcqa": read_medmcqa,
     "medxpertqa": read_medxpertqa,
-    "jsonl": read_own,
+    "pubmedqa": read_pubmedqa,
+    "mmlu": read_mmlu,
+    "healthbench": read_healthbench,
+    "gsm8k": read_gsm8k,
+    "math500": read_math500,
 }
+"""The data sets in their published form."""

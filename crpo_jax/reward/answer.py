@@ -95,6 +95,27 @@ def is_right(question: Question, answer: str | None, settings: Reward) -> bool:
     return False
 
 
+def write_answer(answer: str, settings: Reward) -> str:
+    """An answer as `find_answer` reads it; InputError where that is by a pattern, which cannot be written."""
+    place = answer_place(settings.answer_in)
+    if place.kind == "pattern":
+        raise InputError(
+            f"reward.answer_in: expected box, tag:NAME or after:MARK, in which an answer can be written, got "
+            f"{settings.answer_in!r}"
+        )
+    forms = {"box": f"{BOX}{{{answer}}}", "tag": f"<{place.name}>{answer}</{place.name}>"}
+    return forms.get(place.kind, f"\n{place.name} {answer}")
+
+
+def without_marks(text: str, settings: Reward) -> str:
+    """The text without the tags or the mark that an answer would be found by, and with what they enclose."""
+    place = answer_place(settings.answer_in)
+    marks = {"tag": (f"<{place.name}>", f"</{place.name}>"), "after": (place.name,)}
+    for mark in marks.get(place.kind, ()):
+        text = text.replace(mark, "")
+    return text
+
+
 @lru_cache(maxsize=64)
 def answer_place(answer_in: str) -> Place:
     """The setting `reward.answer_in`, read; InputError where it says nothing."""

@@ -170,7 +170,7 @@ def score_released(
     only. `accuracy` holds these penalties, `consistency` the share of plain ASCII characters, with blank and newline as
     the only white space among them.
     """
-    require_choices(question)
+    require_choices(settings, [question])
     text = response.strip().replace("<\\think>", "</think>").replace("<\\answer>", "</answer>")
     if RELEASED_TITLE in text:
         text = text.split(RELEASED_TITLE, 2)[1].strip()
@@ -200,13 +200,16 @@ def score_released(
     return Score(accuracy, formatted, 0.0, clinical_reasoning, share, total, answer, why, {"released": total})
 
 
-def require_choices(question: Question) -> None:
-    """Refuses what the published code cannot score."""
-    if question.kind != "choice":
-        raise InputError(
-            f"reward.design: expected questions with options for released, got question {question.id} with an answer "
-            f"of kind {question.kind}"
-        )
+def require_choices(settings: Reward, questions: Sequence[Question]) -> None:
+    """InputError where the design names the published code and a question is one that it cannot score."""
+    if "released" not in re.split(r"[\s+*]+", settings.design):
+        return
+    for question in questions:
+        if question.kind != "choice":
+            raise InputError(
+                f"reward.design: expected questions with options for released, got question {question.id} with an "
+                f"answer of kind {question.kind}"
+            )
 
 
 def released_accuracy(text: str, right: str) -> tuple[float, str]:

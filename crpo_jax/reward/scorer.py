@@ -224,9 +224,7 @@ class Scorer:
             raise RuntimeError("Scorer: use it in a with statement; this one is not open")
         if self.judge:
             self.judge.try_again()
-        if "released" in self.names:
-            for question in questions:
-                require_choices(question)
+        require_choices(self.settings, questions)
         n = len(questions)
         values: dict[str, list[Any]] = {name: [None] * n for name in self.names}
         batch = ScoringBatch(questions, [""] * n, [None] * n, values, n * len(self.names), next(self._batches), n)

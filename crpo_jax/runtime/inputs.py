@@ -18,6 +18,7 @@ from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
 from crpo_jax.parallel.agreement import file_digest
 from crpo_jax.parallel.processes import gather_from_processes, process_share
+from crpo_jax.reward.rules import require_choices
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.runtime.same_inputs import require_same_questions
 from crpo_jax.update.batches import Row
@@ -62,6 +63,7 @@ def open_questions(
         raise InputError(
             f"questions: expected some to train on and some held out, got {len(questions)} and {len(held_out)}"
         )
+    require_choices(runtime.settings.reward, [*questions, *held_out])
     training = fit_prompts(questions, data, tokenizer, render_shared)
     fits = fit_prompts(held_out, data, tokenizer, render_shared)
     for name, given, chosen in (("training", questions, training), ("held-out", held_out, fits)):
@@ -173,11 +175,20 @@ def question_digests(questions: TrainingQuestions) -> dict[str, str]:
     """SHA-256 of the questions that CRPO trains on and is evaluated on, with their prompts."""
 
     def digest(chosen: Fitting) -> str:
-        rows = zip(map(dataclasses.asdict, chosen.questions), chosen.prompts, strict=True)
+        rows = zip(map(question_content, chosen.questions), chosen.prompts, strict=True)
         lines = (json.dumps(list(row), sort_keys=True, default=repr).encode() + b"\n" for row in rows)
         return hashlib.sha256(b"".join(lines)).hexdigest()
 
     return {"training questions": digest(questions.training), "held-out questions": digest(questions.held_out)}
+
+
+def question_content(question: Question) -> dict[str, Any]:
+    """The question as digests have it: without what only questions of other kinds have."""
+    content = dataclasses.asdict(question)
+    return content if question.kind != "choice" or question.turns else {name: content[name] for name in CHOICE_FIELDS}
+
+
+CHOICE_FIELDS = ("id", "question", "options", "answer", "source", "split", "columns")
 
 
 def trace_digest(traces: Traces) -> str:

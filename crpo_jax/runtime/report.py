@@ -3,6 +3,7 @@
 import math
 import resource
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from crpo_jax.config import Config, Lora
+from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.hardware import peak_flops
 from crpo_jax.model.lora import trained_shapes
@@ -39,12 +41,12 @@ SHOWN = {
 
 
 def step_line(values: Mapping[str, float]) -> str:
-    """One line of the measures that matter."""
+    """One line of the measures that matter; questions without a right answer have no accuracy."""
     parts = [f"reward {values['reward/mean']:.2f}"]
     parts += [
         f"{label} {values[f'reward/{name}']:.2f}"
         for name, label in SHOWN.items()
-        if f"reward/{name}" in values and name != "mean"
+        if f"reward/{name}" in values and name != "mean" and not math.isnan(values[f"reward/{name}"])
     ]
     parts += [f"{values['response/length']:.0f} tokens"]
     if "kl/mean" in values:
@@ -70,6 +72,7 @@ def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestion
         *model_and_devices(runtime, start, settings.lora),
         f"  questions  {settings.data.source}: {len(training.questions):,} to train on, "
         f"{len(held_out.questions):,} held out",
+        *answers_line(settings, training.questions),
         *([set_aside_line(settings, questions.set_aside)] if questions.set_aside else []),
         f"  workdir    {workdir}",
     ]
@@ -81,6 +84,15 @@ def opening(runtime: Runtime, done: int, total: int, questions: TrainingQuestion
             limit = f"data.max_prompt_tokens={settings.data.max_prompt_tokens}"
             lines.append(f"  dropped    {len(chosen.dropped)} {name} questions longer than {limit}")
     return "\n".join(lines)
+
+
+def answers_line(settings: Config, questions: Sequence[Question]) -> list[str]:
+    """The kinds of right answers, where some are no options."""
+    kinds = Counter(question.kind for question in questions)
+    if kinds.keys() <= {"choice"}:
+        return []
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return [f"  answers    {counts}; in a response: {settings.reward.answer_in}"]
 
 
 def set_aside_line(settings: Config, count: int) -> str:
@@ -194,7 +206,9 @@ def closing(workdir: Path, count: int) -> str:
     heads = ["step " + str(int(row["step"])) for row in (first, last)]
     rows = [f"{f'{count} held-out questions':<24}{heads[0]:>16}{heads[1]:>16}{'change':>10}"]
     for name, label in {**SHOWN, "truncated": "truncated"}.items():
-        before, after = float(first[f"eval/{name}"]), float(last[f"eval/{name}"])
+        before, after = first[f"eval/{name}"], last[f"eval/{name}"]
+        if before is None or after is None:  # no accuracy, where the questions have no right answer
+            continue
         shares = name in ("accuracy", "format", "cross_reference", "truncated")
         values = [f"{v:.3f} ± {standard_error(v, count):.3f}" if shares else f"{v:.2f}" for v in (before, after)]
         rows.append(f"{label:<24}{values[0]:>16}{values[1]:>16}{after - before:>+10.2f}")
@@ -218,9 +232,9 @@ def before_and_after(workdir: Path, first: int, last: int) -> str:
         if not pairs:
             raise InputError("none is scored in both files")
         old, new = max(pairs, key=lambda pair: pair[1]["total"] - pair[0]["total"])
-        options = "\n".join(f"{letter}) {text}" for letter, text in new["options"].items())
+        options = "".join(f"{letter}) {text}\n" for letter, text in new.get("options", {}).items())
         return (
-            f"{new['question']}\n{options}\n(answer {new['answer']})\n\n"
+            f"{new['question']}\n{options}(answer {new['answer']})\n\n"
             f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n"
             f"-- after, reward {new['total']:.2f}:\n{new['response']}"
         )
