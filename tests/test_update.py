@@ -657,7 +657,7 @@ def test_supervised_gradients(model: Transformer, minis: list[Mini], one_device:
         return -jnp.sum(jnp.where(mask, logprob, 0) * mini.weights[:, None])
 
     value, expected = loss(model)
-    batches = trainer.put_batches([make_batch(pad_rows(mini.rows, range(7), 8, 16), mini.weights)])
+    batches = trainer.put_batches([make_batch(one_micro_batch(mini.rows, one_device), mini.weights)])
     gradients, metrics = accumulate(trainer, policy_on(model, one_device), batches)
     assert_same_gradient(gradients, flat(expected))
     assert metrics["sum/loss"] == pytest.approx(float(value), rel=1e-4)
