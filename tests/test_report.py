@@ -1,11 +1,14 @@
 """What a person sees of a run, and the figures in it that are computed on the host."""
 
+import dataclasses
+
 import pytest
 
 from crpo_jax import config
 from crpo_jax.model.rotary import Rope
-from crpo_jax.model.shape import Shape, backward_flops, forward_flops
-from crpo_jax.runtime.report import update_flops
+from crpo_jax.model.shape import Shape, backward_flops, block_weights, forward_flops
+from crpo_jax.runtime.report import needed_share, update_flops
+from crpo_jax.update.batches import Row
 
 SHAPE = Shape(d=64, n=4, k=2, h=16, f=128, v=256, l=2, tied=True, rope=Rope(1e4), norm_eps=1e-6)
 LENGTHS = [100, 90, 80, 70]
@@ -27,3 +30,14 @@ def test_mfu_does_not_count_gradients_of_frozen_weights():
         forward_flops(SHAPE, length, adapters) + backward_flops(SHAPE, length, adapters) for length in LENGTHS
     )
     assert update_flops(SHAPE, lora, LENGTHS, 4) == pytest.approx(3 * forward, rel=0.1)
+
+
+def test_a_shared_prompt_is_needed_once():
+    """Four responses of one token to a prompt of 10,000: nearly all of the arithmetic is the prompt's, and a quarter of
+    it is needed; the output projection is needed four times instead of 40,000."""
+    rows = [Row([0] * 10_000, [1])] * 4
+    shape = dataclasses.replace(SHAPE, window=1, layers_windowed=(True,) * SHAPE.l)  # hardly any attention
+    blocks, output = block_weights(shape), shape.d * shape.v
+    expected = blocks / (blocks + output) / 4
+    assert needed_share(shape, rows) == pytest.approx(expected, rel=0.05)
+    assert needed_share(shape, [Row([0], [1] * 500)]) == pytest.approx(1, rel=0.01)
