@@ -1,5 +1,6 @@
 """What a person sees of a run, and the figures in it that are computed on the host."""
 
+import dataclasses
 import json
 import math
 
@@ -7,8 +8,9 @@ import pytest
 
 from crpo_jax import config
 from crpo_jax.model.rotary import Rope
-from crpo_jax.model.shape import Shape, backward_flops, forward_flops
-from crpo_jax.runtime.report import closing, step_line, update_flops
+from crpo_jax.model.shape import Shape, backward_flops, block_weights, forward_flops
+from crpo_jax.runtime.report import closing, needed_share, step_line, update_flops
+from crpo_jax.update.batches import Row
 
 SHAPE = Shape(d=64, n=4, k=2, h=16, f=128, v=256, l=2, tied=True, rope=Rope(1e4), norm_eps=1e-6)
 LENGTHS = [100, 90, 80, 70]
@@ -44,3 +46,14 @@ def test_questions_without_a_right_answer_have_no_accuracy_in_lines_and_tables(t
     assert "format 0.500 ± 0.250 0.500 ± 0.250 +0.00" in " ".join(text.split())
     line = step_line({"reward/mean": 1.5, "reward/accuracy": math.nan, "reward/format": 1.0, "response/length": 9})
     assert line == "reward 1.50  format 1.00  9 tokens"
+
+
+def test_a_shared_prompt_is_needed_once():
+    """Four responses of one token to a prompt of 10,000: nearly all of the arithmetic is the prompt's, and a quarter of
+    it is needed; the output projection is needed four times instead of 40,000."""
+    rows = [Row([0] * 10_000, [1])] * 4
+    shape = dataclasses.replace(SHAPE, window=1, layers_windowed=(True,) * SHAPE.l)  # hardly any attention
+    blocks, output = block_weights(shape), shape.d * shape.v
+    expected = blocks / (blocks + output) / 4
+    assert needed_share(shape, rows) == pytest.approx(expected, rel=0.05)
+    assert needed_share(shape, [Row([0], [1] * 500)]) == pytest.approx(1, rel=0.01)

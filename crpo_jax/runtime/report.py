@@ -16,7 +16,7 @@ from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.hardware import peak_flops
 from crpo_jax.model.lora import trained_shapes
-from crpo_jax.model.shape import Shape, backward_flops, forward_flops
+from crpo_jax.model.shape import Shape, attention_flops, backward_flops, block_weights, forward_flops
 from crpo_jax.model.transformer import parameter_count
 from crpo_jax.parallel.layout import layout_warnings
 from crpo_jax.parallel.mesh import DATA, MODEL
@@ -26,7 +26,7 @@ from crpo_jax.runtime.progress import format_duration
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.files import read_rows, writing
 from crpo_jax.store.metrics import read_metrics
-from crpo_jax.update.batches import Row, count_places
+from crpo_jax.update.batches import Row, count_places, find_groups
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Update
 
@@ -171,8 +171,8 @@ def time_metrics(
     """Seconds of a step's phases (rollout, score, update), rates, padding, MFU and memory: the only
     metrics that may differ between two identical runs.
 
-    MFU (where the device's peak is published) counts the arithmetic of `update_flops`. Memory is the most so far, in
-    GiB.
+    MFU (where the device's peak is published) counts the arithmetic of `update_flops` that is needed. Memory is
+    the most so far, in GiB.
     """
     tokens, lengths = sum(len(response.tokens) for response in responses), [row.length for row in rows]
     places = sum(batch.targets.size for batches in mini_batches for batch in batches if batch.targets is not None)
@@ -186,7 +186,7 @@ def time_metrics(
     peak = peak_flops(runtime.mesh.devices.flat[0].device_kind)
     if peak is not None:
         flops = update_flops(runtime.shape, runtime.settings, lengths, -(-len(lengths) // len(mini_batches)))
-        metrics["time/mfu"] = flops / (seconds["update"] * peak * runtime.mesh.size)
+        metrics["time/mfu"] = flops * needed_share(runtime.shape, rows) / (seconds["update"] * peak * runtime.mesh.size)
     unit = 1 if sys.platform == "darwin" else 1024
     metrics["time/host_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     statistics = [device.memory_stats() or {} for device in runtime.mesh.local_devices]  # None on a CPU
@@ -208,6 +208,17 @@ def update_flops(shape: Shape, settings: Config, lengths: Sequence[int], mini_ba
     reference = sum(forward_flops(shape, length) for length in lengths) if settings.crpo.has_reference else 0.0
     backward = sum(backward_flops(shape, length, adapters) for length in lengths)
     return reference + policy_forward(later) + policy_forward(lengths) + backward
+
+
+def needed_share(shape: Shape, rows: Sequence[Row]) -> float:
+    """The share of the arithmetic of rows one by one that is needed: each group's prompt once, logits of responses
+    alone."""
+    apart = sum(forward_flops(shape, row.length) for row in rows)
+    needed = 2.0 * block_weights(shape) * count_places(rows)
+    needed += 2.0 * shape.d * shape.v * sum(len(row.response) for row in rows)
+    needed += sum(attention_flops(shape, row.length) for row in rows)
+    needed -= sum((len(group.rows) - 1) * attention_flops(shape, group.prompt) for group in find_groups(rows))
+    return needed / apart
 
 
 def evaluations(metrics: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
