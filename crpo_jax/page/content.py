@@ -20,6 +20,7 @@ from crpo_jax.page.marks import clip, find_marks, in_utf16
 from crpo_jax.page.measures import evaluation_tables, read_curves
 from crpo_jax.page.parts import number, reasons_of, reward_parts
 from crpo_jax.page.selection import EVERYTHING, ResponseSet, Selection, Take, response_sets, takes
+from crpo_jax.reward.answer import PatternTimeout, is_right
 from crpo_jax.reward.effective import find_effective_table
 from crpo_jax.reward.rules import score_response
 from crpo_jax.reward.scorer import score_row
@@ -111,8 +112,12 @@ class Collected:
             return row | {"error": str(problem)}, None
         reward = replace(self.settings.reward, design=responses.design)
         ids, effective = answer.token_ids, self.effective_table() if answer.token_ids is not None else None
-        score = score_row(score_response(answer.question, answer.response, reward, ids, effective))
-        return row | score, extract_letter(answer, self.settings) == answer.question.answer
+        try:
+            score = score_row(score_response(answer.question, answer.response, reward, ids, effective))
+            right = is_right(answer.question, extract_letter(answer, self.settings), reward)
+        except PatternTimeout as problem:
+            return row | {"error": f"reward.answer_in: {problem}"}, None
+        return row | score, right
 
     def effective_table(self) -> np.ndarray | None:
         if not self._effective:
