@@ -27,12 +27,12 @@ from crpo_jax.reward.functions import RewardFunction, design_name
 from crpo_jax.reward.scorer import Scorer
 
 Questions = Sequence[Mapping[str, Any] | Question]
-"""Dictionaries with question, options (text by letter), answer (a letter) and perhaps an id; further keys are columns,
-which reward functions receive by name."""
+"""Dictionaries with question, options if there are any, answer (the letter of an option, a number, a text, a list of
+texts, or none), and perhaps an id; further keys are columns, which reward functions receive by name."""
 
 Rewards = str | RewardFunction | Sequence[str | RewardFunction]
-"""A built-in design (crpo, grpo, released), a function of TRL's convention, `f(prompts, completions, **columns)` with a
-list of a number or None per completion, or several of them, which are summed."""
+"""A value of reward.design, such as crpo or accuracy*10+format; a function of TRL's convention, async or not,
+`f(prompts, completions, **columns)` with a list of a number or None per completion; or several, which are summed."""
 
 HELD_OUT_SHARE = 0.1
 """Of the questions given to `train` without `held_out`, chosen by a hash of their ids."""

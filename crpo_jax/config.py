@@ -54,6 +54,9 @@ Number = Annotated[Real, Field(ge=0)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 String = Annotated[str, Field(pattern=r"\A[^\x00]*\z")]
 Strings = Annotated[tuple[String, ...], BeforeValidator(lambda text: tuple(text) if isinstance(text, list) else text)]
+PositiveCounts = Annotated[
+    tuple[PositiveCount, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
 
 
 Name = Annotated[str, Field(pattern=r"\A[A-Za-z_]\w*\z")]
@@ -61,6 +64,9 @@ Name = Annotated[str, Field(pattern=r"\A[A-Za-z_]\w*\z")]
 
 PROMPT_NAMES = ("crpo", "grpo", "grpo_dx", "released", "brief", "boxed")
 """The built-in values of data.prompt."""
+
+RENAMED = {"reward.grpo_tags": "reward.tags"}
+"""Settings by the names under which the files of earlier runs have them."""
 
 
 def setting(default: Any, doc: str, *, unit: str = "", source: str = "ours", **bounds: Any) -> Any:
@@ -124,8 +130,8 @@ class Columns:
 @dataclass(frozen=True, config=STRICT)
 class Data:
     source: Literal[
-        "vignettes", "medqa", "medmcqa", "medxpertqa", "pubmedqa", "mmlu", "healthbench", "gsm8k", "math500",
-        "file", "hub", "jsonl",
+        "vignettes", "arithmetic", "medqa", "medmcqa", "medxpertqa", "pubmedqa", "mmlu", "healthbench", "gsm8k",
+        "math500", "file", "hub", "jsonl",
     ] = setting(
         "medqa",
         "data set; or questions of your own: file (jsonl is the same), or hub with an id in data.path",
@@ -175,7 +181,8 @@ class Data:
     max_dropped_share: Share = setting(
         0.1, "the run stops before it begins if a larger share of its questions or traces is too long"
     )
-    vignettes: PositiveCount = setting(8192, "vignettes in the training split of the embedded world")
+    vignettes: PositiveCount = setting(8192, "vignettes in the training split, with source=vignettes")
+    problems: PositiveCount = setting(16384, "word problems in the training split, with source=arithmetic")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -213,10 +220,50 @@ class CrossReference:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Endpoint:
+    """A model behind an OpenAI-compatible server."""
+
+    base_url: String = setting("", "address of the server, including /v1, such as http://localhost:8000/v1")
+    model: String = setting("", "name of the model on that server")
+    key_variable: String = setting("OPENAI_API_KEY", "environment variable with the API key; unset: no key is sent")
+    temperature: Real = setting(0.0, "sampling temperature", ge=0, le=2)
+    top_p: Share = setting(1.0, "nucleus sampling: probability mass to sample from; 1: off")
+    sampling: Literal["send", "omit"] = setting(
+        "send", "omit: leave temperature and top_p to the server, for models that refuse them"
+    )
+    max_tokens: PositiveCount = setting(2048, "longest reply, reasoning included", unit="tokens")
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = setting(
+        "max_tokens", "name of that limit on the server"
+    )
+    concurrency: PositiveCount = setting(8, "requests in flight at the same time")
+    timeout: Real = setting(600.0, "time after which an unfinished request is given up", unit="seconds", ge=0.001)
+    retries: Count = setting(6, "attempts after the first, with growing pauses or as Retry-After says")
+    max_reply_bytes: PositiveCount = setting(8_000_000, "a larger reply counts as malformed", unit="bytes")
+
+
+@dataclass(frozen=True, config=STRICT)
+class RewardJudge(Endpoint):
+    """The model behind the part `judge` of a design."""
+
+    timeout: Real = setting(60.0, "time after which an unfinished request is given up", unit="seconds", ge=0.001)
+    rubric: String = setting(
+        "",
+        "text file with what the judge assesses, or a whole prompt with {question}, {answer} and {response}; "
+        "empty: the criteria in the questions' column rubrics, each by itself",
+    )
+    lowest: Real = setting(0.0, "with a rubric file: the judge's lowest score, a reward of 0")
+    highest: Real = setting(10.0, "with a rubric file: the judge's highest score, a reward of 1")
+    time_limit: Real = setting(
+        180.0, "time after which a request and its further attempts are given up", unit="seconds", ge=0.001
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
 class Reward:
     design: String = setting(
         "crpo",
-        "crpo, grpo, released, your own as module:function, or a weighted sum such as crpo*1.0+my.module:f*0.5",
+        "crpo, grpo or released; or a weighted sum of these, of the parts accuracy, format, citation, consistency, "
+        "length and judge, and of your own module:function, such as accuracy*10+format+my.module:f*0.5",
         source="paper, section 3",
     )
     k: Number = setting(10.0, "weight of accuracy", source="paper, section 4.3")
@@ -236,8 +283,13 @@ class Reward:
         le=1,
     )
     min_section_words: Count = setting(3, "fewest words in each of System 1, System 2 and the conclusion", unit="words")
-    grpo_tags: Strings = setting(
-        ("think", "answer"), "the two tags of the grpo design; [dx, conclusion] after a cold start shared with crpo"
+    tags: Strings = setting(
+        ("think", "answer"),
+        "the tagged parts of a response, in order, for format, citation and the grpo design (two of them); "
+        "[dx, conclusion] after a cold start shared with crpo",
+    )
+    target_length: PositiveCount = setting(
+        1024, "length: up to this many tokens 0, from there linearly less, -1 from twice as many on", unit="tokens"
     )
     answer_in: String = setting(
         "box",
@@ -248,6 +300,7 @@ class Reward:
         0.0, "largest difference between a right number and the right answer, as a share of the latter; 0: none"
     )
     cross_reference: CrossReference = section(CrossReference)
+    judge: RewardJudge = section(RewardJudge)
     workers: Count = setting(
         2,
         "scoring processes; 0: built-in designs are scored in the training process, your functions in one of their own",
@@ -404,7 +457,7 @@ class Sft:
     path: String = setting(
         "",
         "teacher traces, JSON lines of id, question, options, answer, response; "
-        "empty, with data.source=vignettes: the built-in teacher",
+        "empty, with data.source=vignettes or arithmetic: the built-in teacher",
     )
     steps: Count = setting(0, "optimizer steps; 0: as many as sft.epochs takes", unit="steps")
     epochs: PositiveCount = setting(20, "passes over the traces", source="paper, section 4.3")
@@ -435,28 +488,6 @@ class Sft:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Endpoint:
-    """A model behind an OpenAI-compatible server."""
-
-    base_url: String = setting("", "address of the server, including /v1, such as http://localhost:8000/v1")
-    model: String = setting("", "name of the model on that server")
-    key_variable: String = setting("OPENAI_API_KEY", "environment variable with the API key; unset: no key is sent")
-    temperature: Real = setting(0.0, "sampling temperature", ge=0, le=2)
-    top_p: Share = setting(1.0, "nucleus sampling: probability mass to sample from; 1: off")
-    sampling: Literal["send", "omit"] = setting(
-        "send", "omit: leave temperature and top_p to the server, for models that refuse them"
-    )
-    max_tokens: PositiveCount = setting(2048, "longest reply, reasoning included", unit="tokens")
-    limit_name: Literal["max_tokens", "max_completion_tokens"] = setting(
-        "max_tokens", "name of that limit on the server"
-    )
-    concurrency: PositiveCount = setting(8, "requests in flight at the same time")
-    timeout: Real = setting(600.0, "time after which an unfinished request is given up", unit="seconds", ge=0.001)
-    retries: Count = setting(6, "attempts after the first, with growing pauses or as Retry-After says")
-    max_reply_bytes: PositiveCount = setting(8_000_000, "a larger reply counts as malformed", unit="bytes")
-
-
-@dataclass(frozen=True, config=STRICT)
 class Distill(Endpoint):
     temperature: Real = setting(0.6, "sampling temperature, as recommended for DeepSeek-R1", ge=0, le=2)
     top_p: Share = setting(0.95, "nucleus sampling: probability mass to sample from; 1: off")
@@ -484,6 +515,12 @@ class Evaluate:
     answer: Literal["tagged", "anywhere"] = setting(
         "tagged",
         "where the one box with the answer must be: in the section its format prescribes, as for rewards, or anywhere",
+    )
+    k: PositiveCounts = setting(
+        (1, 4), "numbers of samples for pass@k and majority@k; one that exceeds a question's samples is left out"
+    )
+    measures: Strings = setting(
+        (), "measures of your own, each as module:function, called as reward functions are and apart from any reward"
     )
     subjects: Strings = setting(
         ("meta_info", "subject_name", "medical_task", "body_system", "condition"),
@@ -516,12 +553,13 @@ class Parallel:
         False, "unroll the blocks in training instead of scanning: faster with few layers, slower to compile"
     )
     micro_batch_tokens: PositiveCount = setting(
-        8192, "most tokens per device in a forward and backward pass, padding included", unit="tokens"
+        8192,
+        "places of the packed row that a data shard computes in a forward and backward pass: prompts, each once, and "
+        "their responses; a longer response has a longer row",
+        unit="tokens",
     )
-    length_multiple: PositiveCount = setting(128, "rows are padded to a multiple of this", unit="tokens")
-    logprob_chunk: PositiveCount = setting(
-        512, "tokens per block of rows whose logits are in memory together", unit="tokens"
-    )
+    length_multiple: PositiveCount = setting(128, "lengths of packed rows are a multiple of this", unit="tokens")
+    logprob_chunk: PositiveCount = setting(512, "tokens whose logits are in memory together", unit="tokens")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -609,8 +647,13 @@ def find_setting(key: str) -> str | None:
 
 
 def closest_settings(name: str, sections: Sequence[str] = ()) -> list[str]:
-    """The settings of these sections, or of all, that end in the name, or else the one that is spelled most like it."""
+    """The settings of these sections, or of all, that end in the name, or else the one that is spelled most like it.
+
+    The name of a section means its path.
+    """
     keys = [key for key in setting_fields() if not sections or key.split(".")[0] in sections]
+    if f"{name}.path" in keys:
+        return [f"{name}.path"]
     endings = [key for key in keys if key.endswith(f".{name}")]
     return endings or difflib.get_close_matches(name, keys, n=1)
 
@@ -623,6 +666,7 @@ def legal_values(info: FieldInfo) -> str:
     if get_origin(kind) is dict:
         return "values by name"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    words[tuple[PositiveCount, ...]] = "a list of whole numbers >= 1"
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = [
         f"{sign} {getattr(limit, name)}"
@@ -650,6 +694,7 @@ def merge_settings(section: Any, values: Any, origin: str, prefix: str = "") -> 
         raise InputError(f"{origin}: {where}: expected a mapping of settings, got {brief(values)}")
     fields, changed = section.__pydantic_fields__, {}
     for name, value in values.items():
+        name = RENAMED.get(f"{prefix}{name}", f"{prefix}{name}").removeprefix(prefix) if isinstance(name, str) else name
         key = f"{prefix}{name if isinstance(name, str) else brief(name)}"[:200]
         if name not in fields:
             close = [prefix + match for match in difflib.get_close_matches(key.removeprefix(prefix), fields, n=1)]
@@ -745,6 +790,7 @@ def read_override(override: str) -> tuple[str, Any]:
         close = closest_settings(key)
         hint = f"; did you mean {' or '.join(f'{name}=VALUE' for name in close)}?" if close else ""
         raise InputError(f"{override}: expected section.key=value{hint}")
+    key = RENAMED.get(key, key)
     name = find_setting(key)
     if name and not isinstance(setting_fields()[name].default, str):
         with contextlib.suppress(yaml.YAMLError, ValueError):
@@ -786,8 +832,8 @@ def check_config(config: Config, model: bool = True) -> None:
         raise InputError(f"crpo.importance_bound: expected 0 or at least 1, got {c.crpo.importance_bound}")
     if c.crpo.kl_in == "reward" and not c.crpo.kl_coef:
         raise InputError("crpo.kl_coef: expected more than 0, since crpo.kl_in=reward takes a KL off rewards, got 0")
-    if c.reward.design == "grpo" and len(c.reward.grpo_tags) != 2:
-        raise InputError(f"reward.grpo_tags: expected two tags, got {list(c.reward.grpo_tags)}")
+    if c.reward.design == "grpo" and len(c.reward.tags) != 2:
+        raise InputError(f"reward.tags: expected two tags, got {list(c.reward.tags)}")
     if c.data.source not in ("file", "hub", "jsonl") and (c.data.columns != Columns() or c.data.answer != "auto"):
         keys = [key for key, value in dataclasses.asdict(c.data.columns).items() if value != getattr(Columns(), key)]
         key = f"columns.{keys[0]}" if keys else "answer"
@@ -847,12 +893,17 @@ def find_config(path: str | Path) -> Path:
 
 
 def default_config_path(platform: str, model: str = "") -> Path:
-    """The config of a command without --config: the embedded world on a CPU and for models that have its tokenizer, the
-    paper's run on accelerators and for all other models."""
-    embedded = has_embedded_tokenizer(Path(model).expanduser()) if model else platform == "cpu"
-    return config_folder() / ("tiny.yaml" if embedded else "clinical_r1_3b.yaml")
+    """The config of a command without --config: for a model of an embedded world that world's, for other models and on
+    accelerators the paper's run, else the vignettes'."""
+    fallback = config_folder() / ("tiny.yaml" if platform == "cpu" and not model else "clinical_r1_3b.yaml")
+    return embedded_config(model) or fallback
 
 
-def has_embedded_tokenizer(folder: Path) -> bool:
-    own, embedded = folder / "tokenizer.json", config_folder() / "tiny_tokenizer" / "tokenizer.json"
-    return own.is_file() and filecmp.cmp(own, embedded, shallow=False)
+def embedded_config(model: str) -> Path | None:
+    """The config of the embedded world whose tokenizer a model's folder has; None for all other models."""
+    own = Path(model).expanduser() / "tokenizer.json"
+    for name in ("tiny", "arithmetic"):
+        embedded = config_folder() / f"{name}_tokenizer" / "tokenizer.json"
+        if model and own.is_file() and filecmp.cmp(own, embedded, shallow=False):
+            return config_folder() / f"{name}.yaml"
+    return None

@@ -18,7 +18,21 @@ from typing import Any, NamedTuple
 from crpo_jax import cli
 from crpo_jax.answer.records import question_to_row
 from crpo_jax.chat.client import Client, GivenUp, Reply, ask_all, request_parameters
-from crpo_jax.chat.traces import (
+from crpo_jax.config import Config
+from crpo_jax.data.files import json_records
+from crpo_jax.data.prompts import instruction, user_turn
+from crpo_jax.data.question import OTHER_HALF, Question, select_part
+from crpo_jax.data.readers import question_of, read_questions
+from crpo_jax.data.record import Record
+from crpo_jax.data.worlds import WORLDS, generate_questions
+from crpo_jax.errors import Fault, InputError
+from crpo_jax.reward.answer import write_answer
+from crpo_jax.runtime.progress import Progress
+from crpo_jax.runtime.signals import StopSignal
+from crpo_jax.store.files import replace_rows
+from crpo_jax.store.journal import Journal, request_key
+from crpo_jax.store.workdir import open_workdir
+from crpo_jax.traces import (
     CUT_OFF,
     Conversion,
     convert_trace,
@@ -28,19 +42,6 @@ from crpo_jax.chat.traces import (
     split_reasoning,
     validate_response,
 )
-from crpo_jax.config import Config
-from crpo_jax.data.files import json_records
-from crpo_jax.data.prompts import instruction, user_turn
-from crpo_jax.data.question import OTHER_HALF, Question, select_part
-from crpo_jax.data.readers import question_of, read_questions
-from crpo_jax.data.record import Record
-from crpo_jax.errors import Fault, InputError
-from crpo_jax.reward.answer import write_answer
-from crpo_jax.runtime.progress import Progress
-from crpo_jax.runtime.signals import StopSignal
-from crpo_jax.store.files import replace_rows
-from crpo_jax.store.journal import Journal, request_key
-from crpo_jax.store.workdir import open_workdir
 
 TEACHER = (
     "Answer the medical multiple-choice question below. Think it through first: what the case shows, and what speaks "
@@ -111,10 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def select_questions(settings: Config) -> list[Question]:
     """The half of the training questions that is for the cold start, in the order of the file."""
     data = settings.data
-    if data.source == "vignettes":
-        from crpo_jax.data.vignettes import vignettes
-
-        selected = vignettes(data.split, data.vignettes)
+    if data.source in WORLDS:
+        selected = generate_questions(data, data.split)
     else:
         selected = read_questions(data.source, data.path, data.split, data)
     selected = select_part(selected, OTHER_HALF[data.part])

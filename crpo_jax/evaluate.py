@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from crpo_jax import cli, config
+from crpo_jax.answer.measures import Measures, open_measures
 from crpo_jax.answer.records import Answer, read_answers, read_dropped, read_summary
 from crpo_jax.answer.statistics import summarize
 from crpo_jax.config import Config, Endpoint
 from crpo_jax.data.files import HUB_DATASETS
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import OWN_SOURCES, read_questions
+from crpo_jax.data.worlds import WORLDS, generate_questions
 from crpo_jax.disk import make_folder, replace_file
 from crpo_jax.errors import Fault, InputError
 from crpo_jax.judge import measures
@@ -64,6 +66,7 @@ def evaluate(
         expected = f"expected responses to evaluate in {folder}, got none"
         raise InputError(f"--workdir {workdir}: {expected}; use --model and --data, or --responses")
     with (
+        open_measures(settings) as measures_of_user,  # before anything is sampled
         open_workdir(workdir, settings, allow_changes=allow_changes),
         StopSignal("finishing this wave of responses, keeping it, then stopping") as stop,
     ):
@@ -72,7 +75,7 @@ def evaluate(
         if foreign:
             copy_responses(response_files, folder)
         answers = foreign or {path.stem: read_answers(path, "--workdir") for path in sorted(folder.glob("*.jsonl"))}
-        summary = summarize_and_judge(answers, settings, workdir, stop)
+        summary = summarize_and_judge(answers, settings, workdir, measures_of_user, stop)
         keep_page(workdir, lambda line: print(line, file=sys.stderr))
         return summary
 
@@ -102,9 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def default_config(model: str) -> Path | None:
-    """The embedded world's config for a model of that world, and no file but the declared defaults for all others."""
-    path = Path(model).expanduser()
-    return config.default_config_path("", model) if model and config.has_embedded_tokenizer(path) else None
+    """An embedded world's config for a model of that world, and no file but the declared defaults for all others."""
+    return config.embedded_config(model)
 
 
 def device_faults() -> contextlib.AbstractContextManager[None]:
@@ -145,10 +147,9 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
     sets: dict[str, list[Question]] = {}
     for text in specifications:
         name, equals, path = text.partition("=")
-        if name == "vignettes" and not equals:
-            from crpo_jax.data.vignettes import vignettes
-
-            data_set = vignettes(data.eval_split, limit or data.eval_questions or data.vignettes)
+        if name in WORLDS and not equals:
+            changed = dataclasses.replace(data, source=name, eval_questions=limit or data.eval_questions)
+            data_set = generate_questions(changed, data.eval_split)
         elif name in HUB_DATASETS:
             own = data if data.source == name else None
             data_set = read_questions(name, path, EVALUATION_SPLITS.get(name, data.eval_split), own)
@@ -157,7 +158,7 @@ def load_data_sets(specifications: Sequence[str], settings: Config) -> dict[str,
             own = data if data.source in OWN_SOURCES else None
             name, data_set = Path(path).stem, read_questions(source, path, data.eval_split, own)
         else:
-            known = ", ".join(("vignettes", *HUB_DATASETS))
+            known = ", ".join((*WORLDS, *HUB_DATASETS))
             raise InputError(
                 f"--data {text}: expected {known}, one of them as NAME=PATH, a file of questions, file=FOLDER or hub=ID"
             )
@@ -191,7 +192,11 @@ def copy_responses(paths: Sequence[str], folder: Path) -> None:
 
 
 def summarize_and_judge(
-    answers: Mapping[str, Sequence[Answer]], settings: Config, workdir: Path, stop: StopSignal
+    answers: Mapping[str, Sequence[Answer]],
+    settings: Config,
+    workdir: Path,
+    measures_of_user: Measures,
+    stop: StopSignal,
 ) -> dict[str, Any]:
     """The contents of summary.json: written with the judges' previous results before they are asked, and afterwards."""
     path = workdir / "summary.json"
@@ -200,7 +205,7 @@ def summarize_and_judge(
     effective = find_effective_table(settings)
     sets = {}
     for name, responses in answers.items():
-        sets[name], rows = summarize(responses, settings, effective)
+        sets[name], rows = summarize(responses, settings, effective, measures_of_user)
         sets[name]["dropped"] = len(dropped.get(name, {}))
         judged = {key: previous.get(name, {}).get(key) for key in ("judges", "agreement", "judges_and_truth")}
         sets[name] |= {key: value for key, value in judged.items() if value is not None}

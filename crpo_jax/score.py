@@ -7,7 +7,7 @@ is {"id", "accuracy", "format", "cross_reference", "clinical_reasoning", "consis
 and "components" where the design names a user's function or a sum; or {"id", "error", "traceback"} for a response that
 could not be scored. With --tokenizer consistency is the share of effective tokens, of "token_ids" where a line has them
 and otherwise of the response encoded again; without it, of effective characters, white space aside: why.consistency.by
-says which.
+says which. With --workdir the replies of a judge are kept there, and none is asked for again.
 
 Exit code 0; 1 when more responses than reward.max_failed_share could not be scored; 2 for bad input.
 """
@@ -34,6 +34,7 @@ from crpo_jax.data.files import parse_line
 from crpo_jax.data.question import LETTERS, Question
 from crpo_jax.data.readers import QUESTION_FIELDS, answer_kind, question_of
 from crpo_jax.data.record import Record
+from crpo_jax.disk import make_folder
 from crpo_jax.errors import InputError
 from crpo_jax.reward.effective import effective_table, read_tokenizer, read_vocabulary
 from crpo_jax.reward.rules import Score
@@ -205,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     p = build_parser("score", __doc__ or "")
     p.add_argument("--responses", metavar="FILE", required=True, help="JSON lines; - is standard input")
     p.add_argument(
-        "--design", metavar="NAME", help="crpo, grpo, released, module:function or a weighted sum (sets reward.design)"
+        "--design", metavar="NAME", help="a design, a part, module:function or a weighted sum (sets reward.design)"
     )
     p.add_argument("--tokenizer", metavar="DIR", help="a folder with tokenizer.json, for consistency by tokens")
     p.add_argument(
@@ -223,6 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
         with ExitStack() as files:
             # First of all, so that a function that cannot be loaded is found before any file is opened.
             scorer = files.enter_context(Scorer(settings, tokenizer.effective if tokenizer else None))
+            if args.workdir and scorer.judge:
+                make_folder(Path(args.workdir), parents=True)
+                scorer.keep_replies(Path(args.workdir))
             lines, source = sys.stdin.buffer, "line"
             if args.responses != "-":
                 lines, source = files.enter_context(open_file(args.responses, "rb", "--responses")), args.responses

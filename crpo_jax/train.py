@@ -21,7 +21,7 @@ from crpo_jax.runtime import report
 from crpo_jax.runtime.compilations import enable_compilation_cache
 from crpo_jax.runtime.faults import faults_end_in_one_line
 from crpo_jax.runtime.fine_tuning import cold_start, cold_start_traces
-from crpo_jax.runtime.inputs import model_digests, open_questions, question_digests
+from crpo_jax.runtime.inputs import TrainingQuestions, model_digests, open_questions, question_digests
 from crpo_jax.runtime.replay import replay
 from crpo_jax.runtime.run import open_run, shared_workdir
 from crpo_jax.runtime.runtime import Runtime, open_runtime
@@ -54,14 +54,17 @@ def train(
     require_same_workdir(workdir)
     inputs, traces = open_questions(runtime, questions, held_out, workdir), cold_start_traces(runtime, workdir)
     steps = crpo.steps or inputs.batches.steps(crpo.epochs)
-    scorer, examiner = open_scorers(runtime, reward_functions)
+    scorer, examiner = open_scorers(runtime, inputs, reward_functions)
+    scorer.check_questions(inputs.training.questions)
     # The scorers first: a reward function that cannot be loaded is found before anything is written or computed.
     with scorer, examiner, shared_workdir(runtime, workdir, allow_changes=allow_changes):
         start = cold_start(runtime, workdir, traces, allow_changes=allow_changes)
         if start is None:  # asked to stop during the cold start, which resumes from there
             return
-        digests = question_digests(inputs) | model_digests(runtime, start)
+        digests = question_digests(inputs) | model_digests(runtime, start) | scorer.digests()
         check_inputs(workdir, digests, writer=runtime.writes, allow_changes=allow_changes)
+        scorer.keep_replies(workdir, f"{jax.process_index()}")
+        examiner.keep_replies(workdir, f"held_out_{jax.process_index()}")
         trainer = runtime.trainer("crpo", steps * (crpo.prompts_per_step // crpo.mini_batch_prompts))
         checkpoints = Checkpoints(workdir / "checkpoints", settings.run.keep, settings.run.keep_best)
         state = runtime.start_state(trainer, start)
@@ -115,12 +118,16 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def open_scorers(runtime: Runtime, functions: Mapping[str, RewardFunction] | None) -> tuple[Scorer, Scorer]:
-    """The run's reward, and the `crpo` reward, by which held-out responses are compared whatever the run's design
-    is."""
-    held_out = replaced(runtime.settings, {"reward.design": "crpo"}).reward
-    effective = runtime.vocabulary.effective
-    return Scorer(runtime.settings.reward, effective, functions), Scorer(held_out, effective)
+def open_scorers(
+    runtime: Runtime, inputs: TrainingQuestions, functions: Mapping[str, RewardFunction] | None
+) -> tuple[Scorer, Scorer]:
+    """The run's reward, and that of held-out responses: `crpo`, so that runs of any design can be compared, or the
+    run's own where questions have no options, since the clinical format means nothing there."""
+    settings, effective = runtime.settings, runtime.vocabulary.effective
+    held_out, examiners = settings.reward, functions
+    if all(question.kind == "choice" for question in inputs.held_out.questions):
+        held_out, examiners = replaced(settings, {"reward.design": "crpo"}).reward, None
+    return Scorer(settings.reward, effective, functions), Scorer(held_out, effective, examiners)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,5 +23,6 @@ def import_user_object(path: str, expected: str) -> Any:
     if not hasattr(module, name):
         similar = difflib.get_close_matches(name, vars(module), n=1)
         hint = f"; did you mean {module_name}:{similar[0]}?" if similar else ""
-        raise InputError(f"{expected}; {module_name} has no {name!r}{hint}")
+        reason = f"AttributeError: module {module_name!r} has no attribute {name!r}"
+        raise InputError(f"{expected}; {path} cannot be imported: {reason}{hint}")
     return getattr(module, name)

@@ -1,17 +1,23 @@
 """Times one part of an RL step on this machine and prints one JSON line.
 
     python scripts/bench.py rollout --model DIR --prompts FILE.jsonl --group 5 --max-new 64 [--stop IDS...] [--mesh DxM]
-    python scripts/bench.py update --model DIR --lengths FILE.json [--padded] [--mesh DxM] [section.key=value ...]
+    python scripts/bench.py update --model DIR --lengths FILE.json [--mesh DxM] [section.key=value ...]
+    python scripts/bench.py update --model DIR --groups FILE.json [--unshared] [--mesh DxM] [section.key=value ...]
+    python scripts/bench.py step --model DIR --questions FILE.jsonl --group 5 --max-new 64 [section.key=value ...]
 
 `first_seconds` includes compilation; `seconds` is the median of the repeats after it, in wall-clock time.
 A prompts file has an object with `tokens` on every line; a rollout's useful tokens are those of its responses, stop
-tokens included. A lengths file is a list of row lengths; an update is one gradient of a log-prob loss over all of those
-rows, and every token of a row is useful.
+tokens included. A lengths file is a list of row lengths: the update is one gradient of a log-prob loss over those rows.
+A groups file is a list of {"prompt": n, "responses": [m, ...]}: the update is a training step's. Every token of every
+row is useful, also those of a prompt that is computed once for its group.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +34,15 @@ from crpo_jax.model.decode import SamplerWeights
 from crpo_jax.model.huggingface import load_model, model_folder
 from crpo_jax.model.lora import Policy
 from crpo_jax.model.shape import forward_flops
+from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import check_layout, find_layout
 from crpo_jax.parallel.mesh import data_size, make_mesh, model_size
 from crpo_jax.rollout import Response, RolloutProgress, Sampling, load_engine
-from crpo_jax.update.batches import Row, make_batch, pad_rows, supervised_batches
-from crpo_jax.update.losses import Batch, row_weights
-from crpo_jax.update.trainer import Trainer
+from crpo_jax.runtime.runtime import open_runtime
+from crpo_jax.train import train
+from crpo_jax.update.batches import Row, count_places, crpo_mini_batches, supervised_batches
+from crpo_jax.update.losses import Batch
+from crpo_jax.update.trainer import Loss, Trainer
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -127,65 +136,179 @@ def weight_bytes(weights: SamplerWeights, *, tied: bool) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves((ends, weights.layers)))
 
 
+def read_json(flag: str, path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path}: expected a readable JSON file, got {error}") from None
+
+
+def are_lengths(values: Any, least: int) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(each) is int and each >= least for each in values)
+
+
 def read_lengths(path: str) -> list[int]:
     """Row lengths in tokens."""
-    try:
-        lengths = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--lengths {path}: expected a readable JSON file, got {error}") from None
-    whole = isinstance(lengths, list) and all(type(length) is int and length > 1 for length in lengths)
-    if not whole or not lengths:
+    lengths = read_json("--lengths", path)
+    if not are_lengths(lengths, 2):
         raise InputError(f"--lengths {path}: expected a list of whole numbers above 1, got {str(lengths)[:60]}")
     return lengths
 
 
-def update(args: argparse.Namespace) -> dict[str, Any]:
-    """The gradient of all rows' mean log-prob, without an optimizer step; the host forms the micro-batches every time.
+def read_groups(path: str) -> list[dict[str, Any]]:
+    """The lengths of every prompt and of the responses to it."""
+    groups = read_json("--groups", path)
+    if not isinstance(groups, list) or not groups:
+        raise InputError(f"--groups {path}: expected a list of groups, got {str(groups)[:60]}")
+    for number, group in enumerate(groups, 1):
+        prompt, responses = (group.get("prompt"), group.get("responses")) if isinstance(group, dict) else (None, None)
+        if not (are_lengths([prompt], 1) and are_lengths(responses, 1)):
+            expected = '{"prompt": n, "responses": [m, ...]} with whole numbers above 0'
+            raise InputError(f"--groups {path}: group {number}: expected {expected}, got {str(group)[:60]}")
+    return groups
 
-    With --padded every row is as long as the longest, in arrival order, under the same token budget.
-    """
-    mesh, lengths = make_mesh(args.mesh), read_lengths(args.lengths)
+
+def open_trainer(args: argparse.Namespace, loss: Loss) -> tuple[config.Config, Trainer, Transformer]:
+    """The trainer of a model's folder on the mesh, and its float32 masters."""
+    mesh = make_mesh(args.mesh)
     settings = config.load_config(None, [f"model.dtype={args.dtype}", *args.overrides], model=False)
-    shape, parallel = read_shape(model_folder(args.model)), settings.parallel
-    layout = find_layout(parallel.layout)
+    shape, layout = read_shape(model_folder(args.model)), find_layout(settings.parallel.layout)
     check_layout(layout, mesh, {dim: getattr(shape, dim) for dim in "dnkhfv"})
-    trainer = Trainer(shape, mesh, settings, settings.optimizer, 1, loss="supervised")
-    policy = jax.block_until_ready(Policy(trainer.compute_copy(load_model(args.model, mesh, layout.master))))
-    kl_coef = jnp.float32(0)  # which only the CRPO loss takes
-    rng = np.random.default_rng(0)
+    trainer = Trainer(shape, mesh, settings, settings.optimizer, 1, loss=loss)
+    return settings, trainer, jax.block_until_ready(load_model(args.model, mesh, layout.master))
+
+
+def update(args: argparse.Namespace) -> dict[str, Any]:
+    return update_groups(args) if args.groups else update_rows(args)
+
+
+def update_rows(args: argparse.Namespace) -> dict[str, Any]:
+    """The gradient of all rows' mean log-prob, without an optimizer step; the host forms the micro-batches every
+    time."""
+    lengths = read_lengths(args.lengths)
+    settings, trainer, master = open_trainer(args, "supervised")
+    policy, kl_coef = Policy(trainer.compute_copy(master)), jnp.float32(0)  # which only the CRPO loss takes
+    rng, shape = np.random.default_rng(0), master.shape
     rows = [Row([0], rng.integers(shape.v, size=length - 1).tolist()) for length in lengths]
 
-    def batches() -> list[Batch]:
-        if not args.padded:
-            return supervised_batches(rows, parallel, data_size(mesh))
-        weights = row_weights(np.array(lengths) - 1, np.ones(len(rows), bool), "token_mean")
-        t = -(-max(lengths) // parallel.length_multiple) * parallel.length_multiple
-        b = data_size(mesh) * max(1, parallel.micro_batch_tokens // t)
-        parts = [range(first, min(first + b, len(rows))) for first in range(0, len(rows), b)]
-        return [make_batch(pad_rows(rows, part, b, t), weights) for part in parts]
-
     def gradient() -> Any:
+        batches = supervised_batches(rows, settings.parallel, data_size(trainer.mesh))
         gradients, metrics = trainer.zero()
-        for batch in trainer.put_batches(batches()):
+        for batch in trainer.put_batches(batches):
             gradients, metrics = trainer.accumulate(gradients, metrics, policy, batch, kl_coef)
         return gradients, metrics
 
     first, _ = timed(gradient)
     seconds = statistics.median(timed(gradient)[0] for _ in range(args.repeats))
     flops = 3 * sum(forward_flops(shape, length) for length in lengths)
-    shapes = [batch.tokens.shape for batch in batches()]
+    batches = supervised_batches(rows, settings.parallel, data_size(trainer.mesh))
+    return describe_update(args, first, seconds, rows, batches) | {
+        "model_gflops_per_second": round(flops / seconds / 1e9, 1),
+        "devices": trainer.mesh.size,
+    }
+
+
+def update_groups(args: argparse.Namespace) -> dict[str, Any]:
+    """A step's update as training does it: micro-batches, log-probs of the reference and where needed of the old
+    policy, and an optimizer step per mini-batch of crpo.mini_batch_prompts, by default all groups.
+
+    With --unshared every response has a prompt of its own, of the same length.
+    """
+    groups = read_groups(args.groups)
+    size = len(groups[0]["responses"])
+    if any(len(group["responses"]) != size for group in groups):
+        raise InputError(f"--groups {args.groups}: expected as many responses in every group, got several numbers")
+    of_groups = [f"crpo.{name}={len(groups)}" for name in ("prompts_per_step", "mini_batch_prompts")]
+    longest = max(max(group["responses"]) for group in groups)
+    args.overrides = [*of_groups, f"crpo.group_size={size}", f"rollout.max_new_tokens={longest}", *args.overrides]
+    settings, trainer, master = open_trainer(args, "crpo")
+    rng, shards, rows = np.random.default_rng(0), data_size(trainer.mesh), list[Row]()
+
+    def draw(length: int) -> list[int]:
+        return rng.integers(master.shape.v, size=length).tolist()
+
+    for group in groups:
+        shared = draw(group["prompt"])
+        rows += [Row(draw(group["prompt"]) if args.unshared else shared, draw(length)) for length in group["responses"]]
+    advantages = np.float32(rng.normal(size=len(rows)))
+    logprobs = [np.full(len(row.response), -np.log(master.shape.v), np.float32) for row in rows]
+    state, passes = trainer.begin(master), list[float]()
+
+    def mini_batches() -> list[list[Batch]]:
+        return crpo_mini_batches(rows, logprobs, advantages, np.ones(len(rows), bool), settings, shards)
+
+    def whole() -> Any:
+        nonlocal state
+        began = time.perf_counter()
+        batches = [trainer.put_batches(batch) for batch in mini_batches()]
+        batches = jax.block_until_ready(trainer.with_logprobs(state, batches))
+        passes.append(time.perf_counter() - began)
+        for mini_batch in batches:
+            state, measured = trainer.update(state, mini_batch)
+        return state.step, measured
+
+    first, _ = timed(whole)
+    passes.clear()
+    seconds = statistics.median(timed(whole)[0] for _ in range(args.repeats))
+    described = describe_update(args, first, seconds, rows, [batch for batches in mini_batches() for batch in batches])
+    return described | {"logprobs_seconds": round(statistics.median(passes), 3), "devices": trainer.mesh.size}
+
+
+def describe_update(
+    args: argparse.Namespace, first: float, seconds: float, rows: list[Row], batches: list[Batch]
+) -> dict[str, Any]:
+    """Every token of every row is useful, whether its prompt is shared or not; padding is of the places computed."""
+    tokens, shapes = sum(row.length for row in rows), [np.shape(batch.packed_tokens) for batch in batches]
     return {
-        "peer": "crpo_jax padded" if args.padded else "crpo_jax",
+        "peer": "crpo_jax unshared" if args.unshared else "crpo_jax",
         "what": "update",
         "first_seconds": round(first, 3),
         "seconds": round(seconds, 3),
-        "useful_tokens": sum(lengths),
-        "tokens_per_second": round(sum(lengths) / seconds, 1),
-        "padding": round(1 - sum(lengths) / sum(b * t for b, t in shapes), 4),
+        "useful_tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "padding": round(1 - count_places(rows) / sum(c * t for c, t in shapes), 4),
         "shapes": len(set(shapes)),
-        "model_gflops_per_second": round(flops / seconds / 1e9, 1),
-        "devices": mesh.size,
     }
+
+
+def step(args: argparse.Namespace) -> dict[str, Any]:
+    """Whole steps of training on a question file, with a reward that takes no time: rollout, scoring, update.
+
+    `seconds` is the median over the steps after the first, without evaluations and checkpoints.
+    """
+    changes = {"model.path": args.model, "model.dtype": args.dtype, "parallel.mesh": args.mesh}
+    changes |= {"data.source": args.questions, "rollout.max_new_tokens": args.max_new}
+    changes |= {"crpo.prompts_per_step": args.prompts_per_step, "crpo.mini_batch_prompts": args.prompts_per_step}
+    changes |= {"crpo.group_size": args.group, "crpo.steps": args.steps + 1}
+    changes |= {"reward.design": "letters", "reward.workers": 0, "data.eval_questions": 1}
+    changes |= {"evaluate.max_new_tokens": 1, "run.save_every": 0, "run.eval_every": 0}
+    overrides = [f"{name}={value}" for name, value in changes.items()]
+    settings = config.load_config(None, [*overrides, *args.overrides])
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        train(open_runtime(settings), Path(folder), reward_functions={"letters": count_letters})
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [row for row in map(json.loads, lines) if "time/update" in row]
+    parts = {name: [row[f"time/{name}"] for row in steps] for name in ("rollout", "score", "update")}
+    whole = [sum(spent) for spent in zip(*parts.values(), strict=True)]
+    return {
+        "peer": "crpo_jax",
+        "what": "step",
+        "first_seconds": round(whole[0], 3),
+        "seconds": round(statistics.median(whole[1:]), 3),
+        **{f"{name}_seconds": round(statistics.median(spent[1:]), 3) for name, spent in parts.items()},
+        "steps": len(whole) - 1,
+    }
+
+
+def count_letters(response: str, **columns: Any) -> float:
+    """A reward that differs within a group and costs nothing."""
+    return float(len(set(response)) % 7)
+
+
+def add_overrides(part: argparse.ArgumentParser) -> None:
+    part.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, such as parallel.micro_batch_tokens=4096"
+    )
 
 
 def main() -> None:
@@ -206,13 +329,21 @@ def main() -> None:
     part.add_argument("--temperature", type=float, default=1.0)
     part.add_argument("--slots", type=int, default=128, help="rows decoded together on each data shard")
     part.add_argument("--chunk", type=int, default=16, help="decode steps per call from the host")
-    part = parts.add_parser("update", parents=[shared], help="one gradient over rows of different lengths")
+    part = parts.add_parser("update", parents=[shared], help="a gradient over rows, or the whole update over groups")
     part.set_defaults(run=update)
-    part.add_argument("--lengths", required=True, metavar="FILE", help="JSON list of row lengths")
-    part.add_argument("--padded", action="store_true", help="pad every row to the longest, in arrival order")
-    part.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, such as parallel.micro_batch_tokens=4096"
-    )
+    what = part.add_mutually_exclusive_group(required=True)
+    what.add_argument("--lengths", metavar="FILE", help="JSON list of row lengths")
+    what.add_argument("--groups", metavar="FILE", help='JSON list of {"prompt": n, "responses": [m, ...]}')
+    part.add_argument("--unshared", action="store_true", help="a prompt of its own for every response of a group")
+    add_overrides(part)
+    part = parts.add_parser("step", parents=[shared], help="whole steps: rollout, scoring, update")
+    part.set_defaults(run=step)
+    part.add_argument("--questions", required=True, metavar="FILE", help="JSON lines of questions")
+    part.add_argument("--prompts-per-step", type=int, default=4)
+    part.add_argument("--group", type=int, default=5, help="responses per prompt")
+    part.add_argument("--max-new", type=int, default=64, help="longest response, in tokens")
+    part.add_argument("--steps", type=int, default=4, help="timed steps after the first")
+    add_overrides(part)
     args = parser.parse_args()
     print(json.dumps(args.run(args)))
 

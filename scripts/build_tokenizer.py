@@ -1,25 +1,27 @@
-"""Build the embedded world's tokenizer: a byte-level BPE in Hugging Face format, trained on vignettes and their traces.
+"""Build the embedded worlds' tokenizers: byte-level BPEs in Hugging Face format, trained on each world's questions and
+the traces of its teacher.
 
     python scripts/build_tokenizer.py [--out DIR]
 
-The same sources give the same bytes; a test holds the committed folder to that.
+The same sources give the same bytes; a test holds the committed folders to that.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from crpo_jax.data import arithmetic
+from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import teacher_response, vignettes
 
-VOCAB_SIZE = 1280
 # Above the base vocabulary and in Qwen's order.
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TRAINING_VIGNETTES = 4096
+TRAINING_QUESTIONS = 4096
 
 # The longest pieces that may become one token; the first match counts.
 SPLIT = "|".join(
@@ -45,18 +47,31 @@ CHAT_TEMPLATE = (
 )
 
 
-def corpus() -> Iterator[str]:
-    """The texts of training vignettes as in prompts, their traces, the names of the turns, and µ and °.
+def vignette_corpus() -> Iterator[str]:
+    for question in vignettes("train", TRAINING_QUESTIONS):
+        yield from question_texts(question, [teacher_response(question, seed) for seed in range(2)])
+
+
+def problem_corpus() -> Iterator[str]:
+    for question in arithmetic.problems("train", TRAINING_QUESTIONS):
+        yield from question_texts(question, [arithmetic.teacher_response(question, 0)])
+
+
+def question_texts(question: Question, traces: Sequence[str]) -> Iterator[str]:
+    """A question as in its prompt, its traces, the names of the turns, and µ and °.
 
     Split into bytes, µ and ° would not look like letters of any language to a rule that judges tokens one by one.
     """
-    for question in vignettes("train", TRAINING_VIGNETTES):
-        yield question.question + "".join(f"\n{letter}) {option}" for letter, option in question.options.items())
-        yield from (teacher_response(question, seed) for seed in range(2))
-        yield "system\nuser\nassistant\nµ°"
+    yield question.question + "".join(f"\n{letter}) {option}" for letter, option in question.options.items())
+    yield from traces
+    yield "system\nuser\nassistant\nµ°"
 
 
-def build() -> Tokenizer:
+# The folder under configs/, how many tokens it has, and what it is trained on.
+TOKENIZERS = (("tiny_tokenizer", 1280, vignette_corpus), ("arithmetic_tokenizer", 512, problem_corpus))
+
+
+def build(vocab_size: int, corpus: Iterator[str]) -> Tokenizer:
     """The trained tokenizer, its special tokens at the top ids."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -67,26 +82,25 @@ def build() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL),
+        vocab_size=vocab_size - len(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         min_frequency=2,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+    if tokenizer.get_vocab_size() != vocab_size:
         raise SystemExit(
-            f"expected {VOCAB_SIZE} tokens, got {tokenizer.get_vocab_size()}: the corpus has too few distinct words"
+            f"expected {vocab_size} tokens, got {tokenizer.get_vocab_size()}: the corpus has too few distinct words"
         )
     return tokenizer
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, tokenizer: Tokenizer) -> None:
     """tokenizer.json, tokenizer_config.json and generation_config.json in `folder`.
 
     As Qwen's Instruct models, one with this tokenizer ends a response with the end of a turn or of a text.
     """
-    tokenizer = build()
     settings = {
         "add_bos_token": False,
         "add_prefix_space": False,
@@ -125,13 +139,12 @@ def write(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the embedded world's tokenizer.")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent.parent / "configs" / "tiny_tokenizer", metavar="DIR"
-    )
-    folder = parser.parse_args().out
-    write(folder)
-    print(f"{VOCAB_SIZE} tokens in {folder}")
+    parser = argparse.ArgumentParser(description="Build the tokenizers of the embedded worlds.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "configs", metavar="DIR")
+    out = parser.parse_args().out
+    for name, vocab_size, corpus in TOKENIZERS:
+        write(out / name, build(vocab_size, corpus()))
+        print(f"{vocab_size} tokens in {out / name}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def trainer_gradients(policy: Policy, settings: config.Config, loss: Loss, token
     rows, advantages = random_rows(shape.v, loss)
     weights = row_weights(np.full(ROWS, LENGTH - PROMPT), np.ones(ROWS, bool), "token_mean")
     batches = []
-    for micro in micro_batches(rows, budget=tokens, multiple=LENGTH, shards=data_size(mesh)):
+    for micro in micro_batches(rows, budget=tokens, multiple=LENGTH, shards=data_size(mesh), longest=LENGTH):
         nothing = np.zeros(micro.tokens.shape, np.float32)  # the ratio is 1
         batches.append(make_batch(micro, weights, advantages, nothing))
     gradients, _ = trainer.gradients(trainer.begin(master, frozen), trainer.put_batches(batches))

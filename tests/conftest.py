@@ -75,7 +75,8 @@ from crpo_jax.model.architecture import Weight
 from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer
-from crpo_jax.parallel.mesh import DATA, MODEL
+from crpo_jax.parallel.mesh import DATA, MODEL, data_size
+from crpo_jax.update.batches import MicroBatch, Row, micro_batches
 
 settings.register_profile("same examples every time", derandomize=True, database=None, deadline=None)
 settings.load_profile("same examples every time")
@@ -109,6 +110,12 @@ def random_weights(shape: Shape, seed: int = 0) -> Transformer:
         return jnp.asarray(values, jnp.float32)
 
     return Transformer(shape, make)
+
+
+def one_micro_batch(rows: list[Row], mesh: Mesh, longest: int = 16) -> MicroBatch:
+    """All rows in one micro-batch, dealt to the mesh's data shards."""
+    (micro,) = micro_batches(rows, budget=1024, multiple=4, shards=data_size(mesh), longest=longest)
+    return micro
 
 
 def leaves_by_name(tree: Any) -> dict[str, Any]:

@@ -33,9 +33,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
 
 import jax
+import matplotlib.pyplot  # noqa: F401 (imported here once, as transformers, so that no child has to)
 import numpy as np
 import orbax.checkpoint as ocp
-import transformers  # noqa: F401 (imported here once, so that no child has to)
+import transformers  # noqa: F401
 
 from crpo_jax import cli
 
@@ -48,8 +49,8 @@ SETTINGS = [
     *("model.shape.hidden_size=32", "model.shape.intermediate_size=32"),
     *("model.shape.num_hidden_layers=1", "model.shape.num_attention_heads=2"),
     *("data.vignettes=64", "data.eval_questions=8", "rollout.max_new_tokens=48", "rollout.chunk=12"),
-    *("crpo.prompts_per_step=8", "crpo.mini_batch_prompts=4", "crpo.group_size=3"),
-    *("sft.steps=2", "sft.batch_size=8", "sft.optimizer.algorithm=adamw", "optimizer.learning_rate=0.01"),
+    *("crpo.prompts_per_step=8", "crpo.mini_batch_prompts=4", "crpo.group_size=3", "optimizer.learning_rate=0.01"),
+    *("sft.steps=2", "sft.batch_size=8", "sft.previews=0", "sft.optimizer.algorithm=adamw"),
     *("reward.workers=1", "parallel.unroll=false", "run.eval_every=3", "run.save_every=2"),
 ]
 
@@ -159,14 +160,14 @@ def state_of(workdir: Path) -> str:
     return digest
 
 
-def outcome(workdir: Path) -> dict[str, Any]:
-    """Everything that a run leaves, times excluded."""
+def outcome(workdir: Path, start: Path | None = None) -> dict[str, Any]:
+    """Everything that a run leaves, times excluded; `start` is its model's folder where that is not its cold start."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "metrics.jsonl": [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows],
         "samples.jsonl": (workdir / "samples.jsonl").read_bytes(),
         "held-out responses": {path.name: path.read_bytes() for path in sorted((workdir / "report").glob("*.jsonl"))},
-        "start model": (workdir / "coldstart" / "model.safetensors").read_bytes(),
+        "start model": ((start or workdir / "coldstart") / "model.safetensors").read_bytes(),
         "masters, moments and step": state_of(workdir),
     }
 
@@ -229,8 +230,9 @@ def kill_runs(folder: Path, count: int, steps: int, seed: int) -> None:
 
 def disturb_runs(folder: Path, steps: int) -> dict[str, Any]:
     """Exit code and output of runs that are stopped, started twice, out of disk, or diverge; `same` says which of them
-    still end with the outcome of the whole run."""
-    results: dict[str, Any] = {}
+    still end with the outcome of the whole run. All but the first begin with that run's start model."""
+    results, start = dict[str, Any](), folder / "whole" / "coldstart"
+    model = f"model.path={start}"
 
     first = Child(folder / "stopped", steps)
     first.wait_for_output(LOOP)
@@ -246,30 +248,34 @@ def disturb_runs(folder: Path, steps: int) -> dict[str, Any]:
         os.kill(int(worker), signal.SIGKILL)
     results["its scoring processes killed"] = again.end()
 
-    twice = Child(folder / "twice", steps)
+    twice = Child(folder / "twice", steps, model)
     twice.wait_for_output(LOOP)
     os.kill(twice.pid, signal.SIGINT)
     twice.wait_for_output("SIGINT: finishing")
     os.kill(twice.pid, signal.SIGINT)
     results["SIGINT twice"] = twice.end()
-    results["disk full"] = Child(folder / "twice", steps, largest_file=100_000).end()
-    results["disk free again"] = Child(folder / "twice", steps).end()
+    results["disk full"] = Child(folder / "twice", steps, model, largest_file=100_000).end()
+    results["disk free again"] = Child(folder / "twice", steps, model).end()
 
     odd = folder / ODD_NAME
-    moved = Child(odd, steps)
+    moved = Child(odd, steps, model)
     moved.wait_for_output(LOOP)
     odd.rename(folder / "moved")
     results["moved"] = moved.end() | {"left": odd.exists()}
     (folder / "moved").rename(odd)
-    results["moved back"] = Child(odd, steps).end()
-    ended = {"stopped": folder / "stopped", "twice": folder / "twice", "moved back": odd}
-    results["same"] = {name: outcome(workdir) == outcome(folder / "whole") for name, workdir in ended.items()}
-    deleted = Child(folder / "deleted", steps)
+    results["moved back"] = Child(odd, steps, model).end()
+    ended = {
+        "stopped": outcome(folder / "stopped"),
+        "twice": outcome(folder / "twice", start),
+        "moved back": outcome(odd, start),
+    }
+    results["same"] = {name: left == outcome(folder / "whole") for name, left in ended.items()}
+    deleted = Child(folder / "deleted", steps, model)
     deleted.wait_for_output(LOOP)
     shutil.rmtree(folder / "deleted")
     results["deleted"] = deleted.end() | {"left": (folder / "deleted").exists()}
 
-    diverging = [f"model.path={folder / 'whole' / 'coldstart'}", "optimizer.learning_rate=1e30"]
+    diverging = [model, "optimizer.learning_rate=1e30"]
     results["not finite"] = Child(folder / "astray", steps, *diverging).end()
     results["replay"] = Child(folder / "astray", steps, *diverging, "--replay", "0").end()
     results["no replay"] = Child(folder / "astray", steps, *diverging, "--replay", "77").end()

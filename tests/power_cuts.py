@@ -20,7 +20,7 @@ from pathlib import Path
 
 import harness
 from ext4_image import command, copy_image, make_image, missing_means, mounted
-from harness import Child, outcome
+from harness import LOOP, Child, outcome
 
 
 def state_at_cut(workdir: Path) -> str:
@@ -47,13 +47,18 @@ def resume_copy(copy: Path, place: Path, steps: int, overrides: list[str]) -> tu
 
 
 def take_cuts(folder: Path, count: int, steps: int, rng: random.Random, overrides: list[str]) -> list[Path]:
-    """Up to `count` copies of the image of one run, at random moments of it, about a second apart."""
+    """Up to `count` copies of the image of one run, about a second apart: one of its beginning, the others of its
+    loop."""
     image, copies = folder / "disk.img", []
     make_image(image)
     with mounted(image, folder / "disk") as disk:
         child = Child(disk / "run", steps, *overrides)
+
+        def in_loop() -> bool:
+            return LOOP in child.text()
+
         time.sleep(rng.uniform(0, 2))
-        while len(copies) < count and not child.ended():
+        while len(copies) < count and (not copies or child.wait_until(in_loop)) and not child.ended():
             copies.append(folder / f"cut_{rng.getrandbits(32):08x}.img")
             copy_image(image, copies[-1], child.pid)
             time.sleep(rng.uniform(0, 2))

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crpo_jax import config
+from crpo_jax.answer.attempts import majority_vote
 from crpo_jax.answer.records import Answer, answer_to_row, read_answers
-from crpo_jax.answer.statistics import estimate_count, estimate_share, extract_letter, majority_vote, summarize
+from crpo_jax.answer.statistics import estimate_count, estimate_share, extract_answer, summarize
 from crpo_jax.answer.truth import count_exactly
 from crpo_jax.data.question import Question
 from crpo_jax.data.vignettes import FINDINGS, TeacherNoise, teacher_response, vignettes
 from crpo_jax.errors import InputError
+from crpo_jax.judge.table import format_summary
 
 SETTINGS = config.load_config(None, ["reward.workers=0"], model=False)
 QUESTION = Question("q", "Which?", {"A": "gout", "B": "flu"}, "A")
@@ -36,9 +38,9 @@ def answer(response: str, sample: int = 0, question: Question = QUESTION, **rest
     ],
 )
 def test_an_answer_is_the_only_box_where_its_format_wants_it(response, tagged, anywhere):
-    assert extract_letter(answer(response), SETTINGS) == tagged
+    assert extract_answer(answer(response), SETTINGS) == tagged
     assert (
-        extract_letter(answer(response), config.load_config(None, ["evaluate.answer=anywhere"], model=False))
+        extract_answer(answer(response), config.load_config(None, ["evaluate.answer=anywhere"], model=False))
         == anywhere
     )
 
@@ -184,3 +186,46 @@ def test_each_untruth_shows_in_its_own_count():
         "the right option is no distractor"
     )
     assert not math.isnan(sum(count_exactly(question, "").values()))
+
+
+def test_several_attempts_at_a_question_in_the_summary_and_by_question():
+    right, wrong = ("<dx>d</dx><conclusion>\\boxed{A}</conclusion>", "<dx>d</dx><conclusion>\\boxed{B}</conclusion>")
+    questions = [Question(f"q{n}", "Which?", {"A": "gout", "B": "flu"}, "A") for n in range(2)]
+    texts = [[right, right, wrong], [wrong, right, wrong]]
+    answers = [answer(text, sample, questions[n]) for n in (0, 1) for sample, text in enumerate(texts[n])]
+    chosen = config.load_config(None, ["reward.workers=0", "evaluate.k=[1, 2, 4]"], model=False)
+    summary, rows = summarize(answers, chosen)
+    assert summary["pass@1"] == summary["majority@1"] == summary["accuracy"], "the interval too"
+    assert summary["pass@2"]["mean"] == pytest.approx((1 + 2 / 3) / 2)
+    assert summary["majority@2"]["mean"] == pytest.approx(((1 + 0.5 + 0.5) / 3 + (0.5 + 0.5 + 0) / 3) / 2)
+    assert summary["pass@2"]["low"] < summary["pass@2"]["mean"] < summary["pass@2"]["high"]
+    assert "pass@4" not in summary
+    assert summary["k_left_out"] == {"k": [4], "samples": 3}
+    assert [row["pass@2"] for row in rows] == [1.0, pytest.approx(2 / 3)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "response", "expected"),
+    [
+        ([], "<think>2</think><answer>\\boxed{1,200}</answer>", "1,200"),
+        ([], "<think>\\boxed{1,200}</think><answer>so</answer>", None),
+        ([], "It is \\boxed{1200}.", "1200"),
+        (["reward.answer_in=after:####"], "So.\n#### 1200", "1200"),
+        (["reward.answer_in=tag:final"], "<final>1200</final>", "1200"),
+        (["reward.tags=[plan, think, answer]"], "It is \\boxed{1200}.", "1200"),
+        ([], "twelve hundred", None),
+    ],
+)
+def test_answers_of_other_kinds_are_found_where_the_reward_finds_them(overrides, response, expected):
+    question = Question("q", "How many?", {}, "1200", kind="number")
+    chosen = config.load_config(None, overrides, model=False)
+    assert extract_answer(answer(response, 0, question), chosen) == expected
+
+
+def test_questions_without_a_right_answer_have_no_accuracy():
+    question = Question("q", "What now?", {}, "", kind="none")
+    summary, rows = summarize([answer("Rest.", sample, question) for sample in range(2)], SETTINGS)
+    assert not {"accuracy", "valid", "majority", "pass@1"} & summary.keys()
+    assert not {"accuracy", "majority"} & rows[0].keys()
+    printed = format_summary({"data": {"open": summary}}, SETTINGS).splitlines()
+    assert [line.split() for line in printed if line.startswith(("accuracy", "pass@"))] == [["accuracy", "-"]]

@@ -143,7 +143,9 @@ def test_splash_on_each_devices_rows_and_heads(monkeypatch: pytest.MonkeyPatch):
     def run(kind: Any) -> Any:
         attend = training_placement(SHAPE, mesh, kind).attend
         qkv = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((q, Q_BTNH), (k, KV_BTKH), (v, KV_BTKH))]
-        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attend(*x, scale, 0) * weights), argnums=(0, 1, 2)))(*qkv)
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attend(*x, None, scale, 0) * weights), argnums=(0, 1, 2)))(
+            *qkv
+        )
 
     scale = q.shape[-1] ** -0.5
     (value, grads), (expected, expected_grads) = run("splash"), run("xla")

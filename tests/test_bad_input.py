@@ -115,6 +115,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "nothing").mkdir()
     jsonl(folder / "traces.jsonl", QUESTION)
     (folder / "code.py").write_text("x = 1")
+    (folder / "prompt.jinja").write_text("{{ question }}\n{{ cas }}\n")
+    (copy("endless") / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": "{% for turn in messages %}{{ turn.content }}{% endfor %}"})
+    )
     return folder
 
 
@@ -172,10 +176,23 @@ BAD: list[tuple[list[str], str]] = [
         ["parallel.layout=zero9"],
         "parallel.layout: expected zero1, fsdp, replicated, auto or a layout of your own as module:NAME, got 'zero9'",
     ),
-    (["data.source=pubmed"], "data.source: expected vignettes | medqa | medmcqa | medxpertqa | jsonl, got 'pubmed'"),
+    (
+        ["data.source=pubmed"],
+        "data.source: expected vignettes | arithmetic | medqa | medmcqa | medxpertqa | pubmedqa | mmlu | healthbench | "
+        "gsm8k | math500 | file | hub | jsonl, got 'pubmed'",
+    ),
     (
         ["data.prompt=terse"],
         "data.prompt: expected crpo | grpo | grpo_dx | released | brief | boxed or a Jinja file, got 'terse'",
+    ),
+    (
+        ["data.prompt=FOLDER/prompt.jinja"],
+        "data.prompt: FOLDER/prompt.jinja:2: question train-000000: 'cas' is undefined",
+    ),
+    (["data.system_prompt=file:FOLDER/gone"], "data.system_prompt: FOLDER/gone: No such file or directory"),
+    (
+        ["data.chat_template_kwargs.thinking=1"],
+        "data.chat_template_kwargs.thinking: expected an argument that the chat",
     ),
     # settings that contradict each other, or the machine
     (["crpo.mini_batch_prompts=3"], "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=16, got 3"),
@@ -200,6 +217,11 @@ BAD: list[tuple[list[str], str]] = [
     (
         ["tokenizer.path=FOLDER/bad_tokenizer"],
         "tokenizer.path: expected a readable tokenizer in FOLDER/bad_tokenizer, got: ",
+    ),
+    (
+        ["tokenizer.path=FOLDER/endless"],
+        "tokenizer.path: expected a chat template in FOLDER/endless that ends the assistant's text with an added "
+        "token, got '' after it",
     ),
     (
         ["tokenizer.path=FOLDER/no_template"],

@@ -50,23 +50,41 @@ KEYS_OF_AN_UPDATE = {"peer", "what", "first_seconds", "seconds", "useful_tokens"
 KEYS_OF_AN_UPDATE |= {"padding", "shapes", "model_gflops_per_second", "devices"}
 
 
-def test_an_update_is_one_line_padded_or_not(folder: Path):
+def test_an_update_of_rows_is_one_line(folder: Path):
     lengths = folder / "lengths.json"
     lengths.write_text("[40, 9, 12, 7, 33, 5, 8, 6, 11]")
     settings = ["parallel.micro_batch_tokens=40", "parallel.length_multiple=4"]
-    padding = {}
-    for flags in ([], ["--padded"]):
-        arguments = ["--lengths", str(lengths), "--mesh", "2x4", "--repeats", "1", *flags]
-        done = bench("update", folder, *arguments, *settings)
+    done = bench("update", folder, "--lengths", str(lengths), "--mesh", "2x4", "--repeats", "1", *settings)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result.keys() == KEYS_OF_AN_UPDATE
+    assert (result["useful_tokens"], result["devices"], result["shapes"]) == (131, 8, 1)
+    assert result["padding"] == pytest.approx(1 - (131 - 9) / (4 * 40), abs=1e-4)
+
+
+def test_an_update_of_groups_counts_every_row(folder: Path):
+    """Prompts that are shared and prompts that are not are the same work to the user, who counts tokens of rows."""
+    groups = folder / "groups.json"
+    groups.write_text('[{"prompt": 20, "responses": [5, 9]}, {"prompt": 3, "responses": [1, 12]}]')
+    results = {}
+    for flags in ([], ["--unshared"]):
+        settings = ["parallel.length_multiple=4", "parallel.micro_batch_tokens=128"]
+        done = bench("update", folder, "--groups", str(groups), "--repeats", "1", *flags, *settings)
         assert done.returncode == 0, done.stderr
-        (line,) = done.stdout.splitlines()
-        result = json.loads(line)
-        assert result.keys() == KEYS_OF_AN_UPDATE
-        assert (result["useful_tokens"], result["devices"]) == (131, 8)
-        padding[result["peer"]] = result["padding"]
-        assert (result["shapes"] == 1) == bool(flags)
-    assert padding["crpo_jax padded"] == pytest.approx(1 - 131 / (10 * 40), abs=1e-4)
-    assert padding["crpo_jax"] < 0.5
+        result = json.loads(done.stdout)
+        results[result["peer"]] = result
+    assert [result["useful_tokens"] for result in results.values()] == [73, 73]
+    assert results["crpo_jax"]["padding"] == pytest.approx(1 - (19 + 14 + 2 + 13) / 48, abs=1e-4)
+    assert results["crpo_jax unshared"]["padding"] == pytest.approx(1 - (73 - 4) / 72, abs=1e-4)
+
+
+def test_bad_groups_are_refused_in_one_line(folder: Path):
+    (folder / "bad.json").write_text('[{"prompt": 3, "responses": [4]}, {"prompt": 3, "responses": []}]')
+    done = bench("update", folder, "--groups", str(folder / "bad.json"))
+    assert done.returncode == 2
+    assert "bad.json: group 2: expected" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_bad_prompts_are_refused_in_one_line(folder: Path):

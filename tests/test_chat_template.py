@@ -1,7 +1,12 @@
-"""The families' chat templates: prompts as transformers renders them, and responses that end at the right token."""
+"""The families' chat templates: prompts as transformers renders them, and responses that end at the right token.
+
+CRPO_JAX_FUZZ=10000 tries that many random templates instead of a few.
+"""
 
 import dataclasses
 import json
+import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +197,51 @@ def test_generation_configs_that_cannot_be_used(folders, tmp_path, written, line
 def test_templates_that_cannot_be_used_are_refused_by_their_folder(folders, tmp_path, template, line):
     with pytest.raises(InputError, match=rf"^tokenizer\.path: expected a chat template in {tmp_path}.*{line}"):
         with_template(folders["qwen2.5"], tmp_path / "bad", template)
+
+
+PARTS = [
+    *("{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ m['content'] }}", "<|im_end|>", "<|im_start|>"),
+    *("{{ messages[0].content }}", "{{ messages[-1]['content'] }}", "{{ m.role }}", "{% if m.role == 'user' %}"),
+    *(
+        "{% if add_generation_prompt %}",
+        "{% else %}",
+        "{% endif %}",
+        "{{ bos_token }}",
+        "{{ eos_token }}",
+        "\n",
+        "text",
+    ),
+    *("{{", "}}", "{%", "%}", "{{ m }}", "{{ m.content|trim|upper }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"),
+    *(
+        "{% set x = messages %}",
+        "{{ strftime_now('%Y') }}",
+        "{{ strftime_now(x) }}",
+        "{% break %}",
+        "{{ messages.pop() }}",
+    ),
+]
+
+
+def test_random_templates_write_every_turn_or_are_refused_in_one_line(folders):
+    rng, tokenizer = random.Random(0), load_tokenizer(folders["qwen2.5"])
+    whole = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    written, refused = 0, list[str]()
+    for _ in range(int(os.environ.get("CRPO_JAX_FUZZ") or 60)):
+        around = ("".join(rng.choices(PARTS, k=rng.randint(0, 2))) for _ in range(2))
+        tokenizer.chat_template = (whole if rng.random() < 0.8 else "".join(rng.choices(PARTS, k=6))).join(around)
+        try:
+            end = end_of_turn(tokenizer)
+            [tokens] = render_prompts([OPEN], BRIEF, tokenizer)
+            assert encode_response("Yes.", tokenizer)[-1] == tokenizer.convert_tokens_to_ids(end)
+            assert SYSTEM in tokenizer.decode(tokens)
+            assert QUESTION in tokenizer.decode(tokens)
+            written += 1
+        except InputError as error:
+            refused.append(str(error))
+    assert written > 5
+    assert len(refused) > 5
+    known = ("tokenizer.path: expected a chat template", "data.system_prompt: expected")
+    assert [line for line in refused if not line.startswith(known)] == []
 
 
 def test_text_among_the_added_tokens_is_text(folders):

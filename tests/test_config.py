@@ -59,7 +59,7 @@ def test_shipped_configs(path: Path):
 
 
 def test_there_are_shipped_configs():
-    assert {"tiny.yaml", "clinical_r1_3b.yaml"} <= {path.name for path in CONFIGS}
+    assert {"tiny.yaml", "arithmetic.yaml", "clinical_r1_3b.yaml"} <= {path.name for path in CONFIGS}
     assert config.config_folder() == CONFIGS[0].parent
     assert config.default_config_path("cpu").name == "tiny.yaml"
     assert config.default_config_path("gpu").name == config.default_config_path("tpu").name == "clinical_r1_3b.yaml"
@@ -262,7 +262,7 @@ BAD_FILES = [
         "crpo: {mini_batch_prompts: 7}",
         "crpo.mini_batch_prompts: expected a divisor of crpo.prompts_per_step=512, got 7",
     ),
-    ("reward: {design: grpo, grpo_tags: [think]}", "reward.grpo_tags: expected two tags, got ['think']"),
+    ("reward: {design: grpo, tags: [think]}", "reward.tags: expected two tags, got ['think']"),
     ("rollout: {top_p: 0}", "FILE: rollout.top_p: expected a number > 0 and <= 1, got 0"),
     ("evaluate: {top_p: 0}", "FILE: evaluate.top_p: expected a number > 0 and <= 1, got 0"),
     (
@@ -503,7 +503,7 @@ def test_values_in_other_spellings():
         ),
         (
             ["--config", "tinny"],
-            "--config tinny: No such file or directory; expected a file, or one of clinical",
+            "--config tinny: No such file or directory; expected a file, or one of arithmetic, clinical",
         ),
     ],
 )
@@ -535,6 +535,8 @@ def test_the_default_config_fits_the_model(tmp_path: Path):
     assert config.default_config_path("cpu", "Qwen/Qwen2.5-0.5B").name == "clinical_r1_3b.yaml"
     shutil.copy(config.config_folder() / "tiny_tokenizer" / "tokenizer.json", tmp_path)
     assert config.default_config_path("gpu", str(tmp_path)).name == "tiny.yaml"
+    shutil.copy(config.config_folder() / "arithmetic_tokenizer" / "tokenizer.json", tmp_path)
+    assert config.default_config_path("cpu", str(tmp_path)).name == "arithmetic.yaml"
     arguments = cli.build_parser("train", "").parse_args(["--model.path", "a/b", "model.path=c/d"])
     settings, name = cli.load_platform_settings(arguments, "cpu")
     assert (settings.model.path, settings.tokenizer.path, settings.data.max_prompt_tokens) == ("c/d", "", 1024)

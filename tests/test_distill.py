@@ -13,13 +13,13 @@ from question_file import write_jsonl
 
 from crpo_jax import distill
 from crpo_jax.chat import client
-from crpo_jax.chat.traces import convert_trace, find_answer_letter, split_reasoning
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.data.readers import read_questions
 from crpo_jax.errors import InputError
 from crpo_jax.reward.rules import score_response
 from crpo_jax.store import journal
+from crpo_jax.traces import convert_trace, explain_wrong_answer, find_answer_letter, split_reasoning
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "coldstart" / "think_traces.jsonl"
 CASE = "A man of 60 has white ear tophi and a swollen big toe after heavy beer use."
@@ -246,3 +246,39 @@ def test_bad_input_is_named_and_writes_nothing(tmp_path, arguments, changed, exp
     with pytest.raises(InputError, match=expected):
         distill.main([*arguments, *changed])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "answer", "reason", "end"),
+    [
+        ("text", "gout", "Beer, toe and tophi decide it. \\boxed{Gout}", "", "\\boxed{gout}"),
+        ("text", "gout", "\\boxed{sepsis}", "the answer is sepsis, gout is right", ""),
+        ("number", "60", "He is \\boxed{60 years} old.", "", "\\boxed{60}"),
+        ("number", "60", "\\boxed{old}", "the box holds 'old', no number", ""),
+        ("number", "60", "60", "no \\boxed{}", ""),
+        ("none", "", "It is gout.", "", "the other options can be put aside with confidence.\n\nIt is gout."),
+    ],
+)
+def test_traces_of_questions_without_options(kind, right, answer, reason, end):
+    question = Question("q", f"{CASE} What now?", {}, right, kind=kind)
+    assert explain_wrong_answer(answer, question, Reward()) == reason
+    response = convert_trace(question, THINK, answer, Reward()).response
+    assert (response is None) == bool(reason)
+    if response is not None:
+        assert response.endswith(f"{end}\n</conclusion>")
+        assert score_response(question, response, Reward()).accuracy == (None if kind == "none" else 1.0)
+
+
+def test_a_converted_trace_has_its_answer_where_the_reward_looks_for_it():
+    question = Question("q", f"{CASE} How old?", {}, "60", kind="number")
+    for place, written in (("after:####", "\n#### 60\n"), ("tag:final", "<final>60</final>\n")):
+        settings = Reward(answer_in=place)
+        conversion = convert_trace(question, THINK, f"He is 60.{written}", settings)
+        assert conversion.response is not None
+        assert conversion.response.endswith(f"{written}</conclusion>")
+        assert conversion.score is not None
+        assert conversion.score.accuracy == 1.0
+    with pytest.raises(
+        InputError, match=r"reward\.answer_in: expected box, tag:NAME or after:MARK, in which an answer can"
+    ):
+        convert_trace(question, THINK, "He is 60.", Reward(answer_in=r"pattern:is (\d+)"))

@@ -1,6 +1,7 @@
 """The evaluate command: a small model end to end, stopped and resumed; someone else's responses without jax."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -138,12 +139,50 @@ def test_someone_elses_responses_need_no_jax(tmp_path):
     assert "theirs by condition" in done.stdout
 
 
+MEASURES = """
+async def words(completions, **columns):
+    return [float(len(text.split())) for text in completions]
+
+def brittle(completions, answer, **columns):
+    if any("fail" in text for text in completions):
+        raise ValueError("cannot read it")
+    return [None if text == "skip" else 1.0 for text in completions]
+"""
+
+
+def test_measures_of_ones_own_apart_from_the_reward(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = f"measures_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MEASURES)
+    question = {"id": "q", "question": "Which?", "options": {"A": "gout", "B": "flu"}, "answer": "A"}
+    lines = [question | {"id": f"q{n // 10}", "response": "a b"} for n in range(18)]
+    lines += [question | {"id": "q1", "response": "skip"}, question | {"id": "q1", "response": "fail"}]
+    (tmp_path / "theirs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["--responses", "theirs.jsonl", "--workdir", "run", "reward.workers=0", "evaluate.k=[1, 16]"]
+    evaluate.main([*arguments, f"evaluate.measures=[{name}:words, {name}:brittle]"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]["theirs"]
+    words, brittle = summary["measures"][f"{name}:words"], summary["measures"][f"{name}:brittle"]
+    assert (words["mean"], words["measured"], words["failed"]) == (pytest.approx((2 + 1.8) / 2), 20, 0)
+    assert (brittle["mean"], brittle["measured"], brittle["failed"]) == (1.0, 18, 1)
+    assert brittle["first_error"].endswith("ValueError: cannot read it")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "questions" / "theirs.jsonl").read_text().splitlines()]
+    assert rows[1]["measures"] == {f"{name}:words": 1.8, f"{name}:brittle": 1.0}
+    printed = capsys.readouterr().out
+    assert re.search(rf"{name}:words +1.900 \[", printed)
+    assert re.search(rf"{name}:brittle +1.000 \[.*\] \(1 failed\)", printed)
+    assert "no pass@k and majority@k for k=16: a question has only 10 samples" in printed
+    for wrong, problem in {"words": "expected module:function, each once", f"{name}:wrods": "similar: words"}.items():
+        with pytest.raises(InputError, match=rf"evaluate\.measures: .*{problem}"):
+            evaluate.main([*arguments[:3], "other", f"evaluate.measures=[{wrong}]"])
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--model", "/nowhere"], "expected --model with --data"),
         (["--data", "medqa"], "expected --model with --data"),
-        (["--model", "m", "--data", "nonsense"], "--data nonsense: expected vignettes, medqa"),
+        (["--model", "m", "--data", "nonsense"], "--data nonsense: expected vignettes, arithmetic, medqa"),
         (["--responses", "/nowhere.jsonl"], "--responses /nowhere.jsonl: expected a file"),
         ([], "expected responses to evaluate in"),
         (["--model", "/nowhere/model", "--data", "vignettes"], "model.path: expected a folder"),

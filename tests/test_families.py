@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import SHAPE, mesh_of, placed, random_weights
+from conftest import SHAPE, mesh_of, one_micro_batch, placed, random_weights
 from jax.sharding import Mesh
 
 from crpo_jax import config
@@ -18,7 +18,7 @@ from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape
 from crpo_jax.rollout.draw import Sampling
 from crpo_jax.rollout.engine import Engine
-from crpo_jax.update.batches import Row, make_batch, pad_rows
+from crpo_jax.update.batches import Row, align_to_tokens, make_batch
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Trainer
 
@@ -62,14 +62,15 @@ def meshed(text: str) -> Mesh:
     return mesh_of(data, model)
 
 
-def crpo_batch(shape: Shape) -> Batch:
-    """Eight rows longer than the window, with log-probs of other policies."""
+def crpo_batch(shape: Shape, mesh: Mesh) -> Batch:
+    """Eight rows longer than the window, two to a prompt, with log-probs of other policies."""
     rng = np.random.default_rng(0)
+    prompts = [rng.integers(shape.v, size=p).tolist() for p in (4, 7, 9, 11)]
     rows = [
-        Row(rng.integers(shape.v, size=p).tolist(), rng.integers(shape.v, size=20 - p).tolist()) for p in range(4, 12)
+        Row(prompt, rng.integers(shape.v, size=20 - len(prompt) - i).tolist()) for prompt in prompts for i in (0, 1)
     ]
-    micro = pad_rows(rows, range(8), 8, 24)
-    logprobs = np.float32(rng.normal(size=micro.tokens.shape) * 0.1 - 3)
+    micro = one_micro_batch(rows, mesh)
+    logprobs = align_to_tokens([np.float32(rng.normal(size=len(row.response)) * 0.1 - 3) for row in rows], micro)
     batch = make_batch(micro, np.full(8, 1 / 96, np.float32), np.float32(rng.normal(size=8)), logprobs)
     return batch._replace(reference=logprobs, old=logprobs)
 
@@ -78,7 +79,7 @@ def gradients(shape: Shape, mesh: Mesh, layout: str) -> tuple[list[np.ndarray], 
     settings = replaced(SETTINGS, {"parallel.layout": layout})
     trainer = Trainer(shape, mesh, settings, settings.optimizer, 10, loss="crpo")
     state = trainer.begin(placed(random_weights(shape), trainer.shardings.master))
-    summed, metrics = trainer.gradients(state, trainer.put_batches([crpo_batch(shape)]))
+    summed, metrics = trainer.gradients(state, trainer.put_batches([crpo_batch(shape, mesh)]))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(summed)], {name: float(x) for name, x in metrics.items()}
 
 

@@ -84,7 +84,7 @@ def test_a_familys_folder_is_read(name: str, tmp_path: Path):
     assert len(questions.held_out.prompts) == 4
     for row in traces.train:
         assert tokenizer.convert_ids_to_tokens(row.response[-1]) == FAMILIES[name].end_of_turn
-        assert "\nA) " in tokenizer.decode(row.prompt)
+        assert "\nA) " in tokenizer.decode(list(row.prompt))
         response = Response(0, 0, np.array(row.response), np.zeros(len(row.response)), stopped=True)
         assert runtime.vocabulary.decode(response).startswith("The half of ")
 

@@ -237,7 +237,7 @@ def test_what_jax_detects_completes_the_arguments(no_cluster):
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
-ARGUMENTS = ["--mesh", "16x1", "model.path=/share/a model", "reward.grpo_tags=[dx, conclusion]"]
+ARGUMENTS = ["--mesh", "16x1", "model.path=/share/a model", "reward.tags=[dx, conclusion]"]
 
 
 def dry_run(recipe: str, **environment: str) -> str:
@@ -259,7 +259,7 @@ def train_arguments(command: Sequence[str]) -> argparse.Namespace:
     processes.add_process_flags(parser)
     args = parser.parse_args(command[at + 1 :])
     settings = cli.load_settings(args)
-    assert (settings.parallel.mesh, settings.model.path, settings.reward.grpo_tags) == (
+    assert (settings.parallel.mesh, settings.model.path, settings.reward.tags) == (
         "16x1",
         "/share/a model",
         ("dx", "conclusion"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from crpo_jax.config import Config, Data, dump_config, load_config, replaced
+from crpo_jax.config import Config, Data, dump_config, find_config, load_config, replaced
 from crpo_jax.data.prompts import render_prompts
 from crpo_jax.data.question import Question, select_part
 from crpo_jax.data.readers import questions_from
@@ -26,7 +26,8 @@ OWN = questions_from(
 
 def runtime(settings: Config) -> Any:
     """As much of one as reads questions."""
-    return SimpleNamespace(settings=settings, vocabulary=SimpleNamespace(tokenizer=TOKENIZER))
+    tokenizer = load_tokenizer(settings.tokenizer.path) if settings.tokenizer.path else TOKENIZER
+    return SimpleNamespace(settings=settings, vocabulary=SimpleNamespace(tokenizer=tokenizer))
 
 
 def written(path: Path, questions: list[Question], **columns: str) -> str:
@@ -51,9 +52,12 @@ def test_ones_own_questions_are_all_trained_on(own: Config):
     assert (len(opened.training.questions), opened.set_aside) == (40, 0)
 
 
-def test_a_cold_start_of_the_same_run_leaves_the_second_half():
-    tiny = replaced(load_config(TINY), {"data.vignettes": 100, "data.eval_questions": 4, "sft.held_out": 0.0})
+@pytest.mark.parametrize(("world", "count"), [("tiny", "data.vignettes"), ("arithmetic", "data.problems")])
+def test_a_cold_start_of_the_same_run_leaves_the_second_half(world: str, count: str):
+    tiny = replaced(load_config(find_config(world)), {count: 100, "data.eval_questions": 4, "sft.held_out": 0.0})
     opened, traces = open_questions(runtime(tiny)), open_traces(runtime(tiny))
+    assert {question.source for question in opened.held_out.questions} == {tiny.data.source}
+    assert len(opened.held_out.questions) == 4
     assert len(opened.training.questions) + opened.set_aside == 100
     assert 30 < opened.set_aside == len(traces.train) + traces.dropped
     whole = open_questions(runtime(replaced(tiny, {"data.part": "all"})))

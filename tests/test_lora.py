@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SHAPE, leaves_by_name, mesh_of, placed
+from conftest import SHAPE, leaves_by_name, mesh_of, one_micro_batch, placed
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from crpo_jax import config
 from crpo_jax.errors import InputError
 from crpo_jax.model.adapters import Adapters, matrix_names
-from crpo_jax.model.decode import Shard, prefill
+from crpo_jax.model.decode import Shard, prefill, project
 from crpo_jax.model.lora import (
     Policy,
     initial_adapters,
@@ -23,10 +25,11 @@ from crpo_jax.model.lora import (
     trained_shapes,
     trained_shardings,
 )
-from crpo_jax.model.placement import to_sampler, weight_shardings
+from crpo_jax.model.placement import sampler_specs, to_sampler, weight_shardings
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import LAYOUTS
-from crpo_jax.update.batches import Row, make_batch, pad_rows
+from crpo_jax.parallel.mesh import MODEL
+from crpo_jax.update.batches import Row, make_batch
 from crpo_jax.update.losses import row_weights
 from crpo_jax.update.trainer import Trainer, make_optimizer
 
@@ -98,7 +101,8 @@ def test_trainer_sampler_and_merged_weights_agree(model: Transformer, tokens: np
     assert np.abs(expected - forward(model, tokens)).max() > 1
     np.testing.assert_allclose(forward(model, tokens, adapters), expected, atol=1e-4)
 
-    weights = to_sampler(SHAPE, mesh_of(1, 1), "float32")(Policy(model, adapters))
+    policy = Policy(model, adapters)
+    weights = to_sampler(SHAPE, mesh_of(1, 1), "float32", policy.adapted)(policy)
     last, _ = jax.jit(lambda weights: prefill(weights, tokens, jnp.array([8, 8]), SHAPE, Shard(None), "xla"))(weights)
     np.testing.assert_allclose(last, expected[:, -1], atol=1e-4)
 
@@ -117,6 +121,40 @@ def test_small_changes_survive_beside_bf16_weights(model: Transformer, tokens: n
     adapted = forward(base, tokens, jax.tree.map(lambda x: x.astype(jnp.bfloat16), small))
     assert np.any(np.asarray(adapted) != np.asarray(forward(base, tokens)))
     assert np.mean(np.asarray(merge_adapters(Policy(base, small))["q_dnh"]) == untouched) > 0.9
+
+
+@pytest.mark.parametrize("targets", [config.LINEAR_LAYERS, ("k_proj", "down_proj")], ids=["all", "two"])
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 4)])
+def test_the_sampler_splits_adapters_as_their_weights(
+    sizes: tuple[int, int], model: Transformer, tokens: np.ndarray, targets: tuple[str, ...]
+):
+    """4 model shards have copies of the 2 KV heads; a part of a fused buffer may have no adapter of its own."""
+    mesh, adapters = mesh_of(*sizes), random_adapters(dataclasses.replace(LORA, targets=targets))
+    policy = jax.device_put(Policy(model, adapters), NamedSharding(mesh, P()))
+    weights = to_sampler(SHAPE, mesh, "float32", policy.adapted)(policy)
+    specs = sampler_specs(SHAPE, mesh, policy.adapted)
+
+    def logits(weights: Any) -> jax.Array:
+        return prefill(weights, tokens, jnp.array([8, 8]), SHAPE, Shard(MODEL), "xla")[0]
+
+    split = jax.shard_map(logits, mesh=mesh, in_specs=(specs,), out_specs=P(None, MODEL), check_vma=False)
+    np.testing.assert_allclose(jax.jit(split)(weights), forward(model, tokens, adapters)[:, -1], atol=1e-4)
+
+
+def test_the_sampler_rounds_adapters_as_the_trainer_does(model: Transformer):
+    """It used to merge them into bf16 weights, on whose grid small changes are none: it drew from the start model."""
+    base, small = (jax.tree.map(lambda x: x.astype(jnp.bfloat16), x) for x in (model, random_adapters(deviation=0.01)))
+    policy = Policy(base, small)
+    layer = to_sampler(SHAPE, mesh_of(1, 1), "bfloat16", policy.adapted)(policy).layers[1]
+    block, own = jax.tree.map(lambda x: x[1], (base.blocks, small))
+    for buffer, names in {"qkv": ("q_dnh", "k_dkh", "v_dkh"), "o_nhd": ("o_nhd",), "down_fd": ("down_fd",)}.items():
+        inputs = SHAPE.dims(SHAPE.weight(names[0]).inputs)
+        x = jnp.bfloat16(np.random.default_rng(0).normal(size=(64, *inputs)))
+        in_training = [block.linear(name, x, own).reshape(64, -1) for name in names]
+        sampled = project(layer, buffer, x, SHAPE)
+        np.testing.assert_array_equal(sampled, jnp.concatenate(in_training, axis=1))
+        unchanged = [block.linear(name, x, None).reshape(64, -1) for name in names]
+        assert np.mean(np.asarray(sampled != jnp.concatenate(unchanged, axis=1))) > 0.05, buffer
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -159,7 +197,7 @@ def test_an_optimizer_step_on_every_layout(
     shardings = trained_shardings(SHAPE, LORA, axes.master, mesh)
     state = trainer.begin(placed(random_adapters(), shardings), base)
     weights = row_weights(np.array([len(row.response) for row in ROWS]), np.ones(len(ROWS), bool), "token_mean")
-    batches = trainer.put_batches([make_batch(pad_rows(ROWS, range(len(ROWS)), 8, 8), weights)])
+    batches = trainer.put_batches([make_batch(one_micro_batch(ROWS, mesh), weights)])
     gradients, _ = trainer.gradients(state, batches)
     state, update = trainer.update(state, batches)
 

@@ -169,9 +169,8 @@ def test_extreme_ratios_are_finite(log_ratio: float, advantage: float):
 # --- the whole loss ---------------------------------------------------------------------------------------------------
 
 B, T, LONGEST = 4, 8, 9
-PROMPT_LENGTHS, RESPONSE_LENGTHS = np.array([2, 1, 1, 3]), np.array([3, 7, 1, 5])
-FIRST = PROMPT_LENGTHS[:, None] - 1
-MASK = (np.arange(T) >= FIRST) & (np.arange(T) < FIRST + RESPONSE_LENGTHS[:, None])
+RESPONSE_LENGTHS = np.array([3, 7, 1, 5])
+MASK = np.arange(T) < RESPONSE_LENGTHS[:, None]
 COEFFICIENTS = {"clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.07, "entropy_coef": 0.05}
 
 
@@ -188,10 +187,7 @@ def inputs(seed: int = 0, drift: float = 0.3, aggregation: Any = "token_mean") -
         "advantages": rng.normal(size=B),
         "weights": row_weights(RESPONSE_LENGTHS, np.ones(B, bool), aggregation, LONGEST),
     }
-    lengths = {"prompt_lengths": PROMPT_LENGTHS, "lengths": PROMPT_LENGTHS + RESPONSE_LENGTHS}
-    return {name: jnp.float32(value) for name, value in arrays.items()} | {
-        name: jnp.int32(value) for name, value in lengths.items()
-    }
+    return {name: jnp.float32(value) for name, value in arrays.items()} | {"lengths": jnp.int32(RESPONSE_LENGTHS)}
 
 
 def batch_of(x: dict[str, Any]) -> Batch:

@@ -36,7 +36,7 @@ ALL = ", ".join(LossArrays._fields)
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("def los(logprobs): return -logprobs", "MODULE has no 'loss'; did you mean MODULE:los?"),
+        ("def los(logprobs): return -logprobs", "module 'MODULE' has no attribute 'loss'; did you mean MODULE:los?"),
         ("loss = 3", "MODULE:loss is no function but of type int"),
         ("def loss(logprobs, advantage): return -logprobs", f"expected parameters among {ALL}, got 'advantage'; "),
         (

@@ -363,3 +363,41 @@ def test_random_rows_are_questions_or_refused_in_one_line(tmp_path, ending):
         assert json.dumps(list(map(asdict, again))) == json.dumps(list(map(asdict, questions)))
     assert read > rows / 50, "some of them are questions"
     assert all(line.startswith(str(path)) and "\n" not in line for line in refusals)
+
+
+# ---- as data sets of an evaluation -----------------------------------------------------------------------------------
+
+
+def test_data_sets_of_an_evaluation_by_name_file_and_folder(tmp_path, monkeypatch):
+    from crpo_jax.evaluate import load_data_sets
+
+    (tmp_path / "folder").mkdir()
+    lines(tmp_path / "folder" / "test.jsonl", {"q": "In a folder?", "gold": 1})
+    sums = lines(tmp_path / "sums.jsonl", {"q": "How many?", "gold": 5})
+    gsm8k = lines(tmp_path / "gsm8k.jsonl", {"question": "How many?", "answer": "Two.\n#### 2"})
+    settings = load_config(
+        None, ["data.source=file", "data.columns.question=q", "data.columns.answer=gold"], model=False
+    )
+    sets = load_data_sets([sums, f"file={tmp_path}/folder", f"gsm8k={gsm8k}"], settings)
+    assert [(name, question.question, question.answer) for name, (question,) in sets.items()] == [
+        ("sums", "How many?", "5"),
+        ("folder", "In a folder?", "1"),
+        ("gsm8k", "How many?", "2"),
+    ]
+    with pytest.raises(
+        InputError, match=r"^--data gsm=x: expected vignettes, medqa, .*, a file of questions, file=FOLDER"
+    ):
+        load_data_sets(["gsm=x"], settings)
+
+
+def test_numbers_are_counted_right_in_an_evaluation():
+    from crpo_jax.answer.statistics import summarize
+
+    number = Question("n", "How many?", {}, "1200", kind="number")
+    texts = ("1,200", "$1200", "1300", "many")
+    answers = [
+        Answer(number, sample, f"<think>so</think><answer>\\boxed{{{text}}}</answer>")
+        for sample, text in enumerate(texts)
+    ]
+    summary, _ = summarize(answers, load_config(None, ["reward.workers=0"], model=False))
+    assert (summary["accuracy"]["mean"], summary["valid"]["mean"]) == (0.5, 0.75)

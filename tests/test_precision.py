@@ -39,7 +39,8 @@ def lowered_programs(dtype: str) -> dict[str, Any]:
     programs: dict[str, Any] = {}
     tokens, rows = jax.ShapeDtypeStruct((b, t), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.int32)
     numbers, row_numbers = (jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (tokens, rows))
-    batch: Any = Batch(tokens, rows, rows, row_numbers, row_numbers, numbers, numbers, numbers)
+    of_packed = dict.fromkeys(("packed_tokens", "targets", "positions", "sequences", "prompts"), tokens)
+    batch: Any = Batch(tokens, rows, row_numbers, row_numbers, numbers, numbers, numbers, starts=rows, **of_packed)
     model = abstract(model_shapes(SHAPE), dtype)
     for name, lora in (("every weight", config.Lora(rank=0)), ("adapters", LORA)):
         trainer = Trainer(SHAPE, mesh, settings, settings.optimizer, 10, loss="crpo", lora=lora)

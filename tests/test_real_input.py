@@ -26,7 +26,7 @@ def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, cap
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 64,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "intermediate_size": 128,
@@ -65,13 +65,13 @@ def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, cap
         train.main([*arguments, *(f"{key}={value}" for key, value in settings.items())])
         return read_metrics(tmp_path / "run")
 
-    run(2)
-    metrics = run(3)
-    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
-    assert "resuming after step 2" in capfd.readouterr().err
+    run(1)
+    metrics = run(2)
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    assert "resuming after step 1" in capfd.readouterr().err
     assert max(row["policy/sampler_difference_max"] for row in metrics[:-1]) < 1e-4
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 3 * 2 * 2
+    assert len(rows) == 2 * 2 * 2
     assert all(row["id"].startswith("medqa-dev") for row in rows)
 
     export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "policy"), "--dtype", "float32"])
@@ -82,7 +82,7 @@ def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, cap
         theirs = policy(tokens).logits[0].numpy()
         before = model.eval()(tokens).logits[0].numpy()
     assert abs(theirs - our_logits(tmp_path / "policy", tokens.numpy())).max() < 1e-4
-    assert abs(theirs - before).max() > 1e-4, "three steps changed nothing"
+    assert abs(theirs - before).max() > 1e-4, "two steps changed nothing"
 
 
 def our_logits(folder: Path, tokens):

@@ -62,7 +62,7 @@ def test_total_is_the_papers_sum() -> None:
 
 
 def test_grpo_leaves_consistency_out_of_the_total_and_takes_other_tags() -> None:
-    settings = Reward(design="grpo", grpo_tags=("dx", "conclusion"))
+    settings = Reward(design="grpo", tags=("dx", "conclusion"))
     found = score_response(GOUT, GOOD.replace("big toe.", "big toe. 可能"), settings)
     assert (found.accuracy, found.format, found.cross_reference, found.total) == (1, 1, 0, 11)
     assert found.consistency < 1

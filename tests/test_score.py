@@ -8,10 +8,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+from chat_templates import FAMILIES
+from model_folder import write_tokenizer
 from response_table import GOOD, GOUT, ROWS
 
 from crpo_jax.config import Reward
+from crpo_jax.reward.effective import read_vocabulary
 from crpo_jax.reward.rules import score_response
 
 command = import_module("crpo_jax.score")
@@ -117,6 +121,22 @@ def test_a_bad_line_is_named_and_the_good_ones_scored(
     assert (code, [row["id"] for row in found]) == (2, [1]), "strict: the first bad line ends it"
 
 
+@pytest.mark.parametrize("name", ["gemma3", "llama3.1"])
+def test_the_token_that_ended_a_response_is_none_of_its_text(name: str, tmp_path: Path) -> None:
+    """By the folder's chat template and generation_config.json; any special token where it has no template."""
+    folder = write_tokenizer(tmp_path / name, name)
+    tokenizer, ids = command.ResponseTokenizer(str(folder), ()), read_vocabulary(folder / "tokenizer.json")
+    text, other = ids["a"], ids[FAMILIES[name].tokens[0]]
+    for token in FAMILIES[name].stops:
+        assert tokenizer.without_stop(np.array([text, ids[token]])).tolist() == [text]
+        assert tokenizer.without_stop(np.array([ids[token], text])).tolist() == [ids[token], text]
+    assert tokenizer.without_stop(np.array([text, other])).tolist() == [text, other]
+    assert tokenizer.without_stop(np.array([], np.int64)).tolist() == []
+    assert command.ResponseTokenizer(str(folder), ("a",)).without_stop(np.array([other, text])).tolist() == [other]
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert command.ResponseTokenizer(str(folder), ()).without_stop(np.array([text, other])).tolist() == [text]
+
+
 def test_token_ids_beyond_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _ = run(tmp_path, [line(token_ids=[1280])], "--tokenizer", str(TINY))
     assert code == 2
@@ -174,7 +194,7 @@ def test_the_responses_are_not_overwritten(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_config_with_reward_settings_alone_is_enough(tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
-    config.write_text("reward:\n  design: grpo\n  k: 3\n  grpo_tags: [dx, conclusion]\n")
+    config.write_text("reward:\n  design: grpo\n  k: 3\n  tags: [dx, conclusion]\n")
     _, found = run(tmp_path, [line()], "--config", str(config))
     assert found[0]["total"] == 4.0
 

@@ -1,6 +1,7 @@
 """The pool: order, exceptions, time limits that kill, dead workers, dead parents, a user's functions and sums."""
 
 import ast
+import asyncio
 import functools
 import importlib
 import os
@@ -31,7 +32,7 @@ RESPONSES = [row[2] for row in ROWS]
 
 # What users write, some of it badly. `completions` starting with these words misbehave.
 FUNCTIONS = """
-import os, re, signal, subprocess, sys, time
+import asyncio, os, re, signal, subprocess, sys, time
 
 CALLS = "calls.txt"
 
@@ -140,6 +141,12 @@ def rogue(prompts, completions, **columns):
         if text == "memory":
             raise MemoryError
     return [1.0] * len(completions)
+
+async def awaited(prompts, completions, **columns):
+    if any(text == "raise" for text in completions):
+        raise RuntimeError("cannot await")
+    await asyncio.sleep(600 if "hang" in completions else 0.01)
+    return [float(len(text)) for text in completions]
 
 def where(prompts, completions, **columns):
     return [float(os.getpid())] * len(completions)
@@ -302,7 +309,7 @@ WRONG = {
     "bytes": "expected a list of 2 rewards, one per completion, got b'11'",
     "dictionary": "expected a list of 2 rewards, one per completion, got {0: 1.0, 1: 1.0}",
     "set": "expected a list of 2 rewards, one per completion, got {0, 1}",
-    "coroutine": "expected a list of 2 rewards, one per completion, got the coroutine of an async function",
+    "coroutine": "expected 2 rewards, one per completion, got 1",
     "unreadable list": "expected a list of 2 rewards, one per completion, got <Unreadable instance at",
     "digits": "expected a number or None as reward, got '1.0'",
     "surrogates": r"expected a number or None as reward, got '\ud800'",
@@ -520,6 +527,42 @@ def test_weights_of_built_in_designs() -> None:
     assert found.total == 17.5
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_function_may_be_async(here: Path, workers: int) -> None:
+    name = named(here, "awaited")
+    settings = Reward(design=f"{name}*2", workers=workers, time_limit=0.5, max_failed_share=0.6)
+    found = run(settings, ["ab", "raise", "hang", "a"])
+    assert [scored.total if isinstance(scored, Score) else None for scored in found] == [4, None, None, 2]
+    errors = [scored.error for scored in found if isinstance(scored, Failure)]
+    assert errors[0] == f"{name}: RuntimeError: cannot await"
+    assert errors[1].startswith(f"{name}: scoring took longer than reward.time_limit=0.5 seconds")
+
+
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_an_async_closure_is_bounded_also_in_a_notebook(in_a_loop: bool) -> None:
+    """A notebook runs its cells in an event loop, in which asyncio.run refuses to start another."""
+
+    async def slow_on_x(completions: list[str], **columns: Any) -> list[float]:
+        if completions == ["own"]:
+            raise TimeoutError("the server's")
+        await asyncio.sleep(30 if "x" in completions else 0)
+        return [1.0] * len(completions)
+
+    async def cell() -> list[Score | Failure]:
+        return score()
+
+    def score() -> list[Score | Failure]:
+        settings = Reward(design="slow", workers=0, time_limit=0.1, max_failed_share=1)
+        with Scorer(settings, functions={"slow": slow_on_x}) as scorer:
+            return scorer.score([GOUT] * 3, ["a", "x", "b"]) + scorer.score([GOUT], ["own"])
+
+    found = asyncio.run(cell()) if in_a_loop else score()
+    assert [isinstance(scored, Score) for scored in found] == [True, False, True, False]
+    errors = [scored.error for scored in found if isinstance(scored, Failure)]
+    assert errors[0] == "slow: TimeoutError: took longer than reward.time_limit=0.1 seconds and was cancelled"
+    assert errors[1] == "slow: TimeoutError: the server's"
+
+
 # ---- functions given as objects ------------------------------------------------------------------------------------
 
 
@@ -638,8 +681,8 @@ def test_names_of_functions_given_as_objects() -> None:
 def test_bad_designs_are_named_at_once(design: str, problem: str) -> None:
     with pytest.raises(InputError, match="reward.design: .*" + problem):
         Scorer(Reward(design=design))
-    with pytest.raises(InputError, match=r"reward.grpo_tags: expected two different tag names, got \['a', 'a'\]"):
-        Scorer(Reward(design="crpo+grpo", grpo_tags=("a", "a")))
+    with pytest.raises(InputError, match=r"reward.tags: expected two different tag names, got \['a', 'a'\]"):
+        Scorer(Reward(design="crpo+grpo", tags=("a", "a")))
     assert design_parts(Reward(design="crpo*2+a.b:c.d")) == (("crpo", 2.0), ("a.b:c.d", 1.0))
 
 

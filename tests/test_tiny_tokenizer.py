@@ -1,4 +1,5 @@
-"""The embedded world's tokenizer: exact size, rebuilt to the byte, lossless, short texts, Qwen's chat format."""
+"""The embedded worlds' tokenizers, rebuilt to the byte; of the vignettes': size, lossless, short texts, Qwen's chat
+format."""
 
 import os
 import subprocess
@@ -36,13 +37,15 @@ def test_building_again_gives_the_committed_bytes(tmp_path):
         check=True,
         env=environment,
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (FOLDER / path.name).read_bytes(), path.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arithmetic_tokenizer", "tiny_tokenizer"]
+    for folder in tmp_path.iterdir():
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+        for path in folder.iterdir():
+            assert path.read_bytes() == (FOLDER.parent / folder.name / path.name).read_bytes(), path
 
 
 def test_size_and_special_tokens(tokenizer):

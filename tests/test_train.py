@@ -128,7 +128,7 @@ def test_one_cold_start_serves_two_designs(whole, tmp_path):
         f"model.path={whole / 'coldstart'}",
         "crpo.steps=1",
         "reward.design=grpo",
-        "reward.grpo_tags=[dx, conclusion]",
+        "reward.tags=[dx, conclusion]",
     ]
     metrics = run(tmp_path / "grpo", *overrides)
     assert metrics[0]["eval/accuracy"] == read_metrics(whole)[0]["eval/accuracy"]
@@ -198,7 +198,7 @@ def test_export_in_shards(whole, tmp_path):
         export.main(["--workdir", str(whole), "--out", str(tmp_path / "other"), "--max-shard-size", "5 apples"])
 
 
-def test_a_failing_reward_is_counted_and_carries_no_gradient(tmp_path, monkeypatch):
+def test_a_failing_reward_is_counted_and_carries_no_gradient(whole, tmp_path, monkeypatch):
     (tmp_path / "picky.py").write_text(
         "def rate(prompts, completions, **columns):\n"
         "    if any(len(completion) % 3 == 0 for completion in completions):\n"
@@ -206,9 +206,8 @@ def test_a_failing_reward_is_counted_and_carries_no_gradient(tmp_path, monkeypat
         "    return [float(len(completion)) for completion in completions]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    metrics = run(
-        tmp_path / "run", "crpo.steps=1", "reward.design=crpo*0.5+picky:rate*0.01", "reward.max_failed_share=1.0"
-    )
+    start, design = [f"model.path={whole / 'coldstart'}", "crpo.steps=1"], "reward.design=crpo*0.5+picky:rate*0.01"
+    metrics = run(tmp_path / "run", *start, design, "reward.max_failed_share=1.0")
     rows = samples(tmp_path / "run")
     failed = [row for row in rows if "error" in row]
     assert 0 < len(failed) < len(rows)
@@ -219,7 +218,7 @@ def test_a_failing_reward_is_counted_and_carries_no_gradient(tmp_path, monkeypat
         0.5 * metrics[0]["reward/component/crpo"] + 0.01 * metrics[0]["reward/component/picky:rate"]
     )
     with pytest.raises(SystemExit, match="the reward is at fault"):
-        run(tmp_path / "strict", "crpo.steps=1", "reward.design=picky:rate", "reward.max_failed_share=0.01")
+        run(tmp_path / "strict", *start, "reward.design=picky:rate", "reward.max_failed_share=0.01")
 
 
 def test_the_variants_resume_exactly(whole, tmp_path):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SHAPE, mesh_of, placed
+from conftest import SHAPE, mesh_of, one_micro_batch, placed
 from jax.sharding import Mesh
 
 from crpo_jax import config
@@ -26,7 +26,6 @@ from crpo_jax.update.batches import (
     crpo_mini_batches,
     make_batch,
     micro_batches,
-    pad_rows,
     supervised_batches,
 )
 from crpo_jax.update.losses import Batch, response_mask, row_weights
@@ -51,6 +50,8 @@ SETTINGS = config.load_config(
         "optimizer.eps=0.01",  # beside gradients of about 0.005, so that Adam's division does not blow up rounding
         "parallel.remat=false",
         "parallel.logprob_chunk=32",
+        "parallel.length_multiple=4",
+        "rollout.max_new_tokens=16",
     ],
     model=False,
 )
@@ -127,8 +128,8 @@ def batch_of(mini: Mini, micro: MicroBatch, mesh: Mesh) -> Batch:
 
 
 def whole(mini: Mini, mesh: Mesh) -> Batch:
-    """All rows of a mini-batch as one micro-batch [8, 16], whatever the mesh."""
-    return batch_of(mini, pad_rows(mini.rows, range(7), 8, 16), mesh)
+    """All rows of a mini-batch as one micro-batch."""
+    return batch_of(mini, one_micro_batch(mini.rows, mesh), mesh)
 
 
 def initial_state(trainer: Trainer, model: Transformer, mesh: Mesh, layout: str = "zero1") -> TrainState:
@@ -320,13 +321,18 @@ def as_floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
+def renumbered(micro: MicroBatch, numbers: Sequence[int]) -> MicroBatch:
+    """A micro-batch of some rows, by their numbers among all."""
+    return micro._replace(rows=np.where(micro.rows >= 0, np.array(numbers)[micro.rows], -1))
+
+
 def policy_on(model: Transformer, mesh: Mesh) -> Policy:
     """A copy of the model where layout zero1 computes."""
     return Policy(placed(model, weight_shardings(SHAPE, LAYOUTS["zero1"].compute, mesh)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "split"), [((1, 1), "by length"), ((2, 4), "pairs")])
+@pytest.mark.parametrize(("sizes", "split"), [((1, 1), "by budget"), ((2, 4), "pairs")])
 def test_any_split_of_the_mini_batch_gives_the_same_gradient(
     sizes: tuple[int, int],
     split: str,
@@ -334,16 +340,16 @@ def test_any_split_of_the_mini_batch_gives_the_same_gradient(
     minis: list[Mini],
     expected: tuple[list[np.ndarray], list[float], np.ndarray],
 ):
-    """Contract 5: rows in any order and grouping, short ones padded less, filling at the end: one gradient, one set of
-    metrics."""
+    """Contract 5: rows in any order and grouping, filling at the end: one gradient, one set of metrics."""
     mesh, mini = mesh_of(*sizes), minis[0]
     trainer, policy = trainer_of(mesh), policy_on(model, mesh)
     _, metrics_of_whole = accumulate(trainer, policy, [whole(mini, mesh)])
     if split == "pairs":
-        micros = [pad_rows(mini.rows, pair, 2, 16) for pair in ([3, 0], [5, 6], [1, 4], [2])]
+        pairs = ([3, 0], [5, 6], [1, 4], [2])
+        micros = [renumbered(one_micro_batch([mini.rows[i] for i in pair], mesh), pair) for pair in pairs]
     else:
-        micros = micro_batches(mini.rows, budget=32, multiple=8, shards=mesh.shape[DATA])
-        assert len({micro.tokens.shape for micro in micros}) > 1
+        micros = micro_batches(mini.rows, budget=20, multiple=4, shards=mesh.shape[DATA], longest=16)
+        assert len(micros) > 2
     gradients, metrics = accumulate(trainer, policy, [batch_of(mini, micro, mesh) for micro in micros])
     assert_same_gradient(gradients, expected[0][0])
     assert metrics == pytest.approx(metrics_of_whole, rel=1e-4, abs=1e-5)
@@ -366,10 +372,9 @@ def test_rows_that_do_not_count_move_nothing(model: Transformer, minis: list[Min
 
 def test_the_mask_comes_from_lengths():
     """A response of zeros, which is the id of padding too, a response of one token, and a row of filling."""
-    micro = pad_rows([Row([0, 0, 0], [0, 0]), Row([5], [0])], [0, 1], 3, 6)
-    batch = Batch(micro.tokens, micro.prompt_lengths, micro.lengths, weights=np.ones(3, np.float32))
-    mask = response_mask(jax.tree.map(jnp.asarray, batch)).astype(int)
-    assert mask.tolist() == [[0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+    tokens, lengths = np.array([[0, 0, 0], [0, 0, 0], [0, 0, 0]]), np.array([2, 1, 0])
+    batch = Batch(jnp.int32(tokens), jnp.int32(lengths), weights=jnp.ones(3))
+    assert response_mask(batch).astype(int).tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
 
 
 # --- the ratio --------------------------------------------------------------------------------------------------------
@@ -413,7 +418,7 @@ def test_the_first_mini_batch_of_a_rollout_has_ratio_1_in_bf16(model: Transforme
     trainer = trainer_of(one_device, settings_with(model__dtype="bfloat16", optimizer__learning_rate=0.0))
     sharp = jax.tree.map(lambda x: 4 * x, model)
     state = initial_state(trainer, sharp, one_device)
-    host = [whole(mini, one_device)._replace(old=None, on_policy=jnp.full(8, i == 0)) for i, mini in enumerate(minis)]
+    host = [whole(mini, one_device)._replace(old=None, on_policy=jnp.full(16, i == 0)) for i, mini in enumerate(minis)]
     scored, ratios = trainer.with_logprobs(state, [[batch] for batch in host]), []
     for mini_batch in scored:
         metrics = as_floats(trainer.gradients(state, mini_batch)[1])
@@ -728,7 +733,7 @@ def test_supervised_gradients(model: Transformer, minis: list[Mini], one_device:
         return -jnp.sum(jnp.where(mask, logprob, 0) * mini.weights[:, None])
 
     value, expected = loss(model)
-    batches = trainer.put_batches([make_batch(pad_rows(mini.rows, range(7), 8, 16), mini.weights)])
+    batches = trainer.put_batches([make_batch(one_micro_batch(mini.rows, one_device), mini.weights)])
     gradients, metrics = accumulate(trainer, policy_on(model, one_device), batches)
     assert_same_gradient(gradients, flat(expected))
     assert metrics["sum/loss"] == pytest.approx(float(value), rel=1e-4)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from crpo_jax.answer.records import Answer, answer_to_row, read_dropped
-from crpo_jax.answer.statistics import extract_letter
+from crpo_jax.answer.statistics import extract_answer
 from crpo_jax.config import Config, replaced
 from crpo_jax.data.prompts import Fitting, check_dropped, fit_prompts
 from crpo_jax.data.question import Question
@@ -136,6 +136,7 @@ class Status:
         )
         self.progress = Progress(questions * self._samples, done * self._samples)
         self._done, self._right, self._valid, self._sampled, self._tokens = done * self._samples, 0, 0, 0, 0
+        self._judged = False  # whether there are right answers to compare with
         self._printed, self._began = self._tenth(), time.monotonic()
         resumed = f", {done} questions answered before" if done else ""
         self.progress.write(f"{name}: {questions} questions x {self._samples} samples{resumed}")
@@ -144,14 +145,16 @@ class Status:
         return 10 * self._done // max(self._questions * self._samples, 1)
 
     def add(self, answers: Sequence[Answer]) -> None:
-        letters = [extract_letter(answer, self._settings) for answer in answers]
+        found = [extract_answer(answer, self._settings) for answer in answers]
         self._done, self._sampled = self._done + len(answers), self._sampled + len(answers)
-        pairs = zip(answers, letters, strict=True)
-        self._right += sum(is_right(answer.question, letter, self._settings.reward) for answer, letter in pairs)
-        self._valid += sum(letter is not None for letter in letters)
+        reward, pairs = self._settings.reward, zip(answers, found, strict=True)
+        self._right += sum(is_right(answer.question, text, reward) for answer, text in pairs)
+        self._valid += sum(text is not None for text in found)
         self._tokens += sum(answer.tokens or 0 for answer in answers)
-        shares = f"accuracy {self._right / self._sampled:.3f}  valid {self._valid / self._sampled:.3f}"
-        line = f"{self._name}  {shares}  {self._tokens / (time.monotonic() - self._began):,.0f} tok/s"
+        self._judged |= any(answer.question.kind != "none" for answer in answers)
+        shares = f"accuracy {self._right / self._sampled:.3f}  valid {self._valid / self._sampled:.3f}  "
+        speed = f"{self._tokens / (time.monotonic() - self._began):,.0f} tok/s"
+        line = f"{self._name}  {shares if self._judged else ''}{speed}"
         self.progress.update(self._done, line)
         if self._tenth() > self._printed:
             self._printed = self._tenth()

@@ -7,18 +7,20 @@ narrow it only as far as they differ, and a share of 0 or 1 still has a width.
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from crpo_jax.answer.attempts import majority_at_k, majority_vote, pass_at_k, vote_of
+from crpo_jax.answer.measures import Measures, measure_answers
 from crpo_jax.answer.records import Answer, question_digest
 from crpo_jax.answer.truth import EXACT_MEASURES, count_exactly, has_truth
 from crpo_jax.config import Config
 from crpo_jax.data.question import Question
-from crpo_jax.reward.answer import find_answer, is_right
+from crpo_jax.reward.answer import PatternTimeout, find_answer, is_right
+from crpo_jax.reward.functions import Failure
 from crpo_jax.reward.parse import parse_response
 from crpo_jax.reward.rules import Score
 from crpo_jax.reward.scorer import Scored, Scorer
@@ -27,23 +29,24 @@ Z = 1.959964  # of a 95% interval
 FORMATS = (("dx", "conclusion"), ("think", "answer"))
 
 
-def extract_letter(answer: Answer, settings: Config) -> str | None:
-    """What a response answers with, in its only box or where reward.answer_in says, which must stand where
-    evaluate.answer asks; None if that is no option, or no number where one is asked for."""
-    question = answer.question
-    if settings.evaluate.answer == "anywhere":
-        return find_answer(answer.response, question, settings.reward)[0]
-    for tags in dict.fromkeys((*FORMATS, tuple(settings.reward.grpo_tags))):
-        parsed = parse_response(answer.response, tags, systems=False)
-        if parsed.conclusion is not None:
-            return find_answer(answer.response, question, settings.reward, parsed, tags[1])[0]
-    return None
+def extract_answer(answer: Answer, settings: Config) -> str | None:
+    """A response's answer, which must stand where evaluate.answer asks; None where there is no readable one.
 
-
-def majority_vote(letters: Sequence[str | None]) -> str | None:
-    """The most frequent letter, ties to the first; an unreadable answer has no vote."""
-    votes = Counter(letter for letter in letters if letter is not None)
-    return max(votes, key=lambda letter: votes[letter], default=None)  # a Counter keeps the order of arrival
+    A letter in a box needs a section of its own, unless it may stand anywhere. Other answers, and what reward.answer_in
+    says of other places, do not, but must be in such a section where there is one.
+    """
+    question, reward = answer.question, settings.reward
+    formats = (*FORMATS, reward.tags) if len(reward.tags) == 2 else FORMATS
+    try:
+        for tags in dict.fromkeys(formats if settings.evaluate.answer == "tagged" else ()):
+            parsed = parse_response(answer.response, tags, systems=False)
+            if parsed.conclusion is not None:
+                return find_answer(answer.response, question, reward, parsed, tags[1])[0]
+        if settings.evaluate.answer == "tagged" and question.kind == "choice" and reward.answer_in == "box":
+            return None
+        return find_answer(answer.response, question, reward)[0]
+    except PatternTimeout:
+        return None
 
 
 def estimate_share(by_question: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -90,47 +93,40 @@ def score_answers(
 
 
 def summarize(
-    answers: Sequence[Answer], settings: Config, effective: np.ndarray | None = None
+    answers: Sequence[Answer],
+    settings: Config,
+    effective: np.ndarray | None = None,
+    measures: Measures | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A data set's entry in summary.json, and each question's own means, by which models are compared; plain values."""
     groups = group_by_question(answers)
-    letters = [extract_letter(answer, settings) for answer in answers]
-    right = [
-        is_right(answer.question, letter, settings.reward) for letter, answer in zip(letters, answers, strict=True)
-    ]
-    votes = [
-        is_right(answers[group[0]].question, majority_vote([letters[i] for i in group]), settings.reward)
-        for group in groups
-    ]
     scores, consistency_by = score_answers(answers, settings, effective)
     scored = {index: score for index, score in enumerate(scores) if isinstance(score, Score)}
-
-    def by_question(values: Sequence[float]) -> list[list[float]]:
-        return [[float(values[index]) for index in group] for group in groups]
 
     def reward_part(name: str) -> list[list[float]]:
         return [[float(getattr(scored[index], name)) for index in group if index in scored] for group in groups]
 
-    shares = {
-        "accuracy": by_question(right),
-        "valid": by_question([letter is not None for letter in letters]),
-        "majority": [[float(vote)] for vote in votes],
-    }
+    shares, right = answer_shares(answers, groups, settings)
     rewards = reward_part("total")
     parts = {name: reward_part(name) for name in ("format", "cross_reference", "consistency")} if scored else {}
     exact: dict[str, list[list[float]]] = {}
     if all(has_truth(answers[group[0]].question) for group in groups):
         counts = [count_exactly(answer.question, answer.response) for answer in answers]
-        exact = {name: by_question([count[name] for count in counts]) for name in EXACT_MEASURES}
+        exact = {name: [[float(counts[i][name]) for i in group] for group in groups] for name in EXACT_MEASURES}
+    measured = measure_answers(measures or {}, answers)
+    own = {name: measure_values(results, name, groups) for name, results in measured.items()}
 
+    fewest = min(map(len, groups))
     summary: dict[str, Any] = {
         "questions": len(groups),
         "samples": max(map(len, groups)),
         "responses": len(answers),
-        **{name: estimate_share(values) for name, values in shares.items()},
+        **{name: estimate_share(list(filter(None, values))) for name, values in shares.items()},
         "unscored": len(answers) - len(scored),
         **{name: estimate_share(list(filter(None, values))) for name, values in parts.items()},
     }
+    if left_out := [k for k in settings.evaluate.k if k > fewest]:
+        summary["k_left_out"] = {"k": left_out, "samples": fewest}
     if scored:
         summary |= {"consistency_by": consistency_by, "reward": estimate_count(list(filter(None, rewards)))}
         summary["reward_of"] = settings.reward.k + 2
@@ -138,16 +134,67 @@ def summarize(
     summary["subjects"] = summarize_subjects(answers, groups, right, settings)
     if exact:
         summary["exact"] = {name: estimate_count(values) for name, values in exact.items()}
+    if own:
+        summary["measures"] = {name: summarize_measure(measured[name], values) for name, values in own.items()}
     questions = [answers[group[0]].question for group in groups]
-    return summary, question_rows(questions, {**shares, **parts, "reward": rewards}, exact)
+    tables = {"exact": exact, "measures": own}
+    return summary, question_rows(questions, {**shares, **parts, "reward": rewards}, tables)
+
+
+def answer_shares(
+    answers: Sequence[Answer], groups: Sequence[Sequence[int]], settings: Config
+) -> tuple[dict[str, list[list[float]]], list[bool]]:
+    """By name the shares that follow from the answers, a list per question, which is empty where the question has no
+    right answer; and whether each response is right. Nothing where no question has a right answer."""
+    found = [extract_answer(answer, settings) for answer in answers]
+    pairs = list(zip(answers, found, strict=True))
+    right = [is_right(answer.question, text, settings.reward) for answer, text in pairs]
+    votes = [vote_of(answer.question, text, settings.reward) for answer, text in pairs]
+    judged = [list(group) if answers[group[0]].question.kind != "none" else [] for group in groups]
+    if not any(judged):
+        return {}, right
+    shares: dict[str, list[list[float]]] = {
+        "accuracy": [[float(right[index]) for index in group] for group in judged],
+        "valid": [[float(found[index] is not None) for index in group] for group in judged],
+        "majority": [
+            [float(majority_vote([votes[i] for i in group]) == answers[group[0]].question.answer)] if group else []
+            for group in judged
+        ],
+    }
+    for k in sorted({k for k in settings.evaluate.k if k <= min(map(len, groups))}):
+        shares[f"pass@{k}"] = [
+            [pass_at_k(sum(right[i] for i in group), len(group), k)] * (len(group) // k) for group in judged
+        ]
+        shares[f"majority@{k}"] = [
+            [majority_at_k([votes[i] for i in group], answers[group[0]].question.answer, k)] * (len(group) // k)
+            if group
+            else []
+            for group in judged
+        ]
+    return shares, right
+
+
+def measure_values(results: Sequence[Scored], name: str, groups: Sequence[Sequence[int]]) -> list[list[float]]:
+    """A measure's values by question, without responses that it failed on or does not apply to."""
+    values = [result.components[name] if isinstance(result, Score) else None for result in results]
+    return [[value for index in group if (value := values[index]) is not None] for group in groups]
+
+
+def summarize_measure(results: Sequence[Scored], values: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """A measure's mean and interval over questions, and of how many responses it is or failed."""
+    measured = [group for group in values if group]
+    estimate = estimate_count(measured) if measured else {"mean": None, "low": None, "high": None}
+    failures = [result for result in results if isinstance(result, Failure)]
+    first = {"first_error": failures[0].error} if failures else {}
+    return estimate | {"measured": sum(map(len, measured)), "failed": len(failures)} | first
 
 
 def question_rows(
     questions: Sequence[Question],
     values: Mapping[str, Sequence[Sequence[float]]],
-    exact: Mapping[str, Sequence[Sequence[float]]],
+    tables: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
 ) -> list[dict[str, Any]]:
-    """A line per question with its mean of every measure; without those of which it has no value."""
+    """A line per question with its mean of every measure, those of `tables` apart; without what it has no value of."""
 
     def means(table: Mapping[str, Sequence[Sequence[float]]], place: int) -> dict[str, float]:
         return {name: statistics.fmean(groups[place]) for name, groups in table.items() if groups[place]}
@@ -155,7 +202,7 @@ def question_rows(
     rows = []
     for place, question in enumerate(questions):
         row = {"id": question.id, "digest": question_digest(question)} | means(values, place)
-        rows.append(row | ({"exact": means(exact, place)} if exact else {}))
+        rows.append(row | {name: means(table, place) for name, table in tables.items() if table})
     return rows
 
 
@@ -183,7 +230,7 @@ def summarize_subjects(
         subjects: dict[str, list[list[float]]] = {}
         for group in groups:
             subject = answers[group[0]].question.columns.get(column)
-            if subject is not None:
+            if subject is not None and answers[group[0]].question.kind != "none":
                 subjects.setdefault(str(subject), []).append([float(right[index]) for index in group])
         if subjects:
             ranked = sorted(subjects.items(), key=lambda item: (-len(item[1]), item[0]))

@@ -8,6 +8,7 @@ up leaves nothing on disk: it is counted, and the next run sends it again.
 
 import email.utils
 import json
+import math
 import os
 import random
 import re
@@ -27,6 +28,7 @@ from crpo_jax.errors import Fault, InputError
 Request = TypeVar("Request")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds, doubled from one try to the next
+LONGEST_CONNECT = 30.0  # seconds
 LONGEST_RETRY_AFTER = 900.0  # seconds; a request whose server names a longer pause is given up
 GIVEN_UP_IN_A_ROW = 20  # requests given up without a reply between them: the server is down, not unlucky
 RETRYABLE_STATUSES = frozenset({408, 409, 425, 429})
@@ -79,9 +81,8 @@ class Client:
             raise InputError(f"{section}.model: expected the name of a model on {settings.base_url}, got none")
         self._key = os.environ.get(settings.key_variable, "").strip() if settings.key_variable else ""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        timeout = httpx2.Timeout(settings.timeout, connect=min(settings.timeout, 30.0))
         limits = httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
-        self._http = httpx2.Client(headers=headers, timeout=timeout, limits=limits, follow_redirects=False)
+        self._http = httpx2.Client(headers=headers, limits=limits, follow_redirects=False)
         self._stopped, self._lock, self._not_before = threading.Event(), threading.Lock(), 0.0
 
     def __enter__(self) -> "Client":
@@ -95,41 +96,46 @@ class Client:
         """Ends all pauses; no further try begins."""
         self._stopped.set()
 
-    def ask(self, messages: Sequence[Mapping[str, str]]) -> Reply | GivenUp:
-        """The reply, after up to `retries` more tries; ServerError if no request can succeed."""
+    def ask(self, messages: Sequence[Mapping[str, str]], limit: float = math.inf) -> Reply | GivenUp:
+        """The reply, after up to `retries` more tries within `limit` seconds; ServerError if no request can succeed."""
         body = json.dumps(request_parameters(self.settings) | {"messages": list(messages)}).encode()
-        reason = ""
+        reason, deadline = "the server's rate limit", time.monotonic() + limit
         for attempt in range(self.settings.retries + 1):
-            while (seconds := self._not_before - time.monotonic()) > 0 and not self._stopped.wait(seconds):
-                pass
+            while (seconds := min(self._not_before, deadline) - time.monotonic()) > 0:
+                if self._stopped.wait(seconds):
+                    break
             if self._stopped.is_set():
                 return STOPPED
+            if (left := deadline - time.monotonic()) <= 0:
+                return GivenUp(f"{reason}, given up after {limit:g} seconds")
             try:
-                return self._send(body)
+                return self._send(body, left)
             except FailedTry as failure:
                 reason, retry_after = str(failure), failure.retry_after
             if attempt < self.settings.retries:
                 if retry_after is not None and retry_after > LONGEST_RETRY_AFTER:
                     return GivenUp(f"{reason}; the server asks to wait {retry_after:.0f} seconds")
-                self._pause(attempt, retry_after)
+                self._pause(attempt, retry_after, deadline)
         return GivenUp(f"{reason}, {self.settings.retries + 1} times")
 
-    def _pause(self, attempt: int, retry_after: float | None) -> None:
+    def _pause(self, attempt: int, retry_after: float | None, deadline: float) -> None:
         if retry_after is None:
-            seconds = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
             # With jitter: a server that recovers is not hit by all requests at once.
-            self._stopped.wait(seconds * random.uniform(0.5, 1.0))
+            seconds = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+            self._stopped.wait(max(0.0, min(seconds, deadline - time.monotonic())))
         else:
             with self._lock:  # the rate limit is that of the key, not of this request
                 self._not_before = max(self._not_before, time.monotonic() + retry_after)
 
-    def _send(self, body: bytes) -> Reply | GivenUp:
+    def _send(self, body: bytes, left: float) -> Reply | GivenUp:
         """One try, with limits on the whole reply, errors included: httpx2 only limits the time between two chunks."""
-        late = f"no whole reply within {self.section}.timeout={self.settings.timeout:g} seconds"
-        deadline = time.monotonic() + self.settings.timeout
+        limit = min(self.settings.timeout, left)
+        name = f"{self.section}.timeout=" if limit < left else ""
+        late = f"no whole reply within {name}{limit:.4g} seconds"
+        deadline, timeout = time.monotonic() + limit, httpx2.Timeout(limit, connect=min(limit, LONGEST_CONNECT))
         data = bytearray()
         try:
-            with self._http.stream("POST", self.url, content=body) as response:
+            with self._http.stream("POST", self.url, content=body, timeout=timeout) as response:
                 for chunk in response.iter_bytes():
                     data += chunk
                     if len(data) > self.settings.max_reply_bytes:

@@ -10,6 +10,7 @@ import grain
 from crpo_jax.config import Data
 from crpo_jax.data.question import Question, select_part
 from crpo_jax.data.readers import read_questions
+from crpo_jax.data.worlds import WORLDS, generate_questions
 from crpo_jax.errors import InputError
 
 Example = TypeVar("Example")
@@ -47,17 +48,15 @@ class Batches(Generic[Example]):
 def load_questions(data: Data, split: str) -> list[Question]:
     """The questions of data.split (with data.part applied, auto as all) or data.eval_split (all of them).
 
-    Vignettes are generated, not read; their splits share no combination of findings.
+    Those of an embedded world are generated, not read.
     """
     if split not in (data.split, data.eval_split):
         raise InputError(f"split: expected data.split={data.split} or data.eval_split={data.eval_split}, got {split!r}")
     if data.split == data.eval_split:
         raise InputError(f"data.eval_split: expected another split than data.split, got {data.eval_split!r} for both")
     training = split == data.split
-    if data.source == "vignettes":
-        from crpo_jax.data.vignettes import vignettes
-
-        questions = vignettes(split, data.vignettes if training else data.eval_questions or data.vignettes)
+    if data.source in WORLDS:
+        questions = generate_questions(data, split)
     else:
         questions = read_questions(data.source, data.path if training else evaluation_path(data), split, data)
     return select_part(questions, data.part) if training and data.part != "auto" else questions

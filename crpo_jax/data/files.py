@@ -47,7 +47,8 @@ def load_records(
     of which the header of a table must have.
     """
     if not path.exists():
-        raise InputError(f"{path}: expected a file or folder with {source} questions, got no such path")
+        kind = "questions" if source in ("file", "jsonl") else f"{source} questions"
+        raise InputError(f"{path}: expected a file or folder with {kind}, got no such path")
     records: list[Record] = []
     for file in [path] if path.is_file() else configured_files(path, config, split):
         if file.suffix not in SUFFIXES:

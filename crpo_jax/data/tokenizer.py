@@ -53,8 +53,8 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     tokenizer = tokenizer_of_class("PreTrainedTokenizerFast", folder)
     if not tokenizer.chat_template:
         raise InputError(
-            f"tokenizer.path: expected a chat_template in {folder}/tokenizer_config.json, or as chat_template.jinja, "
-            "got none; take an Instruct model's tokenizer"
+            f"tokenizer.path: expected a chat_template in {folder}/tokenizer_config.json, got none, and no "
+            "chat_template.jinja; take an Instruct model's tokenizer"
         )
     end_of_turn(tokenizer)
     return tokenizer

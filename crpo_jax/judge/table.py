@@ -48,6 +48,10 @@ def format_summary(summary: Mapping[str, Any], settings: Config) -> str:
         add_row("left out, prompt too long", lambda data: str(data.get("dropped", 0)))
     for name, label in SHARE_LABELS.items():
         add_row(label, lambda data, name=name: format_interval(data.get(name)))
+        if name == "majority":
+            for at_k in [f"{kind}@{k}" for kind in ("pass", "majority") for k in settings.evaluate.k]:
+                if any(at_k in data for data in sets.values()):
+                    add_row(at_k, lambda data, at_k=at_k: format_interval(data.get(at_k)))
     add_row("reward", lambda data: format_interval(data.get("reward"), 2))
     lengths = "{mean:.0f} / {median:.0f} / {p95:.0f} {unit}"
     add_row("length, mean / median / p95", lambda data: lengths.format(**data["length"]))
@@ -55,6 +59,8 @@ def format_summary(summary: Mapping[str, Any], settings: Config) -> str:
     if any("exact" in data for data in sets.values()):
         for name in EXACT_MEASURES:
             add_row(name.replace("_", " "), lambda data, name=name: format_interval(data.get("exact", {}).get(name), 2))
+    for name in dict.fromkeys(name for data in sets.values() for name in data.get("measures", {})):
+        add_row(name, lambda data, name=name: format_measure(data.get("measures", {}).get(name)))
     tables = [format_columns(rows)]
     for name, data in sets.items():
         if data.get("judges"):
@@ -62,11 +68,20 @@ def format_summary(summary: Mapping[str, Any], settings: Config) -> str:
     for name, data in sets.items():
         tables += [format_subjects(f"{name} by {column}", subjects) for column, subjects in data["subjects"].items()]
     place = "in the part its format reserves for it" if settings.evaluate.answer == "tagged" else "anywhere"
-    note = (
-        f"[low, high]: 95%, over questions. An answer is the letter in the only box, {place}; "
-        "vote: the most frequent letter, ties to the first; unreadable answers do not vote."
-    )
-    return "\n\n".join([*tables, note])
+    where = {"box": "in the only box"}.get(settings.reward.answer_in, f"in {settings.reward.answer_in}")
+    notes = [
+        f"[low, high]: 95%, over questions. An answer is what stands {where}, {place}; "
+        "vote: the most frequent answer, ties to the first; unreadable answers do not vote. "
+        "pass@k: a right one among k samples; majority@k: their vote, ties at random."
+    ]
+    for name, data in sets.items():
+        if left_out := data.get("k_left_out"):
+            numbers, samples = ", ".join(map(str, left_out["k"])), left_out["samples"]
+            notes.append(f"{name}: no pass@k and majority@k for k={numbers}: a question has only {samples} samples.")
+        for measure, estimate in data.get("measures", {}).items():
+            if estimate["failed"]:
+                notes.append(f"{name}: {measure} has no value of {estimate['failed']}: {estimate['first_error']}")
+    return "\n\n".join([*tables, "\n".join(notes)])
 
 
 def format_subjects(title: str, subjects: Mapping[str, Mapping[str, Any]]) -> str:
@@ -96,6 +111,14 @@ def format_judges(name: str, data: Mapping[str, Any]) -> list[str]:
                 rows.append([MEASURES[measure].label, str(values["both"]), *cells])
             tables.append(format_columns(rows))
     return tables
+
+
+def format_measure(estimate: Mapping[str, Any] | None) -> str:
+    """A user's measure, with the responses that it failed on."""
+    if estimate is None:
+        return "-"
+    cell = "no value" if estimate["mean"] is None else format_interval(estimate)
+    return cell + (f" ({estimate['failed']} failed)" if estimate["failed"] else "")
 
 
 def format_verdict(verdict: Mapping[str, Any]) -> str:

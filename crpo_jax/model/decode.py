@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from crpo_jax.model.adapters import matrix_names
+from crpo_jax.model.architecture import Weight
 from crpo_jax.model.attention import AttentionKind, causal_attention, decode_attention
 from crpo_jax.model.rotary import rope
 from crpo_jax.model.shape import Shape
@@ -25,6 +27,9 @@ class SamplerWeights(NamedTuple):
     What reads the same input stands side by side, one model shard after the other: `qkv` [d, (n + 2k) * h] has a
     shard's query heads, then its key heads, then its value heads; `gate_up` [d, 2f] its gate columns, then its up
     columns.
+
+    Adapters stay beside the weights, A and B of every weight of an adapted buffer, as in training: merged and rounded
+    to bf16, a change of less than half a step of a weight would not be sampled from.
     """
 
     ends: dict[str, Array]
@@ -33,6 +38,15 @@ class SamplerWeights(NamedTuple):
     @property
     def dtype(self) -> Any:
         return self.ends["embed_vd"].dtype
+
+
+def sampler_buffers(shape: Shape) -> dict[str, list[Weight]]:
+    """The buffers of a layer in the sampler: a weight, or those that read the same input side by side."""
+    buffers: dict[str, list[Weight]] = {}
+    for weight in shape.weights:
+        if weight.stacked:
+            buffers.setdefault(weight.fused or weight.name, []).append(weight)
+    return buffers
 
 
 class Cache(NamedTuple):
@@ -80,12 +94,30 @@ def normed(layer: Mapping[str, Array], name: str, x: Array, shape: Shape) -> Arr
     return rms_norm(x, layer[name], shape.norm_eps, shape.norm_offset) if name in layer else x
 
 
+def project(layer: Mapping[str, Array], buffer: str, x: Array, shape: Shape) -> Array:
+    """x times a buffer of weights, and where these are adapted + scale * (x A) B, rounded once as one sum, as in
+    training.
+
+    Where the input is split over the model axis, so is A, and what is returned is this device's part of a sum.
+    """
+    weights = sampler_buffers(shape)[buffer]
+    contracted = len(weights[0].inputs)
+    if matrix_names(weights[0])[0] not in layer:
+        return dot(x, layer[buffer], contracted)
+    changes = []
+    for a, b in map(matrix_names, weights):
+        change = dot(dot(x, layer[a], contracted), layer[b], out=jnp.float32)
+        changes.append(change.reshape(*x.shape[:-contracted], -1))
+    low_rank = layer["adapter_scale"] * jnp.concatenate(changes, axis=-1)
+    return (dot(x, layer[buffer], contracted, out=jnp.float32) + low_rank).astype(x.dtype)
+
+
 def fused_qkv(
     layer: Mapping[str, Array], x: Float[Array, "... d"], positions: Int[Array, "..."], shape: Shape, windowed: bool
 ) -> tuple[Array, Array, Array]:
     """Rotated queries [..., n, h], in float32 since attention rounds them, rotated keys [..., k, h] and values
     [..., k, h], of the block's input."""
-    buffer = dot(normed(layer, "attn_norm_d", x, shape), layer["qkv"])
+    buffer = project(layer, "qkv", normed(layer, "attn_norm_d", x, shape), shape)
     if "qkv_bias" in layer:
         buffer = add_bias(buffer, layer["qkv_bias"])
     heads = buffer.reshape(*x.shape[:-1], -1, shape.h)
@@ -100,13 +132,13 @@ def fused_qkv(
 
 def add_attention(layer: Mapping[str, Array], x: Array, mixed: Array, shape: Shape, shard: Shard) -> Array:
     """The residual stream after attention, of which `mixed` are the values mixed by this device's heads."""
-    return x + normed(layer, "attn_post_norm_d", shard.sum(dot(mixed, layer["o_nhd"], 2)), shape)
+    return x + normed(layer, "attn_post_norm_d", shard.sum(project(layer, "o_nhd", mixed, shape)), shape)
 
 
 def add_mlp(layer: Mapping[str, Array], x: Float[Array, "... d"], shape: Shape, shard: Shard) -> Float[Array, "... d"]:
     """The residual stream after the gated feed-forward network."""
-    gate, up = jnp.split(dot(normed(layer, "mlp_norm_d", x, shape), layer["gate_up"]), 2, axis=-1)
-    written = shard.sum(dot(shape.activation(gate) * up, layer["down_fd"]))
+    gate, up = jnp.split(project(layer, "gate_up", normed(layer, "mlp_norm_d", x, shape), shape), 2, axis=-1)
+    written = shard.sum(project(layer, "down_fd", shape.activation(gate) * up, shape))
     return x + normed(layer, "mlp_post_norm_d", written, shape)
 
 

@@ -1,9 +1,8 @@
 """Low-rank adapters: a frozen weight W acts as W + scale * A B, and only A [in..., r] and B [r, out...] are trained.
 
-In training the two products stay apart, x W + scale * (x A) B, and are rounded as one sum: a change of less than half a
-step of a bf16 weight would otherwise vanish. The sampler and an export get one matrix, W + scale * A B, added in
-float32 and then cast: in float32 both forms agree to rounding; in bf16 the sampler's log-probs differ from the
-trainer's by that cast, which `policy/sampler_difference_*` shows.
+In training and in sampling the two products stay apart, x W + scale * (x A) B, and are rounded as one sum: a change of
+less than half a step of a bf16 weight would otherwise vanish. An export gets one matrix, W + scale * A B, added in
+float32 and then cast.
 
 Whether a run trains adapters or every weight is decided here alone: the rest of the program holds a `Policy` and a tree
 of trained arrays. Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), section 4.1.
@@ -32,6 +31,11 @@ class Policy(NamedTuple):
 
     model: Transformer
     adapters: Adapters | None = None
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the weights that have adapters."""
+        return frozenset() if self.adapters is None else self.adapters.adapted
 
 
 def policy_of(trained: Any, frozen: Transformer | None) -> Policy:

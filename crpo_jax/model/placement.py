@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,13 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crpo_jax.model.adapters import Adapters
+from crpo_jax.model.adapters import Adapters, matrix_names
 from crpo_jax.model.architecture import Weight
-from crpo_jax.model.attention import AttentionKind, causal_attention
-from crpo_jax.model.decode import SamplerWeights
-from crpo_jax.model.lora import Policy, merged_weight
+from crpo_jax.model.attention import AttentionKind
+from crpo_jax.model.decode import SamplerWeights, sampler_buffers
+from crpo_jax.model.lora import Policy, matrix_sizes
 from crpo_jax.model.shape import Shape
-from crpo_jax.model.transformer import Block, Placement, Transformer
+from crpo_jax.model.transformer import Block, Placement, Transformer, attend_rows
 from crpo_jax.parallel.layout import (
     HIDDEN_BTD,
     KV_BTKH,
@@ -24,6 +25,7 @@ from crpo_jax.parallel.layout import (
     Q_BTNH,
     SHARDED,
     TENSOR,
+    TOKENS_BT,
     Axes,
     Layout,
     kv_copies,
@@ -64,8 +66,8 @@ def training_placement(shape: Shape, mesh: Mesh, attention: AttentionKind = "xla
     """The constraints of the training forward: a block's weights are gathered to TENSOR before use, rows stay split
     over the data axis, and KV heads are repeated until every model shard has its own.
 
-    An attention kernel runs on each device's rows and heads by itself; XLA's attention the compiler splits the same
-    way.
+    Attention in packed rows and attention kernels run on each device's rows and heads by themselves; XLA's attention of
+    plain rows the compiler splits the same way.
     """
     copies = kv_copies(mesh, shape.k)
 
@@ -98,12 +100,12 @@ def training_placement(shape: Shape, mesh: Mesh, attention: AttentionKind = "xla
     def kv_heads(x_btkh: Any) -> Any:
         return constrain(jnp.repeat(x_btkh, copies, axis=2) if copies > 1 else x_btkh, KV_BTKH)
 
-    def attend(q: Any, k: Any, v: Any, scale: float, window: int) -> Any:
-        local = functools.partial(causal_attention, kind=attention, scale=scale, window=window)
-        if attention == "xla":
-            return local(q, k, v)
-        specs = (Q_BTNH, KV_BTKH, KV_BTKH)
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=Q_BTNH, check_vma=False)(q, k, v)
+    def attend(q: Any, k: Any, v: Any, packing: Any, scale: float, window: int) -> Any:
+        local = functools.partial(attend_rows, scale=scale, window=window, kind=attention)
+        if attention == "xla" and packing is None:
+            return local(q, k, v, None)
+        specs = (Q_BTNH, KV_BTKH, KV_BTKH, jax.tree.map(lambda _: TOKENS_BT, packing))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=Q_BTNH, check_vma=False)(q, k, v, packing)
 
     def split_width(total: Any, dims: str) -> Any:
         return total if shape.d % data_size(mesh) else constrain(total, weight_spec(SHARDED, dims, mesh, shape.k))
@@ -132,62 +134,84 @@ def training_placement(shape: Shape, mesh: Mesh, attention: AttentionKind = "xla
 # --- the sampler's form -----------------------------------------------------------------------------------------------
 
 
-def sampler_buffers(shape: Shape) -> dict[str, list[Weight]]:
-    """The buffers of a layer in the sampler: a weight, or those that read the same input side by side."""
-    buffers: dict[str, list[Weight]] = {}
-    for weight in shape.weights:
-        if weight.stacked:
-            buffers.setdefault(weight.fused or weight.name, []).append(weight)
-    return buffers
-
-
 def sampler_form(policy: Policy, mesh: Mesh, dtype: Any) -> SamplerWeights:
-    """The weights as the sampler wants them: adapters merged, cast, one set of buffers per layer, KV heads repeated
-    where there are more model shards; call under `jit`."""
+    """The weights as the sampler wants them: cast, one set of buffers per layer with their adapters beside them, KV
+    heads repeated where there are more model shards; call under `jit`."""
     model, adapters = policy
     shape = model.shape
     copies, shards = kv_copies(mesh, shape.k), model_size(mesh)
 
-    def one_layer(weight: Weight, index: int) -> Any:
-        value = model[weight.name][index]
-        if adapters is not None and weight.name in adapters.adapted:
-            a, b = adapters.pair(weight.name)
-            value = merged_weight(value, a[index], b[index], adapters.scale)
+    def in_form(value: Any, dims: str) -> Any:
         value = value.astype(dtype)
-        repeated = copies > 1 and "k" in weight.dims
-        return jnp.repeat(value, copies, axis=weight.dims.index("k")) if repeated else value
+        return jnp.repeat(value, copies, axis=dims.index("k")) if copies > 1 and "k" in dims else value
 
     def buffer(weights: list[Weight], index: int) -> Any:
-        parts = [one_layer(weight, index) for weight in weights]
+        parts = [in_form(model[weight.name][index], weight.dims) for weight in weights]
         if not weights[0].fused:
             return parts[0]
         inputs = parts[0].shape[: len(weights[0].inputs)]
         split = [part.reshape(*inputs, shards, -1) for part in parts]  # every model shard has its piece of each part
         return jnp.concatenate(split, axis=-1).reshape(*inputs, -1)
 
+    def low_rank(adapters: Adapters, index: int) -> dict[str, Any]:
+        """A and B of every weight of an adapted buffer; of one that is not adapted itself, zeros."""
+        matrices: dict[str, Any] = {"adapter_scale": jnp.float32(adapters.scale)}
+        for weight in adapted_weights(shape, adapters.adapted):
+            for half, name in enumerate(matrix_names(weight)):
+                dims = name.rsplit("_", 1)[1]
+                if weight.name in adapters.adapted:
+                    value = adapters.pair(weight.name)[half][index]
+                else:
+                    value = jnp.zeros(matrix_sizes(shape, adapters.rank, dims))
+                matrices[name] = in_form(value, dims)
+        return matrices
+
     buffers = sampler_buffers(shape)
-    layers = tuple({name: buffer(weights, i) for name, weights in buffers.items()} for i in range(shape.l))
+
+    def layer(index: int) -> dict[str, Any]:
+        named = {name: buffer(weights, index) for name, weights in buffers.items()}
+        return named if adapters is None else named | low_rank(adapters, index)
+
     return SamplerWeights(
-        {weight.name: model[weight.name].astype(dtype) for weight in shape.weights if not weight.stacked}, layers
+        {weight.name: model[weight.name].astype(dtype) for weight in shape.weights if not weight.stacked},
+        tuple(layer(index) for index in range(shape.l)),
     )
 
 
-def sampler_specs(shape: Shape, mesh: Mesh) -> SamplerWeights:
+def adapted_weights(shape: Shape, adapted: Collection[str]) -> list[Weight]:
+    """The weights of all buffers of which a weight is adapted."""
+    buffers = sampler_buffers(shape).values()
+    return [weight for weights in buffers if any(each.name in adapted for each in weights) for weight in weights]
+
+
+def sampler_specs(shape: Shape, mesh: Mesh, adapted: Collection[str] = ()) -> SamplerWeights:
     """The spec of every buffer of the sampler, for `shard_map`: TENSOR, with a fused buffer split along its last
-    dim."""
+    dim; and of A and B where weights of these names are `adapted`."""
+
+    def split(dims: str) -> P:
+        return P(*(getattr(TENSOR, dim, None) for dim in dims))
 
     def spec(weights: list[Weight]) -> P:
         if weights[0].fused:
             return P(*(None,) * len(weights[0].inputs), MODEL)
-        return P(*(getattr(TENSOR, dim) if weights[0].dims != "d" else None for dim in weights[0].dims))
+        return split(weights[0].dims) if weights[0].dims != "d" else P(None)
 
     layer: Any = {name: spec(weights) for name, weights in sampler_buffers(shape).items()}
+    for weight in adapted_weights(shape, adapted):
+        layer |= {name: split(name.rsplit("_", 1)[1]) for name in matrix_names(weight)} | {"adapter_scale": P()}
     ends: Any = {weight.name: spec([weight]) for weight in shape.weights if not weight.stacked}
     return SamplerWeights(ends, (layer,) * shape.l)
 
 
+def adapted_names(shape: Shape, weights: SamplerWeights) -> frozenset[str]:
+    """The weights that have adapters in this sampling form."""
+    pairs = {weight.name: matrix_names(weight)[0] for weight in shape.weights if weight.inputs}
+    return frozenset(name for name, a in pairs.items() if a in weights.layers[0])
+
+
 @functools.cache
-def to_sampler(shape: Shape, mesh: Mesh, dtype: str) -> Any:
-    """The jitted gather of a `Policy` from the training layout into the sampler's form, once per rollout."""
-    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh))
+def to_sampler(shape: Shape, mesh: Mesh, dtype: str, adapted: frozenset[str] = frozenset()) -> Any:
+    """The jitted gather of a `Policy`, of which `adapted` weights have adapters, from the training layout into the
+    sampler's form, once per rollout."""
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh, adapted))
     return jax.jit(lambda policy: sampler_form(policy, mesh, jnp.dtype(dtype)), out_shardings=placed)

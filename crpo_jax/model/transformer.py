@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from crpo_jax.model.adapters import Adapters
 from crpo_jax.model.architecture import Weight
-from crpo_jax.model.attention import causal_attention
+from crpo_jax.model.attention import AttentionKind, causal_attention
+from crpo_jax.model.packed_attention import Packing, packed_attention
 from crpo_jax.model.precision import precision_of
 from crpo_jax.model.rotary import rope
 from crpo_jax.model.shape import Shape
@@ -47,12 +48,13 @@ class Block(nnx.Module):
         adapters: Adapters | None = None,
         placement: "Placement | None" = None,
         windowed: Bool[Array, ""] | bool = False,
+        packing: Packing | None = None,
     ) -> Float[Array, "b t d"]:
         """`adapters` are one layer's; `windowed`: attention sees the last shape.window tokens only."""
         place = placement or Placement()
         with jax.named_scope("attention"):
             q, k, v = self.qkv(x, positions, adapters, windowed)
-            mixed = attend(q, place.kv_heads(k), place.kv_heads(v), self.shape, windowed, place)
+            mixed = attend(q, place.kv_heads(k), place.kv_heads(v), packing, self.shape, windowed, place)
             x = place.activations(x + self.normed("attn_post_norm_d", self.linear("o_nhd", mixed, adapters)))
         with jax.named_scope("mlp"):
             return place.activations(x + self.normed("mlp_post_norm_d", self.mlp(x, adapters)))
@@ -110,14 +112,16 @@ class Transformer(nnx.Module):
         self,
         tokens: Int[Array, "b t"],
         *,
+        packing: Packing | None = None,
         adapters: Adapters | None = None,
         placement: "Placement | None" = None,
         remat: bool = False,
         unroll: bool = False,
     ) -> Float[Array, "b t d"]:
-        """The normed hidden state of every token of right-padded rows, in the type of the weights."""
+        """The normed hidden state of every token, in the type of the weights. Rows are packed as `packing` says, or
+        else are right-padded sequences."""
         place = placement or Placement()
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        positions = packing.positions if packing else jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
         mixed = len(set(self.shape.windowed)) > 1  # layers of both kinds: which one, the scan says
         windowed = jnp.array(self.shape.windowed) if mixed else None
@@ -126,7 +130,7 @@ class Transformer(nnx.Module):
             block, low_rank, of_layer = weights
             low_rank = None if low_rank is None else place.adapters(low_rank)
             kind = self.shape.windowed[0] if of_layer is None else of_layer
-            return place.block(block)(x, positions, low_rank, place, kind), None
+            return place.block(block)(x, positions, low_rank, place, kind, packing), None
 
         with jax.named_scope("embed"):
             embedded: Any = embed(place.embedding_gradient, self["embed_vd"], tokens)
@@ -155,8 +159,8 @@ class Placement(NamedTuple):
     ends: Callable[[Transformer], Transformer] = lambda model: model
     activations: Callable[[Array], Array] = lambda x: x
     kv_heads: Callable[[Array], Array] = lambda x: x
-    attend: Callable[[Array, Array, Array, float, int], Array] = lambda q, k, v, scale, window: causal_attention(
-        q, k, v, "xla", scale, window
+    attend: Callable[[Array, Array, Array, Packing | None, float, int], Array] = lambda *inputs: attend_rows(
+        *inputs, kind="xla"
     )
     embedding_gradient: Callable[[Array], Array] = lambda total: total
     output_gradient: Callable[[Array], Array] = lambda total: total
@@ -181,13 +185,28 @@ def parameter_count(shape: Shape) -> int:
     return sum(math.prod(shape.dims(weight.stacked_dims)) for weight in shape.weights)
 
 
-def attend(
-    q: Array, k: Array, v: Array, shape: Shape, windowed: Bool[Array, ""] | bool, place: Placement
+def attend_rows(
+    q: Array, k: Array, v: Array, packing: Packing | None, scale: float, window: int, *, kind: AttentionKind
 ) -> Float[Array, "b t n h"]:
-    """Attention over all earlier tokens or over a window of them; a kernel is compiled for each."""
+    """Attention within packed rows, or where nothing is packed of a row's tokens to all before them."""
+    if packing is None:
+        return causal_attention(q, k, v, kind, scale, window)
+    return packed_attention(q, k, v, packing, kind, scale, window)
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    packing: Packing | None,
+    shape: Shape,
+    windowed: Bool[Array, ""] | bool,
+    place: Placement,
+) -> Float[Array, "b t n h"]:
+    """Attention over all tokens that are visible or over a window of them; a kernel is compiled for each."""
 
     def over(window: int) -> Callable[[Array, Array, Array], Array]:
-        return lambda q, k, v: place.attend(q, k, v, shape.scale, window)
+        return lambda q, k, v: place.attend(q, k, v, packing, shape.scale, window)
 
     if isinstance(windowed, bool):
         return over(shape.window if windowed else 0)(q, k, v)

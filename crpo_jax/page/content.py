@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from crpo_jax.answer.records import read_answer
-from crpo_jax.answer.statistics import extract_letter
+from crpo_jax.answer.statistics import extract_answer
 from crpo_jax.config import Config, load_config
 from crpo_jax.data.record import Record
 from crpo_jax.errors import InputError, one_line
@@ -114,10 +114,9 @@ class Collected:
         ids, effective = answer.token_ids, self.effective_table() if answer.token_ids is not None else None
         try:
             score = score_row(score_response(answer.question, answer.response, reward, ids, effective))
-            right = is_right(answer.question, extract_letter(answer, self.settings), reward)
         except PatternTimeout as problem:
-            return row | {"error": f"reward.answer_in: {problem}"}, None
-        return row | score, right
+            return row | {"error": str(problem)}, None
+        return row | score, is_right(answer.question, extract_answer(answer, self.settings), self.settings.reward)
 
     def effective_table(self) -> np.ndarray | None:
         if not self._effective:
@@ -155,9 +154,8 @@ class Collected:
 def asked_format(design: str, settings: Config) -> tuple[tuple[str, str], bool]:
     """The tags of the two parts that a design wants, and whether it wants System 1 and System 2 in the first."""
     names = [name.partition("*")[0].strip() for name in design.split("+")]
-    if "grpo" in names and "crpo" not in names:
-        first, second = settings.reward.grpo_tags
-        return (first, second), False
+    if {"grpo", "format", "citation"} & {*names} and "crpo" not in names:
+        return (settings.reward.tags[0], settings.reward.tags[-1]), False
     return (("think", "answer"), False) if "released" in names else (("dx", "conclusion"), True)
 
 

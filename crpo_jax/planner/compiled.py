@@ -129,22 +129,27 @@ def abstract_frozen(run: PlannedRun, mesh: Mesh) -> Any:
 
 def abstract_batch(run: PlannedRun, mesh: Mesh) -> Batch:
     """The largest micro-batch before its log-probs are known."""
-    rows, t = run.micro_batch
-    b = rows * run.data
+    b, packed = run.packed_responses * run.data, (run.data, run.packed_length)
+    of_response = (b, run.settings.rollout.max_new_tokens)
 
-    def array(dims: tuple[int, ...], dtype: Any) -> Any:
+    def array(dims: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         spec = TOKENS_BT if len(dims) == 2 else ROWS_B
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
 
     return Batch(
-        tokens=array((b, t), jnp.int32),
-        prompt_lengths=array((b,), jnp.int32),
-        lengths=array((b,), jnp.int32),
+        tokens=array(of_response),
+        lengths=array((b,)),
         weights=array((b,), jnp.float32),
         advantages=array((b,), jnp.float32),
-        sampler=array((b, t), jnp.float32),
+        sampler=array(of_response, jnp.float32),
         on_policy=array((b,), jnp.bool_),
-        responses=array((b,), jnp.int32),
+        responses=array((b,)),
+        starts=array((b,)),
+        packed_tokens=array(packed),
+        targets=array(packed),
+        positions=array(packed),
+        sequences=array(packed),
+        prompts=array(packed),
     )
 
 
@@ -188,9 +193,9 @@ def list_rollout_programs(run: PlannedRun, mesh: Mesh) -> list[PhaseProgram]:
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, stops)
     chunk, most = min(rollout.chunk, rollout.max_new_tokens), rollout.max_new_tokens
     sampler: Any = sampling_programs(shape, mesh, sampling, chunk, run.attention)
-    gather = to_sampler(shape, mesh, settings.model.dtype)
     policy = policy_of(abstract_trained(run, mesh, "master"), abstract_frozen(run, mesh))
-    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh))
+    gather = to_sampler(shape, mesh, settings.model.dtype, policy.adapted)
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler_specs(shape, mesh, policy.adapted))
     weights = attach_shardings(jax.eval_shape(gather, policy), placed)
 
     def array(sizes: tuple[int, ...], spec: PartitionSpec, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from crpo_jax.hardware import GPUS_PER_HOST
+from crpo_jax.model.packed_attention import tile_length
 from crpo_jax.model.shape import block_weights
 from crpo_jax.planner.hlo import Collective, count_ring_bytes, merge_collectives
 from crpo_jax.planner.memory import (
@@ -38,8 +39,8 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
     width, group, remat = jnp.dtype(settings.model.dtype).itemsize, settings.crpo.group_size, settings.parallel.remat
     blocks, output = float(block_weights(shape)), float(shape.d * shape.v)
     prompt, response = run.mean_prompt, run.mean_response
-    prompt_tokens, response_tokens = run.responses / group * prompt, run.responses * response
-    tokens, context = run.responses * (prompt + response), (prompt + response) / 2
+    prompt_tokens, response_tokens = run.prompt_tokens, run.response_tokens
+    tokens = prompt_tokens + response_tokens
 
     def count_attention_flops(tokens: float, context: float) -> float:
         attended = sum(shape.cache_slots(context, windowed) for windowed in shape.windowed)
@@ -49,12 +50,19 @@ def count_work(run: PlannedRun) -> dict[str, PhaseWork]:
         """Of a forward pass through so many weights, with attention to `context` tokens."""
         return tokens * 2 * weights / run.model + count_attention_flops(tokens, context)
 
-    forward = count_flops(tokens, blocks + output, context)
-    recomputed = count_flops(tokens, blocks, context) if remat else 0
-    recomputed += tokens * 2 * output / run.model  # the backward pass always computes the logits again
-    both_passes = 3 * forward
+    # Kernels and XLA compute whole tiles: about half of one too much where a prompt ends, and where the query stands.
+    tile = tile_length(run.packed_length)
+    attention = count_attention_flops(prompt_tokens, prompt / 2 + tile / 2)
+    attention += count_attention_flops(response_tokens, prompt + response / 2 + tile)
+    if run.attention == "cudnn":  # computes whatever a causal mask leaves
+        attention = tokens * 4.0 * shape.n * shape.h * shape.l * run.packed_length / 2 / run.model
+    through_blocks = tokens * 2 * blocks / run.model + attention
+    logits = response_tokens * 2 * output / run.model
+    forward = through_blocks + logits
+    recomputed = (through_blocks if remat else 0) + logits  # the backward pass always computes the logits again
+    both_passes = 3 * forward + attention / 2  # the backward pass of attention computes the scores again
     if settings.lora.rank:  # a frozen weight has no gradient
-        both_passes -= forward - count_attention_flops(tokens, context)
+        both_passes -= forward - attention
     resident = count_resident_memory(run)
     state, compute = resident["optimizer step"], resident["compute copy"]["weights"]
     master, gradients, sampling = state["master"], state["gradients"], count_sampling_bytes(run)
@@ -99,7 +107,6 @@ def estimate_collectives(run: PlannedRun) -> dict[str, list[Collective]]:
     summed over the model axis twice per block and pass.
     """
     shape, dtype, adapted = run.shape, jnp.dtype(run.settings.model.dtype), bool(run.settings.lora.rank)
-    rows, t = run.micro_batch
     whole = count_model_bytes(run, "gathered", dtype)
 
     def gather(stored: WeightCopy, into: WeightCopy = "gathered", passes: int = 1) -> list[Collective]:
@@ -124,9 +131,9 @@ def estimate_collectives(run: PlannedRun) -> dict[str, list[Collective]]:
         "prefill": sum_activations(run.wave_prompts * run.settings.data.max_prompt_tokens),
         "decode": sum_activations(run.wave_rows),
         "compute copy": gather(base, "compute"),
-        "reference log-probs": gather("reference") + sum_activations(rows * t),
-        "old log-probs": gather("compute") + sum_activations(rows * t),
-        "accumulate": gather("compute", passes=passes - 1) + reduced + sum_activations(rows * t, passes),
+        "reference log-probs": gather("reference") + sum_activations(run.packed_length),
+        "old log-probs": gather("compute") + sum_activations(run.packed_length),
+        "accumulate": gather("compute", passes=passes - 1) + reduced + sum_activations(run.packed_length, passes),
         "optimizer step": [],
     }
     return {phase: merge_collectives(sent) for phase, sent in collectives.items()}

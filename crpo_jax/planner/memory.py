@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from crpo_jax.model.attention import query_block
 from crpo_jax.model.lora import trained_shapes, trained_shardings
+from crpo_jax.model.packed_attention import tile_length
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import CACHE_BKSH, TENSOR, Axes, find_layout, kv_copies, weight_spec
 from crpo_jax.planner.planned_run import PlannedRun
@@ -81,10 +82,11 @@ def count_trained_bytes(run: PlannedRun, copy: WeightCopy, dtype: Any) -> float:
 
 
 def count_sampling_bytes(run: PlannedRun) -> float:
-    """Bytes of the sampler's copy: gathered, with KV heads repeated until every model shard has one."""
+    """Bytes of the sampler's copy: gathered, with KV heads repeated until every model shard has one, and adapters."""
     shape, dtype = run.shape, jnp.dtype(run.settings.model.dtype)
     repeated = dataclasses.replace(shape, k=shape.k * kv_copies(run.mesh, shape.k))
-    return count_weight_bytes(repeated, TENSOR, run.mesh, dtype.itemsize)
+    adapters = count_trained_bytes(run, "gathered", dtype) if run.settings.lora.rank else 0.0
+    return count_weight_bytes(repeated, TENSOR, run.mesh, dtype.itemsize) + adapters
 
 
 def count_moment_bytes(run: PlannedRun) -> float:
@@ -123,16 +125,17 @@ def count_waiting_bytes(run: PlannedRun) -> float:
 
 
 def count_batch_bytes(run: PlannedRun) -> float:
-    """Bytes of a step's micro-batches, which stay on the devices until the last update: 16 per token."""
-    return 16.0 * run.responses * run.longest_row
+    """Bytes of a step's micro-batches, which stay on the devices until the last update: five numbers per place, and
+    four per token that a response may have."""
+    of_responses = run.packed_responses * run.settings.rollout.max_new_tokens
+    return 4.0 * run.optimizer_steps * run.micro_batches * (5 * run.packed_length + 4 * of_responses)
 
 
 def count_activation_bytes(run: PlannedRun) -> float:
     """Bytes stored for the backward pass: each block's input with remat, otherwise about all arrays of the block."""
-    rows, t = run.micro_batch
     shape, width = run.shape, jnp.dtype(run.settings.model.dtype).itemsize
     stored = shape.d if run.settings.parallel.remat else 8 * (shape.d + shape.f / run.model)
-    return float(shape.l * rows * t * stored * width)
+    return float(shape.l * run.packed_length * stored * width)
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
@@ -174,10 +177,10 @@ def count_resident_memory(run: PlannedRun) -> dict[str, Memory]:
 def estimate_temporaries(run: PlannedRun) -> Memory:
     """What each phase's program needs besides its arrays, by phase; the factors are fitted to compiled figures."""
     shape, dtype = run.shape, jnp.dtype(run.settings.model.dtype)
-    rows, t = run.micro_batch
+    t = run.packed_length
     prompts, longest = run.wave_prompts, run.settings.data.max_prompt_tokens
     whole, tpu = count_model_bytes(run, "gathered", dtype), run.target.chip.kind == "tpu"
-    chunk = max(run.settings.parallel.logprob_chunk, rows) * shape.v / run.model * 4  # float32 logits
+    chunk = run.settings.parallel.logprob_chunk * shape.v / run.model * 4  # float32 logits
     drawn = run.wave_rows * shape.v / run.model * 4
 
     def is_split(copy: WeightCopy) -> bool:
@@ -198,8 +201,11 @@ def estimate_temporaries(run: PlannedRun) -> Memory:
         gathers, embedding = is_split("master"), shape.v * shape.d / run.model * dtype.itemsize
         gradients = count_model_bytes(run, "master", dtype) - embedding / (run.data if gathers else 1)
     copied = (whole if tpu else whole / 4) if gathers else 0.0
-    forward = chunk + count_block(rows * t, 2, 4)
-    backward = gradients + max(embedding, 1.5 * chunk) + count_block(rows * t, 4.5, 9) + 3 * count_scores(rows, t)
+    # XLA's attention keeps a pair of tiles; the kernels read a mask.
+    tile, mask = shape.n / run.model * tile_length(t) ** 2 * 4, t * t * (dtype.itemsize if not tpu else 1)
+    forward = chunk + count_block(t, 2, 4)
+    backward = gradients + max(embedding, 1.5 * chunk) + count_block(t, 4.5, 9)
+    backward += 3 * (tile if run.attention == "xla" else mask)
     prefill_scores = 0 if tpu else 3 * count_scores(prompts, longest)
     return {
         "sampling copy": copied,

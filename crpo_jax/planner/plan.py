@@ -186,7 +186,6 @@ def list_other_layouts(run: PlannedRun) -> list[PlannedRun]:
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values: bytes, seconds, counts."""
     run, chip = plan.run, plan.run.target.chip
-    rows, t = run.micro_batch
     return {
         "target": run.target.name,
         "mesh": run.mesh_text,
@@ -200,7 +199,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "peak_phase": plan.peak.name,
         "margin_bytes": plan.margin,
         "bound_seconds": plan.bound,
-        "micro_batch": {"rows": rows, "tokens": t},
+        "micro_batch": {"responses": run.packed_responses, "tokens": run.packed_length},
         "decoded_together": run.wave_rows,
         "device": {name: getattr(chip, name) for name in ("flops", "bandwidth", "link", "link_bandwidth", "source")},
         "phases": [

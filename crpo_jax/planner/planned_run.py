@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import check_layout, find_layout
 from crpo_jax.parallel.mesh import DATA, MODEL, parse_mesh
 from crpo_jax.planner.targets import Target
+from crpo_jax.update.packing import most_responses, row_lengths
 
 
 def qwen(d: int, l: int, n: int, k: int, h: int, f: int, v: int, tied: bool, family: str = "qwen2") -> Shape:  # noqa: E741
@@ -146,14 +148,19 @@ class PlannedRun:
         return self.settings.data.max_prompt_tokens + self.settings.rollout.max_new_tokens
 
     @property
-    def micro_batch(self) -> tuple[int, int]:
-        """(rows on a data shard, tokens per row) of the micro-batch that needs the most memory: as many tokens as the
-        budget allows in the longest rows that reach it, or one row of the longest length if that exceeds the budget."""
+    def packed_length(self) -> int:
+        """Places of the longest packed row that a data shard computes at once: the budget's, as many as a mini-batch's
+        longest groups fill if these are fewer, or those of the longest response if it exceeds the budget."""
         crpo, parallel = self.settings.crpo, self.settings.parallel
-        lengths = range(parallel.length_multiple, self.longest_row + parallel.length_multiple, parallel.length_multiple)
-        most_rows = -(-crpo.mini_batch_prompts * crpo.group_size // self.data)
-        sizes = [(min(most_rows, max(1, parallel.micro_batch_tokens // t)), t) for t in lengths]
-        return max(sizes, key=lambda size: (size[0] * size[1], size[1]))
+        group = self.settings.data.max_prompt_tokens + crpo.group_size * self.settings.rollout.max_new_tokens
+        most = max(self.longest_row, -(-crpo.mini_batch_prompts * group // self.data))
+        budget, _ = row_lengths(parallel.micro_batch_tokens, parallel.length_multiple, self.longest_row)
+        return min(budget, -(-most // parallel.length_multiple) * parallel.length_multiple)
+
+    @property
+    def packed_responses(self) -> int:
+        """Responses that a packed row of that length has room for."""
+        return most_responses(self.responses / self.optimizer_steps / self.micro_batches)
 
     @property
     def optimizer_steps(self) -> int:
@@ -175,6 +182,16 @@ class PlannedRun:
         return self.settings.crpo.prompts_per_step * self.settings.crpo.group_size / self.data
 
     @property
+    def prompt_tokens(self) -> float:
+        """Tokens of an RL step's prompts on a data shard, each once."""
+        return self.responses / self.settings.crpo.group_size * self.mean_prompt
+
+    @property
+    def response_tokens(self) -> float:
+        """Tokens of an RL step's responses on a data shard."""
+        return self.responses * self.mean_response
+
+    @property
     def decode_steps(self) -> float:
         """Tokens drawn one after another if every slot is busy until all responses are done."""
         return self.responses * self.mean_response / self.wave_rows
@@ -182,9 +199,9 @@ class PlannedRun:
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one optimizer step, filled without padding."""
-        rows, t = self.micro_batch
-        tokens = int(self.responses / self.optimizer_steps * (self.mean_prompt + self.mean_response))
-        return max(1, -(-tokens // (rows * t)))
+        return max(
+            1, math.ceil((self.prompt_tokens + self.response_tokens) / self.optimizer_steps / self.packed_length)
+        )
 
 
 def resolve_run(settings: Config, target: Target, mesh: str = "") -> PlannedRun:

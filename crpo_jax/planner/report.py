@@ -45,7 +45,7 @@ def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def format_run(plan: Plan) -> str:
-    run, (rows, t) = plan.run, plan.run.micro_batch
+    run = plan.run
     crpo, chip, model = run.settings.crpo, run.target.chip, run.settings.model.path or "model.shape"
     text_part = "the text model alone: train refuses the hub's folder, which has a vision tower (model_type gemma3)"
     return "\n".join(
@@ -53,7 +53,7 @@ def format_run(plan: Plan) -> str:
             f"{model} ({parameter_count(run.shape):,} parameters) on {run.target.name}, "
             f"mesh {run.mesh_text} (data x model), layout {run.layout_name}",
             f"per step: {crpo.prompts_per_step} prompts x {crpo.group_size} responses, {run.optimizer_steps} optimizer "
-            f"steps; per data shard: {run.wave_rows} rows decoded together, micro-batches of {rows} x {t:,} tokens",
+            f"steps; per data shard: {run.wave_rows} rows decoded together, micro-batches of {run.packed_length:,}",
             f"per device: {chip.flops / 1e12:g} TFLOP/s in bf16, memory {chip.bandwidth / 1e9:,.0f} GB/s, "
             f"{chip.link} {chip.link_bandwidth / 1e9:g} GB/s ({chip.source})",
             *([text_part] if run.is_text_part else []),

@@ -107,6 +107,15 @@ def write_answer(answer: str, settings: Reward) -> str:
     return forms.get(place.kind, f"\n{place.name} {answer}")
 
 
+def without_marks(text: str, settings: Reward) -> str:
+    """The text without the tags or the mark that an answer would be found by, and with what they enclose."""
+    place = answer_place(settings.answer_in)
+    marks = {"tag": (f"<{place.name}>", f"</{place.name}>"), "after": (place.name,)}
+    for mark in marks.get(place.kind, ()):
+        text = text.replace(mark, "")
+    return text
+
+
 @lru_cache(maxsize=64)
 def answer_place(answer_in: str) -> Place:
     """The setting `reward.answer_in`, read; InputError where it says nothing."""

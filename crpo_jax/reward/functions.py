@@ -1,8 +1,12 @@
 """A user's reward functions, TRL's convention: `f(prompts, completions, **columns)` returns a reward or None for each.
 
+A function may be async. In a scoring process its time limit is that of any function; where it is called in the run's
+own process, it is cancelled after as long.
+
 reward.design names them as `module:function`; from Python they may also be given as objects.
 """
 
+import asyncio
 import difflib
 import importlib
 import inspect
@@ -11,7 +15,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
@@ -22,7 +27,7 @@ from crpo_jax.data.question import Question
 from crpo_jax.errors import brief, one_line
 from crpo_jax.reward.rules import TokenIds
 
-RewardFunction = Callable[..., Iterable[float | None]]
+RewardFunction = Callable[..., Iterable[float | None] | Awaitable[Iterable[float | None]]]
 
 LONGEST_TRACEBACK = 20_000  # characters
 
@@ -107,8 +112,9 @@ def call_function(
     questions: Sequence[Question],
     responses: Sequence[str],
     token_ids: Sequence[TokenIds] | None,
+    async_limit: float | None = None,
 ) -> list[float | Failure | None]:
-    """A function's rewards for a whole batch.
+    """A function's rewards for a whole batch; an async function is cancelled after `async_limit` seconds.
 
     The function gets `prompts` (the questions' texts), `completions`, `completion_ids` where the tokens are known, and
     by name a list per column: id, answer, options, source, split and every extra column of the questions.
@@ -122,9 +128,8 @@ def call_function(
     if token_ids is not None:
         columns["completion_ids"] = [list(map(int, ids)) for ids in token_ids]
     rewards, expected = function(**columns), f"{len(responses)} rewards, one per completion"
-    if inspect.iscoroutine(rewards):
-        rewards.close()
-        raise BadRewards(f"expected a list of {expected}, got the coroutine of an async function")
+    if inspect.isawaitable(rewards):
+        rewards = run_async(rewards, async_limit)
     try:
         # To iterate over these would give numbers that are no rewards: keys, or the digits of a text.
         iterator = None if isinstance(rewards, str | bytes | bytearray | Mapping | Set) else iter(rewards)
@@ -136,6 +141,27 @@ def call_function(
     if len(values) != len(responses):
         raise BadRewards(f"expected {expected}, got {len(values) if len(values) < len(responses) else 'more'}")
     return [None if reward is None else check_reward(reward) for reward in values]
+
+
+def run_async(rewards: Awaitable[Any], limit: float | None) -> Any:
+    """What an async function returns; TimeoutError after `limit` seconds."""
+
+    async def bounded() -> Any:
+        clock = asyncio.timeout(limit)
+        try:
+            async with clock:
+                return await rewards
+        except TimeoutError:
+            if not clock.expired():  # a time-out of the function's own
+                raise
+        raise TimeoutError(f"took longer than reward.time_limit={limit:g} seconds and was cancelled")
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(bounded())
+    with ThreadPoolExecutor(1) as thread:  # a notebook's thread runs a loop already, and one thread cannot run two
+        return thread.submit(asyncio.run, bounded()).result()
 
 
 def check_reward(reward: Any) -> float | Failure:

@@ -14,6 +14,7 @@ a million tags or braces costs as little as one of a million letters. The rules:
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -82,30 +83,12 @@ def parse_response(response: str, tags: tuple[str, ...] = ("dx", "conclusion"), 
     A part is separated where each of its two tags occurs once and in order, and no tag of the other part is in it or
     around it. So a lost `</dx>` does not cost the answer in a sound conclusion, and `<conclusion>` inside dx is none.
     """
-    first, second = tags
-    names = (f"<{first}>", f"</{first}>", f"<{second}>", f"</{second}>")
-    counts = [response.count(name) for name in names]
-    problems = [
-        f"{name} stands {count} times" if count else f"no {name}"
-        for name, count in zip(names, counts, strict=True)
-        if count != 1
-    ]
-    opened, closed, opened2, closed2 = (response.find(name) for name in names)
-
-    dx = conclusion = system1 = system2 = None
-    start = opened2 + len(names[2])
-    if not problems:
-        if opened < closed < opened2 < closed2:
-            dx, conclusion = response[opened + len(names[0]) : closed], response[start:closed2]
-            outside = {
-                f"before {names[0]}": response[:opened],
-                f"between {names[1]} and {names[2]}": response[closed + len(names[1]) : opened2],
-                f"after {names[3]}": response[closed2 + len(names[3]) :],
-            }
-            problems += [f"text {where}" for where, text in outside.items() if text and not text.isspace()]
-        else:
-            problems.append(f"the tags are out of order: expected {' '.join(names)}")
-    if conclusion is None and counts[2] == counts[3] == 1 and start <= closed2:
+    texts, problems = split_tags(response, tags)
+    dx, conclusion = texts or (None, None)
+    names = tuple(name for tag in tags for name in (f"<{tag}>", f"</{tag}>"))
+    opened2, closed2 = response.find(names[2]), response.find(names[3])
+    start, system1, system2 = opened2 + len(names[2]), None, None
+    if conclusion is None and response.count(names[2]) == response.count(names[3]) == 1 and start <= closed2:
         torn = response.find(names[0], start, closed2) >= 0 or response.find(names[1], start, closed2) >= 0
         nested = response.find(names[0], 0, opened2) >= 0 and response.find(names[1], closed2) >= 0
         if not torn and not nested:
@@ -115,6 +98,29 @@ def parse_response(response: str, tags: tuple[str, ...] = ("dx", "conclusion"), 
         problems += heading_problems
     boxes, box_count = find_boxes(response)
     return Parsed(dx, system1, system2, conclusion, start, boxes, box_count, tuple(problems))
+
+
+def split_tags(response: str, tags: Sequence[str]) -> tuple[tuple[str, ...] | None, list[str]]:
+    """The texts between each pair of tags, None where they are not all there once and in order; and the problems, of
+    which text outside the tags is one too."""
+    names = [name for tag in tags for name in (f"<{tag}>", f"</{tag}>")]
+    counts = [response.count(name) for name in names]
+    if any(count != 1 for count in counts):
+        return None, [
+            f"{name} stands {count} times" if count else f"no {name}"
+            for name, count in zip(names, counts, strict=True)
+            if count != 1
+        ]
+    starts = [response.find(name) for name in names]
+    if starts != sorted(set(starts)):
+        return None, [f"the tags are out of order: expected {' '.join(names)}"]
+    ends = [start + len(name) for start, name in zip(starts, names, strict=True)]
+    texts = tuple(response[end:start] for end, start in zip(ends[::2], starts[1::2], strict=True))
+    outside = {f"before {names[0]}": response[: starts[0]]}
+    for closing in range(1, len(names) - 1, 2):
+        outside[f"between {names[closing]} and {names[closing + 1]}"] = response[ends[closing] : starts[closing + 1]]
+    outside[f"after {names[-1]}"] = response[ends[-1] :]
+    return texts, [f"text {where}" for where, text in outside.items() if text and not text.isspace()]
 
 
 def split_systems(dx: str) -> tuple[str | None, str | None, list[str]]:

@@ -95,10 +95,10 @@ def score_grpo(
 
     Consistency is reported, so that runs can be compared, but is not part of the total.
     """
-    parsed = parse_response(response, settings.grpo_tags, systems=False)
-    answer, answer_why = find_answer(response, question, settings, parsed, settings.grpo_tags[1])
+    parsed = parse_response(response, settings.tags, systems=False)
+    answer, answer_why = find_answer(response, question, settings, parsed, settings.tags[1])
     problems = list(parsed.problems)
-    for name, text in zip(settings.grpo_tags, (parsed.dx, parsed.conclusion), strict=True):
+    for name, text in zip(settings.tags, (parsed.dx, parsed.conclusion), strict=True):
         if text is not None and not text.strip():
             problems.append(f"{name} is empty")
     share, consistency_why = measure_consistency(response, token_ids, effective)

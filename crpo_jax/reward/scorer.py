@@ -10,29 +10,35 @@ that hangs costs only itself, and a function that needs longer than the limit fo
 One that answers none of LOST_IN_A_ROW responses is not called for the rest of the batch.
 """
 
+import functools
+import hashlib
 import logging
 import math
 import queue
-import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError, one_line
-from crpo_jax.reward.answer import answer_place
+from crpo_jax.reward.design import JUDGE, design_parts
 from crpo_jax.reward.functions import Failure, RewardFunction, import_path
 from crpo_jax.reward.overlong import OVERLONG
+from crpo_jax.reward.parts import PARTS
 from crpo_jax.reward.process import START_LIMIT, Overrun, WorkerProcess
 from crpo_jax.reward.rules import DESIGNS, Score, TokenIds, require_choices
-from crpo_jax.reward.worker import PartScorer, ScoringJob, Value, WorkerSetup
+from crpo_jax.reward.worker import BUILT_IN, PartScorer, ScoringJob, Value, WorkerSetup
+
+if TYPE_CHECKING:
+    from crpo_jax.reward.judge import JudgeScorer
 
 Scored = Score | Failure
 
@@ -56,37 +62,6 @@ class ScoringError(RuntimeError):
     """Too many responses could not be scored, or no worker process can be started."""
 
 
-def design_parts(settings: Reward, functions: Collection[str] = ()) -> tuple[tuple[str, float], ...]:
-    """The rewards that `settings.design` sums, each with its weight: "crpo*1.0+my.module:f*0.5".
-
-    A name is a built-in design, one of `functions`, or `module:function`.
-    """
-    known = (*DESIGNS, *functions)
-    parts: dict[str, float] = {}
-    for piece in settings.design.split("+"):
-        name, star, factor = (text.strip() for text in piece.partition("*"))
-        if name not in known and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name):
-            raise InputError(
-                f"reward.design: expected {', '.join(known)} or module:function, got {name!r} in {settings.design!r}"
-            )
-        if name in parts:
-            raise InputError(f"reward.design: {name} stands twice in {settings.design!r}")
-        try:
-            weight = float(factor) if star else 1.0
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
-            raise InputError(f"reward.design: expected a number after {name}*, got {factor!r}")
-        parts[name] = weight
-    answer_place(settings.answer_in)
-    tags = settings.grpo_tags
-    if "grpo" in parts and not (
-        len(tags) == 2 and tags[0] != tags[1] and all(re.fullmatch(r"[\w-]+", tag) for tag in tags)
-    ):
-        raise InputError(f"reward.grpo_tags: expected two different tag names, got {list(tags)}")
-    return tuple(parts.items())
-
-
 @dataclass(eq=False)
 class ScoringBatch:
     """Responses handed in together; `Scorer.collect` waits for their scores."""
@@ -94,13 +69,13 @@ class ScoringBatch:
     questions: Sequence[Question]
     responses: list[str]
     token_ids: list[TokenIds | None]
-    values: dict[str, list[Value | Failure]]
+    values: dict[str, list[Any]]
     missing: int  # values
     number: int
     awaited: int  # responses
     failed: set[int] = field(default_factory=set)
     lost: Counter[str] = field(default_factory=Counter)  # by part, single responses in a row without an answer
-    error: ScoringError | None = None
+    error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -109,7 +84,7 @@ class ScoringBatch:
         ids = known if len(known) == len(rows) else None  # a batch has all of them or none
         return ScoringJob(part, [self.questions[row] for row in rows], [self.responses[row] for row in rows], ids)
 
-    def give_up(self, error: ScoringError) -> None:
+    def give_up(self, error: Exception) -> None:
         self.error = error
         self.done.set()
 
@@ -128,12 +103,14 @@ class Scorer:
     """Scores under `settings.design`, in `settings.workers` processes, at least one for a user's functions; a context
     manager, which raises InputError where a function cannot be loaded.
 
-    Weighted sums and a user's functions have the parts of a built-in design in every Score too, for the logs: those of
-    the first built-in named, or of `crpo`. Only the named parts are in `total` and in `components` (before weighting).
+    Every Score has accuracy, format and so on for the logs: as the first whole design named has them, else as the
+    built-in parts have, and beside functions alone as `crpo` has. Only what the design names is in `total` and in
+    `components` (before weighting).
 
-    `functions` are Python objects by the names that the design gives them. One that can be imported again runs in the
-    workers like any other; a lambda, a closure or a function of a notebook is called in this process, by the `submit`
-    or `add` that completes its batch, and has no time limit: if it hangs or exits, so does this process.
+    `functions` are Python objects by the names that the design gives them, also that of a built-in part. One that can
+    be imported again runs in the workers like any other; a lambda, a closure or a function of a notebook is called in
+    this process, by the `submit` or `add` that completes its batch, and has no time limit unless it is async: if it
+    hangs or exits, so does this process. `setting` is what names functions in error messages.
     """
 
     def __init__(
@@ -141,21 +118,29 @@ class Scorer:
         settings: Reward,
         effective: np.ndarray | None = None,
         functions: Mapping[str, RewardFunction] | None = None,
+        setting: str = "reward.design",
     ) -> None:
         functions = functions or {}
         if taken := {*DESIGNS, *([OVERLONG] if settings.overlong else [])} & functions.keys():
             raise InputError(f"reward functions: expected other names than those of built-in rewards, got {min(taken)}")
-        self.settings = settings
+        self.settings, self.setting = settings, setting
         self.parts = design_parts(settings, functions)
-        self.described_by = next((name for name, _ in self.parts if name in DESIGNS), "crpo")
-        self.names = tuple(dict.fromkeys((self.described_by, *(name for name, _ in self.parts))))
-        self.function_names = tuple(name for name in self.names if name not in DESIGNS)
+        self.built_in = tuple(name for name, _ in self.parts if name in PARTS and name not in functions)
+        tasks = [BUILT_IN if name in self.built_in else name for name, _ in self.parts]
+        described_by = [name for name in tasks if name in DESIGNS] or [name for name in tasks if name == BUILT_IN]
+        self.described_by = described_by[0] if described_by else "crpo"
+        self.names = tuple(dict.fromkeys((self.described_by, *tasks)))
+        self.judge = open_judge(settings) if JUDGE in self.names and JUDGE not in functions else None
+        own = (*DESIGNS, BUILT_IN, *([JUDGE] if self.judge else []))
+        self.function_names = tuple(name for name in self.names if name not in own)
         paths = {name: import_path(functions[name]) if name in functions else name for name in self.function_names}
         imported = {name: path for name, path in paths.items() if path}
-        self.setup = WorkerSetup(settings, effective, imported, tuple(sys.path))
+        self.setup = WorkerSetup(settings, effective, self.built_in, imported, tuple(sys.path))
         self._local_functions = {name: functions[name] for name in paths if name not in imported}
         self._workers = settings.workers or min(1, len(imported))
-        self._in_workers = {name for name in self.names if name in imported or (name in DESIGNS and settings.workers)}
+        self._in_workers = {
+            name for name in self.names if name in imported or (name in (*DESIGNS, BUILT_IN) and settings.workers)
+        }
         self._local: PartScorer | None = None
         self._queue: queue.PriorityQueue[tuple[float, int, ScoringTask | None]] = queue.PriorityQueue()
         self._order = count()
@@ -170,7 +155,7 @@ class Scorer:
             self._processes[number] = WorkerProcess(self.setup)
         try:
             if self.setup.paths:  # whether a function can be loaded is to be known before anything else begins
-                wait_for_functions(self._processes[0])
+                wait_for_functions(self._processes[0], self.setting)
         except BaseException:
             self.close()
             raise
@@ -184,8 +169,10 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """End the workers; batches that were not collected are lost."""
+        """End the workers and the judge; batches that were not collected are lost."""
         self._open = False
+        if self.judge:
+            self.judge.close()
         for _ in self._threads:
             self._queue.put((-1, next(self._order), None))
         for process in list(self._processes.values()):
@@ -196,6 +183,23 @@ class Scorer:
             process.end()
         self._threads.clear()
         self._processes.clear()
+
+    def keep_replies(self, workdir: Path, name: str = "0") -> None:
+        """Keeps the judge's replies in the workdir, a file per scorer and process of the run, and asks for none that is
+        there."""
+        if self.judge:
+            self.judge.keep_replies(workdir / "judge" / f"reward_{name}.jsonl")
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of what the reward depends on besides settings and questions."""
+        rubric = self.judge.template if self.judge else ""
+        return {"rubric of reward.judge": hashlib.sha256(rubric.encode()).hexdigest()} if rubric else {}
+
+    def check_questions(self, questions: Sequence[Question]) -> None:
+        """InputError where the judge is to score a question by criteria that it does not have."""
+        if self.judge and not self.judge.template:
+            for question in questions:
+                self.judge.requests(question, "")
 
     def score(
         self, questions: Sequence[Question], responses: Sequence[str], token_ids: Sequence[TokenIds] | None = None
@@ -219,9 +223,11 @@ class Scorer:
         """A batch of one response per question, to be handed over by `add`, some responses at a time."""
         if not self._open:
             raise RuntimeError("Scorer: use it in a with statement; this one is not open")
+        if self.judge:
+            self.judge.try_again()
         require_choices(self.settings, questions)
         n = len(questions)
-        values: dict[str, list[Value | Failure]] = {name: [None] * n for name in self.names}
+        values: dict[str, list[Any]] = {name: [None] * n for name in self.names}
         batch = ScoringBatch(questions, [""] * n, [None] * n, values, n * len(self.names), next(self._batches), n)
         if n == 0:
             batch.done.set()
@@ -239,7 +245,8 @@ class Scorer:
             batch.responses[row] = responses[place]
             batch.token_ids[row] = None if token_ids is None else token_ids[place]
         batch.awaited -= len(rows)
-        for name in sorted(self.names, key=lambda name: name not in self._in_workers):  # the workers begin first
+        elsewhere = {*self._in_workers, *([JUDGE] if self.judge else [])}
+        for name in sorted(self.names, key=lambda name: name not in elsewhere):  # what runs beside this process first
             if name in self.function_names:
                 if not batch.awaited and batch.responses:
                     self._put(ScoringTask(batch, name, range(len(batch.responses))))
@@ -263,9 +270,30 @@ class Scorer:
             return
         if task.batch.done.is_set():  # given up
             return
+        if task.part == JUDGE and self.judge:
+            return self._judge(task)
         if self._local is None:
             self._local = PartScorer(replace(self.setup, paths={}), self._local_functions)
         self._record(task, self._local.score(task.batch.job(task.part, task.rows)))
+
+    def _judge(self, task: ScoringTask) -> None:
+        """Hand each of a task's responses to the judge, which records their values in time."""
+        assert self.judge is not None
+        batch = task.batch
+
+        def record(row: int, judged: Any) -> None:
+            if isinstance(judged, Exception):
+                batch.give_up(judged)
+            else:
+                self._record(replace(task, rows=(row,)), [judged])
+
+        for row in task.rows:
+            self.judge.submit(
+                batch.questions[row],
+                batch.responses[row],
+                functools.partial(record, row),
+                lambda: not batch.done.is_set(),
+            )
 
     def _one_by_one(self, task: ScoringTask, why: str) -> None:
         """Score the rows of a task singly: a failure of several responses does not tell which of them failed."""
@@ -300,7 +328,7 @@ class Scorer:
         limit, lost = self.settings.time_limit, task.batch.lost
         if lost[task.part] >= LOST_IN_A_ROW:
             return self._record(task, Failure(f"not called: none of the {LOST_IN_A_ROW} before it was answered"))
-        wait_for_functions(process)
+        wait_for_functions(process, self.setting)
         try:
             values = process.score(task.batch.job(task.part, task.rows), limit)
             lost[task.part] = 0
@@ -361,9 +389,21 @@ class Scorer:
         if self.parts == ((self.described_by, 1.0),):
             return described
         weights = dict(self.parts)
-        components = {name: getattr(value, "total", value) for name, value in values.items() if name in weights}
+        built_in: Score | None = values.get(BUILT_IN)
+        by_part = values | (built_in.components if built_in else {})
+        judged = {JUDGE: values[JUDGE].why} if self.judge else {}
+        if self.judge:
+            by_part[JUDGE] = values[JUDGE].value
+        components: dict[str, Any] = {name: getattr(by_part[name], "total", by_part[name]) for name in weights}
         total = sum(weight * components[name] for name, weight in self.parts if components[name] is not None)
-        return replace(described, total=total, components=components, why=described.why | {"weights": weights})
+        why = (built_in.why if built_in else {}) | described.why | judged | {"weights": weights}
+        return replace(described, total=total, components=components, why=why)
+
+
+def open_judge(settings: Reward) -> "JudgeScorer":
+    from crpo_jax.reward.judge import JudgeScorer  # with its client, which nothing else needs
+
+    return JudgeScorer(settings.judge)
 
 
 def score_row(scored: Scored) -> dict[str, Any]:
@@ -377,8 +417,8 @@ def score_row(scored: Scored) -> dict[str, Any]:
     return {name: getattr(scored, name) for name in names}
 
 
-def wait_for_functions(process: WorkerProcess) -> None:
-    """Wait until a process has started; InputError where it cannot load a user's function."""
+def wait_for_functions(process: WorkerProcess, setting: str) -> None:
+    """Wait until a process has started; InputError where it cannot load a user's function, which `setting` names."""
     paths = ", ".join(process.setup.paths.values())
     try:
         problems = process.wait_until_ready()
@@ -390,7 +430,7 @@ def wait_for_functions(process: WorkerProcess) -> None:
         fate = process.fate()
         process.end()
         if paths:
-            raise InputError(f"reward.design: importing {paths} ended the scoring process: {fate}") from None
+            raise InputError(f"{setting}: importing {paths} ended the scoring process: {fate}") from None
         raise ScoringError(f"a scoring process did not start: {fate}; see its message on standard error") from None
     for name, problem in problems.items():
-        raise InputError(f"reward.design: expected a function {process.setup.paths[name]}, got {problem}")
+        raise InputError(f"{setting}: expected a function {process.setup.paths[name]}, got {problem}")

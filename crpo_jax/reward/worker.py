@@ -21,6 +21,7 @@ import numpy as np
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
 from crpo_jax.reward.functions import BadRewards, Failure, RewardFunction, call_function, failure_of, load_function
+from crpo_jax.reward.parts import score_parts
 from crpo_jax.reward.rules import Score, TokenIds, score_response
 
 
@@ -30,13 +31,18 @@ class WorkerSetup:
 
     settings: Reward
     effective: np.ndarray | None
+    built_in: Sequence[str]  # the parts of reward.parts that the design names
     paths: Mapping[str, str]  # `module:function` by the function's name in the design
     search: Sequence[str]  # the parent's sys.path
 
 
+BUILT_IN = "built-in parts"
+"""The job of the parts of `reward.parts`, which are scored together: no function can have this name."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScoringJob:
-    """Responses to be scored by one part of the design."""
+    """Responses to be scored by one part of the design, or by all BUILT_IN ones."""
 
     part: str
     questions: Sequence[Question]
@@ -60,6 +66,7 @@ class PartScorer:
         self.setup = setup
         sys.path.extend(folder for folder in setup.search if folder not in sys.path)
         self.functions = {name: load_function(path) for name, path in setup.paths.items()} | dict(functions or {})
+        self.async_limit = setup.settings.time_limit if functions else None  # else the process is killed at its limit
 
     def problems(self) -> dict[str, str]:
         """What is wrong with the functions that could not be loaded, by name."""
@@ -73,7 +80,7 @@ class PartScorer:
         if isinstance(function, Failure):
             return [function] * len(job.responses)
         try:
-            return call_function(function, job.questions, job.responses, job.token_ids)
+            return call_function(function, job.questions, job.responses, job.token_ids, self.async_limit)
         except BadRewards as error:  # one by one it would be no better, or only seem so
             return [Failure(str(error))] * len(job.responses)
         except KeyboardInterrupt:
@@ -82,11 +89,16 @@ class PartScorer:
             return failure_of(error) if len(job.responses) > 1 else [failure_of(error)]
 
     def score_each(self, job: ScoringJob) -> Sequence[Value | Failure]:
-        settings, values = replace(self.setup.settings, design=job.part), []
+        setup, values = self.setup, []
+        settings = replace(setup.settings, design=job.part)
         for row, (question, response) in enumerate(zip(job.questions, job.responses, strict=True)):
             ids = None if job.token_ids is None else job.token_ids[row]
             try:
-                values.append(score_response(question, response, settings, ids, self.setup.effective))
+                if job.part == BUILT_IN:
+                    score = score_parts(question, response, setup.settings, ids, setup.effective, setup.built_in)
+                else:
+                    score = score_response(question, response, settings, ids, setup.effective)
+                values.append(score)
             except Exception as error:  # noqa: BLE001 (recorded with its traceback; one response must not end the others)
                 values.append(failure_of(error))
         return values

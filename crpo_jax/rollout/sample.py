@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from crpo_jax.model.attention import AttentionKind
 from crpo_jax.model.decode import Cache, SamplerWeights, Shard, decode, prefill
-from crpo_jax.model.placement import sampler_specs
+from crpo_jax.model.placement import adapted_names, sampler_specs
 from crpo_jax.model.shape import Shape
 from crpo_jax.parallel.layout import CACHE_BKSH, ROWS_B, TOKENS_BT, kv_copies
 from crpo_jax.parallel.mesh import DATA, MODEL, model_size
@@ -273,7 +273,7 @@ def sampling_programs(
     shape: Shape, mesh: Mesh, sampling: Sampling, chunk: int, attention: AttentionKind
 ) -> SamplingPrograms:
     shard = Shard(MODEL if model_size(mesh) > 1 else None)
-    weights, layer = sampler_specs(shape, mesh), Cache._make([CACHE_BKSH] * len(Cache._fields))
+    layer = Cache._make([CACHE_BKSH] * len(Cache._fields))
     rows = RowState._make([ROWS_B] * len(RowState._fields))
     chunk_specs = DecodedChunk._make([TOKENS_BT, TOKENS_BT, ROWS_B, ROWS_B])
     cache, settings = (layer,) * shape.l, {"shape": shape, "shard": shard, "sampling": sampling}
@@ -282,9 +282,13 @@ def sampling_programs(
         named = functools.wraps(function)(functools.partial(function, **fixed))
         return sharded_call(named, mesh, inputs, outputs)
 
+    def specs_of(weights: SamplerWeights) -> SamplerWeights:
+        return sampler_specs(shape, mesh, adapted_names(shape, weights))
+
     def prefill_program(*inputs: Any, slots: tuple[int, int]) -> Any:
         fixed = {**settings, "slots": slots, "attention": attention}
-        return mapped(prefill_and_draw, (weights, TOKENS_BT, rows, P()), (cache, chunk_specs), **fixed)(*inputs)
+        specs = (specs_of(inputs[0]), TOKENS_BT, rows, P())
+        return mapped(prefill_and_draw, specs, (cache, chunk_specs), **fixed)(*inputs)
 
     def grow_program(old: Cache, slots: int) -> Any:
         return mapped(grow_cache, (layer,), layer, slots=slots)(old)
@@ -293,8 +297,9 @@ def sampling_programs(
         heads = shape.k * kv_copies(mesh, shape.k)
         return Cache(*(jnp.zeros((b, heads, size, shape.h), dtype) for size in (0, 0, slots, slots)))
 
-    decode_inputs = (weights, cache, rows, P(), P(), P())
-    decode_program = mapped(decode_chunk, decode_inputs, (cache, chunk_specs), **settings, chunk=chunk)
+    def decode_program(*inputs: Any) -> Any:
+        specs = (specs_of(inputs[0]), cache, rows, P(), P(), P())
+        return mapped(decode_chunk, specs, (cache, chunk_specs), **settings, chunk=chunk)(*inputs)
 
     def gather_program(*inputs: Any, windowed: bool) -> Cache:
         return mapped(gather_rows, (layer, layer, ROWS_B, P(), P()), layer, windowed=windowed)(*inputs)

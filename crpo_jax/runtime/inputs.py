@@ -15,6 +15,7 @@ from crpo_jax.data.batches import Batches, load_questions
 from crpo_jax.data.prompts import Fitting, check_dropped, encode_response, fit_prompts, render_prompts
 from crpo_jax.data.question import OTHER_HALF, Question, hold_out, select_part
 from crpo_jax.data.readers import read_questions
+from crpo_jax.data.worlds import WORLDS, generate_questions, teacher_responses
 from crpo_jax.errors import InputError
 from crpo_jax.parallel.agreement import cached_digest
 from crpo_jax.parallel.processes import gather_from_processes, process_share
@@ -149,7 +150,7 @@ class Traces:
 
 def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> Traces:
     """The traces of sft.path, those given (questions with a column `response`), or the built-in teacher's on the half
-    of the vignettes that CRPO does not train on."""
+    of an embedded world's questions that CRPO does not train on."""
     sft, data, tokenizer = runtime.settings.sft, runtime.settings.data, runtime.vocabulary.tokenizer
     if traces is not None or sft.path:
         questions = list(traces) if traces is not None else read_questions("jsonl", sft.path, "train")
@@ -159,11 +160,9 @@ def open_traces(runtime: Runtime, traces: Sequence[Question] | None = None) -> T
                 name = sft.path if traces is None else "traces"
                 raise InputError(f"{name}: {question.id}: response: expected the teacher's text, got {response!r}")
         responses = [str(question.columns["response"]) for question in questions]
-    elif data.source == "vignettes":
-        from crpo_jax.data.vignettes import teacher_response, vignettes
-
-        questions = select_part(vignettes(data.split, data.vignettes), OTHER_HALF[data.part])
-        responses = [teacher_response(question, runtime.settings.run.seed) for question in questions]
+    elif data.source in WORLDS:
+        questions = select_part(generate_questions(data, data.split), OTHER_HALF[data.part])
+        responses = teacher_responses(data.source, questions, runtime.settings.run.seed)
     else:
         raise InputError(
             f"sft.path: expected a file of teacher traces, since data.source={data.source} has no built-in teacher"

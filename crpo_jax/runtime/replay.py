@@ -57,12 +57,12 @@ def replay(settings: Config, workdir: Path, step: int) -> str:
 def describe_rows(batch: Any, policy: np.ndarray, vocabulary: Vocabulary) -> list[str]:
     """A line for each row whose response has a value that is not finite: log-probs, or the advantage."""
     lines = []
-    for row, (first, end) in enumerate(zip(batch.prompt_lengths, batch.lengths, strict=True)):
+    for row, length in enumerate(batch.lengths):
         logprobs = {"sampler": batch.sampler, "reference": batch.reference, "old": batch.old, "policy": policy}
-        values = {name: x[row, first - 1 : end - 1] for name, x in logprobs.items() if x is not None}
+        values = {name: x[row, :length] for name, x in logprobs.items() if x is not None}
         values |= {"advantage": batch.advantages[row], "weight": batch.weights[row]}
         odd = [name for name, value in values.items() if not np.isfinite(value).all()]
         if odd:
-            response = str(vocabulary.tokenizer.decode(batch.tokens[row, first:end].tolist()))
-            lines.append(f"  row of {end - first} tokens, {' and '.join(odd)} not finite: {response[:100]!r}")
+            response = str(vocabulary.tokenizer.decode(batch.tokens[row, :length].tolist()))
+            lines.append(f"  row of {length} tokens, {' and '.join(odd)} not finite: {response[:100]!r}")
     return lines

@@ -26,7 +26,7 @@ from crpo_jax.runtime.progress import format_duration
 from crpo_jax.runtime.runtime import Runtime
 from crpo_jax.store.files import read_rows, writing
 from crpo_jax.store.metrics import read_metrics
-from crpo_jax.update.batches import Row
+from crpo_jax.update.batches import Row, count_places
 from crpo_jax.update.losses import Batch
 from crpo_jax.update.trainer import Update
 
@@ -41,12 +41,12 @@ SHOWN = {
 
 
 def step_line(values: Mapping[str, float]) -> str:
-    """One line of the measures that matter."""
+    """One line of the measures that matter; questions without a right answer have no accuracy."""
     parts = [f"reward {values['reward/mean']:.2f}"]
     parts += [
         f"{label} {values[f'reward/{name}']:.2f}"
         for name, label in SHOWN.items()
-        if f"reward/{name}" in values and name != "mean"
+        if f"reward/{name}" in values and name != "mean" and not math.isnan(values[f"reward/{name}"])
     ]
     parts += [f"{values['response/length']:.0f} tokens"]
     parts += [f"kl {values['kl/mean']:.3f}"] if "kl/mean" in values else []
@@ -175,13 +175,13 @@ def time_metrics(
     GiB.
     """
     tokens, lengths = sum(len(response.tokens) for response in responses), [row.length for row in rows]
-    places = sum(batch.tokens.size for batches in mini_batches for batch in batches)
+    places = sum(batch.targets.size for batches in mini_batches for batch in batches if batch.targets is not None)
     metrics = {
         **{f"time/{phase}": spent for phase, spent in seconds.items()},
         "time/tokens_per_second": tokens / sum(seconds.values()),
         "time/rollout_tokens_per_second": tokens / seconds["rollout"],
         "time/update_tokens_per_second": sum(lengths) / seconds["update"],
-        "time/padding": 1 - sum(lengths) / places,
+        "time/padding": 1 - count_places(rows) / places,
     }
     peak = peak_flops(runtime.mesh.devices.flat[0].device_kind)
     if peak is not None:
@@ -224,7 +224,9 @@ def closing(workdir: Path, count: int) -> str:
     heads = ["step " + str(int(row["step"])) for row in (first, last)]
     rows = [f"{f'{count} held-out questions':<24}{heads[0]:>16}{heads[1]:>16}{'change':>10}"]
     for name, label in {**SHOWN, "truncated": "truncated"}.items():
-        before, after = float(first[f"eval/{name}"]), float(last[f"eval/{name}"])
+        before, after = first[f"eval/{name}"], last[f"eval/{name}"]
+        if before is None or after is None:  # no accuracy, where the questions have no right answer
+            continue
         shares = name in ("accuracy", "format", "cross_reference", "truncated")
         values = [f"{v:.3f} ± {standard_error(v, count):.3f}" if shares else f"{v:.2f}" for v in (before, after)]
         rows.append(f"{label:<24}{values[0]:>16}{values[1]:>16}{after - before:>+10.2f}")

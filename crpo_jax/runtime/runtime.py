@@ -102,7 +102,7 @@ class Runtime:
         return Engine(self.shape, self.mesh, how, rollout.max_new_tokens, rollout.slots, rollout.chunk, attention)
 
     def sampler_weights(self, policy: Policy) -> SamplerWeights:
-        return to_sampler(self.shape, self.mesh, self.settings.model.dtype)(policy)
+        return to_sampler(self.shape, self.mesh, self.settings.model.dtype, policy.adapted)(policy)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,9 @@ def require_same_settings(settings: Config) -> None:
     for key in ("data.prompt", "data.system_prompt"):
         path = Path(attrgetter(key)(settings).removeprefix("file:")).expanduser()
         facts[f"{key}: {path.name}"] = short_digest(path) if path.is_file() else "no file"
+    if rubric := settings.reward.judge.rubric:
+        path = Path(rubric).expanduser()
+        facts["reward.judge.rubric: the file"] = short_digest(path) if path.is_file() else "no such file"
     require_agreement(facts)
 
 

@@ -40,8 +40,12 @@ MAY_CHANGE = (
     *(f"distill.{name}" for name in ("base_url", "key_variable", "concurrency", "timeout", "retries")),
     *(f"distill.{name}" for name in ("max_reply_bytes", "attempts", "questions", "convert")),
     "judge.*",
+    *(f"reward.judge.{name}" for name in ("base_url", "key_variable", "concurrency", "timeout", "time_limit")),
+    *(f"reward.judge.{name}" for name in ("retries", "max_reply_bytes")),
     # how much is evaluated
     "evaluate.answer",
+    "evaluate.k",
+    "evaluate.measures",
     "evaluate.subjects",
     "evaluate.samples",
 )

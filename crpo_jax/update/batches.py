@@ -1,6 +1,10 @@
-"""Mini-batches and micro-batches: rows sorted by length, padded to a few fixed shapes under a token budget. NumPy
-only."""
+"""Mini-batches and micro-batches: responses in packed rows of a few fixed shapes under a token budget. NumPy only.
 
+A prompt of n tokens takes n - 1 places, and a response of m takes m: the prompt's last token, which predicts the
+response's first, stands before each of the responses, and a response's last token predicts nothing.
+"""
+
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +12,7 @@ import numpy as np
 
 from crpo_jax.config import Config, Parallel
 from crpo_jax.update.losses import Batch, row_weights
+from crpo_jax.update.packing import Group, pack_groups, power_of_two
 
 
 class Row(NamedTuple):
@@ -22,12 +27,18 @@ class Row(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Rows of one shape; `rows` says which of the caller's rows each is, -1 for a row that only fills up the shape."""
+    """Responses and the packed rows that hold them; `rows` says which of the caller's rows each response is, -1 for
+    one that only fills up the shape. The other fields are those of `Batch`."""
 
     rows: np.ndarray  # [b]
     tokens: np.ndarray  # [b, t] int32, right-padded
-    prompt_lengths: np.ndarray  # [b] int32
-    lengths: np.ndarray  # [b] int32, prompt and response together; 0 for filling
+    lengths: np.ndarray  # [b] int32; 0 for filling
+    starts: np.ndarray  # [b] int32
+    packed_tokens: np.ndarray  # [c, t] int32, as all below
+    targets: np.ndarray
+    positions: np.ndarray
+    sequences: np.ndarray
+    prompts: np.ndarray
 
 
 def crpo_mini_batches(
@@ -50,7 +61,7 @@ def crpo_mini_batches(
         part = slice(first, first + size)
         weights = row_weights(lengths[part], counted[part], settings.crpo.aggregation, settings.rollout.max_new_tokens)
         batches = []
-        for micro in split_rows(rows[part], settings.parallel, shards):
+        for micro in split_rows(rows[part], settings.parallel, shards, settings.rollout.max_new_tokens):
             batch = make_batch(micro, weights, advantages[part], align_to_tokens(logprobs[part], micro))
             responses = np.where(micro.rows >= 0, micro.rows + first, -1).astype(np.int32)
             batches.append(batch._replace(on_policy=np.full(len(micro.rows), first == 0), responses=responses))
@@ -60,53 +71,100 @@ def crpo_mini_batches(
 
 def supervised_batches(rows: Sequence[Row], parallel: Parallel, shards: int) -> list[Batch]:
     """All rows in micro-batches; together their loss is the mean over all response tokens."""
-    weights = row_weights(np.array([len(row.response) for row in rows]), np.ones(len(rows), bool), "token_mean")
-    return [make_batch(micro, weights) for micro in split_rows(rows, parallel, shards)]
-
-
-def split_rows(rows: Sequence[Row], parallel: Parallel, shards: int) -> list[MicroBatch]:
-    return micro_batches(rows, budget=parallel.micro_batch_tokens, multiple=parallel.length_multiple, shards=shards)
+    lengths = np.array([len(row.response) for row in rows])
+    weights = row_weights(lengths, np.ones(len(rows), bool), "token_mean")
+    longest = power_of_two(int(lengths.max()))
+    return [make_batch(micro, weights) for micro in split_rows(rows, parallel, shards, longest)]
 
 
 def make_batch(
     micro: MicroBatch, weights: np.ndarray, advantages: np.ndarray | None = None, sampler: np.ndarray | None = None
 ) -> Batch:
     """A micro-batch with its rows' weights and advantages, given for all rows of the mini-batch."""
-    of_rows = [None if values is None else select_rows(values, micro.rows) for values in (weights, advantages)]
-    arrays: Any = (micro.tokens, micro.prompt_lengths, micro.lengths, *of_rows, sampler)
-    return Batch(*arrays)
+    arrays: dict[str, Any] = micro._asdict()
+    rows = arrays.pop("rows")
+    of_rows = [None if values is None else select_rows(values, rows) for values in (weights, advantages)]
+    return Batch(**arrays, weights=of_rows[0], advantages=of_rows[1], sampler=sampler)
 
 
-def micro_batches(rows: Sequence[Row], *, budget: int, multiple: int, shards: int) -> list[MicroBatch]:
-    """All rows, each exactly once, in micro-batches of at most `budget` tokens per data shard, padding included.
-
-    Rows are sorted by length, so that rows of one micro-batch waste little. Lengths are multiples of `multiple`; row
-    counts follow from the length and the number of rows alone (a remainder is rounded up to a quarter of a full batch),
-    so that few shapes compile. A row longer than the budget stands alone on its shard.
-    """
-    order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
-    batches = []
-    while order:
-        t = -(-rows[order[0]].length // multiple) * multiple
-        full, wanted = max(1, budget // t), -(-len(order) // shards)
-        if wanted < full and batches:
-            quarter = -(-full // 4)
-            wanted = -(-wanted // quarter) * quarter
-        b = shards * min(full, wanted)
-        batches.append(pad_rows(rows, order[:b], b, t))
-        order = order[b:]
-    return batches
+def find_groups(rows: Sequence[Row]) -> list[Group]:
+    """Rows that follow one another and have the same prompt share it."""
+    groups = []
+    for prompt, members in itertools.groupby(range(len(rows)), key=lambda number: rows[number].prompt):
+        numbers = list(members)
+        groups.append(Group(len(prompt) - 1, numbers, [len(rows[number].response) for number in numbers]))
+    return groups
 
 
-def pad_rows(rows: Sequence[Row], chosen: Sequence[int], b: int, t: int) -> MicroBatch:
-    """The chosen rows as arrays of shape [b, t]."""
-    tokens, index = np.zeros((b, t), np.int32), np.full(b, -1, np.int32)
-    prompt_lengths, lengths = np.ones(b, np.int32), np.zeros(b, np.int32)
-    for place, which in enumerate(chosen):
-        row = rows[which]
-        tokens[place, : row.length] = [*row.prompt, *row.response]
-        index[place], prompt_lengths[place], lengths[place] = which, len(row.prompt), row.length
-    return MicroBatch(index, tokens, prompt_lengths, lengths)
+def count_places(rows: Sequence[Row]) -> int:
+    """The places that rows need, each prompt once."""
+    return sum(group.places for group in find_groups(rows))
+
+
+def split_rows(rows: Sequence[Row], parallel: Parallel, shards: int, longest: int) -> list[MicroBatch]:
+    budget, multiple = parallel.micro_batch_tokens, parallel.length_multiple
+    return micro_batches(rows, budget=budget, multiple=multiple, shards=shards, longest=longest)
+
+
+def micro_batches(rows: Sequence[Row], *, budget: int, multiple: int, shards: int, longest: int) -> list[MicroBatch]:
+    """All rows, each exactly once, in micro-batches of one shape with a packed row of at most `budget` places for every
+    data shard. Responses have at most `longest` tokens."""
+    if not rows:
+        return []
+    packed = pack_groups(find_groups(rows), budget=budget, multiple=multiple, shards=shards)
+    return [
+        stack_rows(rows, packed.rows[first : first + shards], packed.length, packed.most, longest)
+        for first in range(0, len(packed.rows), shards)
+    ]
+
+
+def stack_rows(
+    rows: Sequence[Row], packed: Sequence[Sequence[Group]], length: int, most: int, longest: int
+) -> MicroBatch:
+    """The micro-batch of these packed rows, one for each data shard."""
+    parts = [pack_row(rows, groups, length, most) for groups in packed]
+    numbers, starts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "starts"))
+    tokens, lengths = np.zeros((len(numbers), longest), np.int32), np.zeros(len(numbers), np.int32)
+    for place in np.flatnonzero(numbers >= 0):
+        response = rows[numbers[place]].response
+        tokens[place, : len(response)], lengths[place] = response, len(response)
+    return MicroBatch(
+        numbers, tokens, lengths, starts, *map(np.stack, zip(*(part.places for part in parts), strict=True))
+    )
+
+
+class PackedRow(NamedTuple):
+    """A packed row: its responses' numbers and starts [most], and what stands in its places [t]."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    places: tuple[np.ndarray, ...]  # in the order of MicroBatch
+
+
+def pack_row(rows: Sequence[Row], groups: Sequence[Group], length: int, most: int) -> PackedRow:
+    """First the prompts and then the responses, which puts the places that predict side by side."""
+    numbers = [number for group in groups for number in group.rows]
+    shared = [rows[group.rows[0]].prompt[:-1] for group in groups]
+    inputs = [[*rows[number].prompt[-1:], *rows[number].response][:-1] for number in numbers]
+    sizes = np.array([len(tokens) for tokens in (*shared, *inputs)], int)
+    prompt_of = np.repeat(np.arange(len(groups)), [len(group.rows) for group in groups])
+    first_position = np.concatenate([np.zeros(len(groups), int), np.array([len(x) for x in shared], int)[prompt_of]])
+    filled, count = int(sizes.sum()), len(sizes)
+    ends = np.cumsum(sizes)
+    out = np.zeros((5, length), np.int32)
+    tokens, targets, positions, sequences, prompts = out
+    tokens[:filled] = np.fromiter(itertools.chain(*shared, *inputs), np.int32, filled)
+    targets[:] = -1
+    predicting = slice(int(sizes[: len(groups)].sum()), filled)
+    targets[predicting] = np.fromiter(itertools.chain(*(rows[number].response for number in numbers)), np.int32)
+    positions[:filled] = np.arange(filled) + np.repeat(first_position - ends + sizes, sizes)
+    sequences[:filled] = np.repeat(np.arange(count), sizes)
+    sequences[filled:] = count + np.arange(length - filled)
+    prompts[:filled] = np.repeat(np.concatenate([np.arange(len(groups)), prompt_of]), sizes)
+    prompts[filled:] = max(len(groups) - 1, 0)  # filling sees next to nothing, and that nearby
+    chosen, starts = np.full(most, -1), np.zeros(most, np.int32)
+    chosen[: len(numbers)], starts[: len(numbers)] = numbers, (ends - sizes)[len(groups) :]
+    return PackedRow(chosen, starts, tuple(out))
 
 
 def select_rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -115,10 +173,8 @@ def select_rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def align_to_tokens(values: Sequence[np.ndarray], micro: MicroBatch) -> np.ndarray:
-    """Values per response token, one array per caller's row, on the positions that predict those tokens [b, t]."""
+    """Values per response token, one array per caller's row, beside those tokens [b, t]."""
     out = np.zeros(micro.tokens.shape, np.float32)
-    for place, which in enumerate(micro.rows):
-        if which >= 0:
-            first = micro.prompt_lengths[place] - 1
-            out[place, first : first + len(values[which])] = values[which]
+    for place in np.flatnonzero(micro.rows >= 0):
+        out[place, : micro.lengths[place]] = values[micro.rows[place]]
     return out

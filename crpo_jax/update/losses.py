@@ -27,15 +27,14 @@ KL_BOUND = 10.0  # ours: k3 has a tail: one token of log-ratio 10 would outweigh
 
 
 class Batch(NamedTuple):
-    """A micro-batch: right-padded rows of one shape, each a prompt and its response.
+    """A micro-batch: its responses, right-padded [b, t], and the packed rows [c, t] that the model reads, one for every
+    data shard.
 
-    Position j predicts token j + 1, and per-token arrays are aligned on the predicting position: a response of m tokens
-    after a prompt of n occupies positions n - 1 to n + m - 2. A row that only fills up the shape has length 0.
+    A row that only fills up the shape has length 0. Response rows are in the order of their shards, as many for each.
     """
 
-    tokens: Int[Array, "b t"]
-    prompt_lengths: Int[Array, " b"]
-    lengths: Int[Array, " b"]  # prompt and response together
+    tokens: Int[Array, "b t"]  # of the responses
+    lengths: Int[Array, " b"]  # of the responses
     weights: Float[Array, " b"]  # of each response token in the mini-batch's loss (`row_weights`); 0: no gradient
     advantages: Float[Array, " b"] | None = None
     sampler: Float[Array, "b t"] | None = None  # log-probs that the tokens were drawn with
@@ -43,17 +42,21 @@ class Batch(NamedTuple):
     old: Float[Array, "b t"] | None = None  # the trainer's log-probs before the rollout's first optimizer step
     on_policy: Bool[Array, " b"] | None = None  # rows of that step: the weights that compute have sampled them
     responses: Int[Array, " b"] | None = None  # which of the rollout's trained responses a row is; -1: filling
+    starts: Int[Array, " b"] | None = None  # place in its packed row that predicts a response's first token
+    packed_tokens: Int[Array, "c s"] | None = None
+    targets: Int[Array, "c s"] | None = None  # the response token that each place predicts; -1: none
+    positions: Int[Array, "c s"] | None = None  # these three: `model.packed_attention.Packing`
+    sequences: Int[Array, "c s"] | None = None
+    prompts: Int[Array, "c s"] | None = None
 
 
 def response_positions(batch: Batch) -> Bool[Array, "b t"]:
-    """Where position j predicts a token of a response: prompt - 1 <= j < length - 1. From lengths, never from token
-    ids."""
-    position = jnp.arange(batch.tokens.shape[1])[None]
-    return (position >= batch.prompt_lengths[:, None] - 1) & (position < batch.lengths[:, None] - 1)
+    """Tokens of responses. From lengths, never from token ids."""
+    return jnp.arange(batch.tokens.shape[1])[None] < batch.lengths[:, None]
 
 
 def response_mask(batch: Batch) -> Bool[Array, "b t"]:
-    """Where position j predicts a token of a response that carries gradient."""
+    """Tokens of responses that carry gradient."""
     return response_positions(batch) & (batch.weights > 0)[:, None]
 
 

@@ -5,7 +5,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class LossArrays(NamedTuple):
     weights: Float[Array, " b"]  # of each token of a response in the mini-batch's loss, by crpo.aggregation
 
 
-LossFunction = Callable[..., Float[Array, "b t"]]
+LossFunction = Callable[..., Array]
 """The loss of every token, to be minimized; the program multiplies by mask and weights, sums, and adds KL and
 entropy."""
 
@@ -39,9 +39,10 @@ def load_loss(path: str) -> tuple[LossFunction, tuple[str, ...]]:
     """The function at `module:function` and the arrays it asks for; InputError where there is none that can be
     called."""
     expected = "crpo.loss: expected clip, cispo, sapo or a function of your own as module:function"
-    function = import_user_object(path, expected)
-    if not callable(function):
-        raise InputError(f"{expected}; {path} is no function but of type {type(function).__name__}")
+    named = import_user_object(path, expected)
+    if not callable(named):
+        raise InputError(f"{expected}; {path} is no function but of type {type(named).__name__}")
+    function = cast(LossFunction, named)
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function, LossArrays._fields
@@ -73,7 +74,9 @@ def check_loss(crpo: Crpo) -> None:
         wanted = f"more than 0, since {crpo.loss} asks for reference_logprobs"
         raise InputError(f"crpo.kl_coef: expected {wanted}, got 0")
     rows, tokens = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    shapes = LossArrays(*[tokens] * 5, rows, jax.ShapeDtypeStruct((2, 3), jnp.bool_), rows)
+    mask: Any = jax.ShapeDtypeStruct((2, 3), jnp.bool_)
+    arrays: Any = [*[tokens] * 5, rows, mask, rows]
+    shapes = LossArrays(*arrays)
     try:
         out = jax.eval_shape(lambda arrays: function(**{name: getattr(arrays, name) for name in names}), shapes)
     except Exception as error:  # noqa: BLE001 (a user's function may raise anything)

@@ -26,13 +26,14 @@ from crpo_jax.config import Config, Lora, Optimizer
 from crpo_jax.model.adapters import Adapters
 from crpo_jax.model.attention import AttentionKind, choose_attention
 from crpo_jax.model.lora import Policy, policy_of, trained_shapes, trained_shardings
+from crpo_jax.model.packed_attention import Packing
 from crpo_jax.model.placement import training_placement, weight_shardings
 from crpo_jax.model.shape import Shape
 from crpo_jax.model.transformer import Transformer
 from crpo_jax.parallel.layout import LOGITS_BTV, ROWS_B, TOKENS_BT, find_layout
 from crpo_jax.parallel.mesh import data_size, fetch, put
 from crpo_jax.update.batches import select_rows
-from crpo_jax.update.logprobs import chunk_length, token_logprobs
+from crpo_jax.update.logprobs import chunk_length, token_logprobs, unpack_responses
 from crpo_jax.update.losses import (
     Batch,
     adapted_kl_coef,
@@ -69,6 +70,13 @@ class Update(NamedTuple):
     metrics: Metrics
     norm: Array
     applied: Array
+
+
+def packed(batch: Batch) -> tuple[Array, Array, Packing, Array]:
+    """What the model reads of a batch: tokens and targets of its packed rows, what belongs together in them, and where
+    responses start."""
+    packing = Packing(*(cast(Array, x) for x in (batch.positions, batch.sequences, batch.prompts)))
+    return cast(Array, batch.packed_tokens), cast(Array, batch.targets), packing, cast(Array, batch.starts)
 
 
 def learning_rate(settings: Optimizer, total_steps: int) -> optax.Schedule:
@@ -270,28 +278,34 @@ class Trainer:
         return TrainState(master, None, self.optimizer.init(master), step, kl_coef)
 
     def _forward(self, policy: Policy, batch: Batch, with_entropy: bool) -> tuple[Array, Array]:
-        """Log-probs [b, t] of the next tokens, and the entropies of the distributions they come from."""
-        model, parallel = self.placement.ends(policy.model), self.parallel
-        b, t = batch.tokens.shape
+        """Log-probs [b, t] of the response tokens, and the entropies of the distributions they come from."""
+        model, parallel, (tokens, targets, packing, starts) = (
+            self.placement.ends(policy.model),
+            self.parallel,
+            packed(batch),
+        )
         hidden = model(
-            batch.tokens,
+            tokens,
+            packing=packing,
             adapters=policy.adapters,
             placement=self.placement,
             remat=parallel.remat,
             unroll=parallel.unroll,
         )
         constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(self.mesh, LOGITS_BTV))
-        return token_logprobs(
+        measured = token_logprobs(
             model,
             hidden,
-            jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1))),
+            targets,
             self.temperature,
-            chunk_length(t, b // data_size(self.mesh), parallel.logprob_chunk),
+            chunk_length(tokens.shape[1], tokens.shape[0] // data_size(self.mesh), parallel.logprob_chunk),
             with_entropy=with_entropy,
             entropy_gradient=self.crpo.entropy_coef > 0,
             constrain=constrain,
             constrain_gradient=self.placement.output_gradient,
         )
+        logprobs, entropy = (unpack_responses(x, starts, batch.tokens.shape[1]) for x in measured)
+        return logprobs, entropy
 
     def _loss(self, policy: Policy, batch: Batch, kl_coef: Array | float) -> tuple[Float[Array, ""], Metrics]:
         logprobs, entropy = self._forward(policy, batch, with_entropy=self.loss == "crpo")
@@ -308,7 +322,7 @@ class Trainer:
         per_row, per_token = jnp.zeros(0), jnp.zeros((0, 0))
         lengths, tokens = jnp.zeros(0, jnp.int32), jnp.zeros((0, 0), jnp.int32)
         reference = per_token if self.crpo.has_reference else None
-        batch = Batch(tokens, lengths, lengths, per_row, per_row, per_token, reference)
+        batch = Batch(tokens, lengths, per_row, per_row, per_token, reference)
         metrics = self._loss_of(per_token, per_token, batch, self.crpo.kl_coef)[1]
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.shapes), metrics
 

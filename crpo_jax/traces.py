@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from crpo_jax.config import Reward
 from crpo_jax.data.question import Question
-from crpo_jax.reward.answer import find_answer, is_right, write_answer
+from crpo_jax.reward.answer import find_answer, is_right, without_marks, write_answer
 from crpo_jax.reward.rules import Score, score_response
 
 MIN_PROSE = 12  # words; a shorter answer is a verdict without its reasons
@@ -89,7 +89,8 @@ def rearrange_trace(question: Question, reasoning: str, answer: str, settings: R
     System 1 is the start of the reasoning, System 2 the rest. The conclusion is the prose of the teacher's answer; if
     that is a bare letter, the end of the reasoning moves there.
     """
-    body, conclusion = paragraphs(plain_text(reasoning)), answer_prose(plain_text(answer), question)
+    reasoning, answer = (plain_text(without_marks(text, settings)) for text in (reasoning, answer))
+    body, conclusion = paragraphs(reasoning), answer_prose(answer, question)
     if word_count(conclusion) < MIN_PROSE:
         last, body = take_sentences(body, SECTION_WORDS, from_end=True)
         conclusion = "\n\n".join([*last, *([conclusion] if word_count(conclusion) > 1 else [])])
