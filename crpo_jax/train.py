@@ -23,7 +23,7 @@ from crpo_jax.runtime.faults import faults_end_in_one_line
 from crpo_jax.runtime.fine_tuning import cold_start, cold_start_traces
 from crpo_jax.runtime.inputs import TrainingQuestions, model_digests, open_questions, question_digests
 from crpo_jax.runtime.replay import replay
-from crpo_jax.runtime.run import open_run, shared_workdir
+from crpo_jax.runtime.run import TrainingRun, open_run, shared_workdir
 from crpo_jax.runtime.runtime import Runtime, open_runtime
 from crpo_jax.runtime.same_inputs import require_same_workdir
 from crpo_jax.store.checkpoint import Checkpoints
@@ -107,11 +107,16 @@ def train(
                 measures |= report.time_metrics(runtime, rollout.responses, rows, batches, seconds)
                 samples, save = sample_rows(step, rollout, advantages), is_due(step + 1, settings.run.save_every)
                 run.keep(step, measures, report.step_line(measures), updates, batches, samples=samples, save=save)
-                if "eval/mean" in measures and runtime.writes:
-                    keep_page(workdir, run.progress.write)
-    if runtime.writes:
-        keep_page(workdir, run.progress.write)
+                if "eval/mean" in measures:
+                    renew_page(run)
+    renew_page(run)
     run.conclude(lambda: report.closing(workdir, len(inputs.held_out.questions)))
+
+
+def renew_page(run: TrainingRun) -> None:
+    """Writes the page of the run's responses, as they are now."""
+    if run.runtime.writes:
+        keep_page(run.workdir, run.progress.write)
 
 
 def is_due(step: int, every: int) -> bool:

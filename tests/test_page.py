@@ -200,6 +200,18 @@ def test_a_sum_of_rewards_shows_each_by_its_weight():
     assert parts["odd"]["why"] == ["[1]"]
 
 
+def test_a_sum_of_named_parts_has_a_row_for_each():
+    row = sample_row(
+        QUESTION, WRONG, 0, total=1.25, components={"accuracy": 0.0, "format": 1.0, "citation": 0.0, "length": -0.5}
+    )
+    row["why"] = row["why"] | {"weights": {"accuracy": 10.0, "format": 1.5, "citation": 0.5, "length": 0.5}}
+    row["why"] |= {"length": {"tokens": 30}}
+    parts = {part["name"]: part for part in reward_parts(row, "accuracy*10+format*1.5+citation*0.5", SETTINGS.reward)}
+    points = {"accuracy": 0, "format": 1.5, "cross_reference": 0, "consistency": None, "length": -0.25}
+    assert {name: part["points"] for name, part in parts.items()} == points
+    assert parts["length"]["why"] == ["-0.5 × weight 0.5", '{"tokens": 30}']
+
+
 # ---- which responses -------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +364,7 @@ def test_an_evaluation_s_responses_are_scored_for_the_page(tmp_path: Path):
         (1.5, False),
         (None, None),
     ]
-    assert "medqa.jsonl: options: expected" in data["responses"][2]["error"]
+    assert "medqa.jsonl: question: expected" in data["responses"][2]["error"]
     (table,) = data["tables"]
     assert [row["name"] for row in table["rows"]] == ["accuracy", "exact / invented"]
     assert table["columns"] == ["medqa (1 questions)"]

@@ -154,7 +154,7 @@ class Collected:
 def asked_format(design: str, settings: Config) -> tuple[tuple[str, str], bool]:
     """The tags of the two parts that a design wants, and whether it wants System 1 and System 2 in the first."""
     names = [name.partition("*")[0].strip() for name in design.split("+")]
-    if "grpo" in names and "crpo" not in names:
+    if {"grpo", "format", "citation"} & {*names} and "crpo" not in names:
         return (settings.reward.tags[0], settings.reward.tags[-1]), False
     return (("think", "answer"), False) if "released" in names else (("dx", "conclusion"), True)
 

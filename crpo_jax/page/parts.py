@@ -15,6 +15,9 @@ BUILT_IN = {
 EXPLAINED = ("answer", "format", "cross_reference", "consistency", "summary", "weights")
 """What parts of `why` have a sentence of their own; all others are shown as they are."""
 
+SAME: dict[str, str] = {"citation": "cross_reference"}
+"""Components by the names that the parts of a score have."""
+
 MAX_REASON = 2000  # characters of one reason
 
 
@@ -27,27 +30,27 @@ def reward_parts(row: Mapping[str, Any], design: str, settings: Reward) -> list[
     points = {} if weights else built_in_points(row, why, design, settings)
     if points and not math.isclose(sum(points.values()), number(row.get("total")) or 0.0, abs_tol=1e-3):
         points = {}
-    parts = [
-        part(name, row.get(name), points.get(name), reasons)
+    parts = {
+        name: part(name, row.get(name), points.get(name), reasons)
         for name, reasons in built_in_reasons(why).items()
         if number(row.get(name)) is not None
-    ]
+    }
     if "summary" in points:
-        parts.append(part("summary", float(bool(why.get("summary"))), points["summary"], []))
+        parts["summary"] = part("summary", float(bool(why.get("summary"))), points["summary"], [])
     components = row.get("components")
     for name, value in components.items() if isinstance(components, Mapping) and weights else ():
+        same = SAME.get(str(name), str(name))
+        own = parts.setdefault(same, part(same, value, None, []))
         weight, value = number(weights.get(name)), number(value)
-        reasons = ["it gave no number: not part of the total"] if value is None else [f"{value:g} × weight {weight:g}"]
-        parts.append(part(name, value, None if value is None or weight is None else value * weight, reasons))
-    others = {name: value for name, value in why.items() if name not in EXPLAINED}
-    for name, value in others.items():
-        reasons = [as_text(value)]
-        own = next((each for each in parts if each["name"] == name), None)
-        if own:
-            own["why"] += reasons
+        if value is None or weight is None:
+            own["why"].append("without a number: not part of the total")
         else:
-            parts.append(part(str(name), None, None, reasons))
-    return parts
+            own["points"] = number(value * weight)
+            own["why"].append(f"{value:g} × weight {weight:g}")
+    for name, value in why.items():
+        if name not in EXPLAINED:
+            parts.setdefault(name, part(name, None, None, []))["why"].append(as_text(value)[:MAX_REASON])
+    return list(parts.values())
 
 
 def reasons_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
