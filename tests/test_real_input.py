@@ -46,7 +46,9 @@ def test_medqa_with_a_qwen25_folder_runs_stops_resumes_and_exports(tmp_path, cap
             "data.eval_path": SHARED / "medqa" / "test.jsonl",
             "data.split": "dev",
             "data.eval_questions": 4,
-            "data.prompt": "brief",  # every token costs 151,936 logits
+            "data.prompt": "brief",  # every token costs 151,936 logits, so only the shortest questions are taken
+            "data.max_prompt_tokens": 112,
+            "data.max_dropped_share": 1.0,
             "rollout.max_new_tokens": 16,
             "rollout.chunk": 8,
             "crpo.steps": steps,
