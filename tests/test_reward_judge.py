@@ -292,3 +292,12 @@ def test_bad_criteria_are_named(rubrics, expected):
 def test_the_settings_are_given_as_any_other():
     chosen = load_config(None, ["reward.judge.model=m", "reward.judge.highest=5", "reward.design=judge"], model=False)
     assert (chosen.reward.judge.model, chosen.reward.judge.highest) == ("m", 5.0)
+
+
+def test_a_changed_rubric_has_another_digest(rubric):
+    judge = RewardJudge(base_url="http://h/v1", model="m", rubric=rubric)
+    before = Scorer(Reward(design="judge", judge=judge)).digests()
+    Path(rubric).write_text("Is it brief?")
+    assert before.keys() == {"rubric of reward.judge"}
+    assert Scorer(Reward(design="judge", judge=judge)).digests() != before
+    assert Scorer(Reward(design="crpo", judge=judge)).digests() == {}
