@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crpo_jax import cli, config
+from crpo_jax.api import as_questions
 from crpo_jax.errors import InputError
 from crpo_jax.model.config_json import read_shape
 from crpo_jax.model.decode import SamplerWeights
@@ -277,15 +278,22 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     `seconds` is the median over the steps after the first, without evaluations and checkpoints.
     """
     changes = {"model.path": args.model, "model.dtype": args.dtype, "parallel.mesh": args.mesh}
-    changes |= {"data.source": args.questions, "rollout.max_new_tokens": args.max_new}
+    changes |= {"rollout.max_new_tokens": args.max_new}
     changes |= {"crpo.prompts_per_step": args.prompts_per_step, "crpo.mini_batch_prompts": args.prompts_per_step}
     changes |= {"crpo.group_size": args.group, "crpo.steps": args.steps + 1}
     changes |= {"reward.design": "letters", "reward.workers": 0, "data.eval_questions": 1}
     changes |= {"evaluate.max_new_tokens": 1, "run.save_every": 0, "run.eval_every": 0}
     overrides = [f"{name}={value}" for name, value in changes.items()]
     settings = config.load_config(None, [*overrides, *args.overrides])
+    questions = as_questions([json.loads(line) for line in Path(args.questions).read_text("utf-8").splitlines()])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        train(open_runtime(settings), Path(folder), reward_functions={"letters": count_letters})
+        train(
+            open_runtime(settings),
+            Path(folder),
+            questions=questions,
+            held_out=questions[:1],
+            reward_functions={"letters": count_letters},
+        )
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [row for row in map(json.loads, lines) if "time/update" in row]
     parts = {name: [row[f"time/{name}"] for row in steps] for name in ("rollout", "score", "update")}
@@ -300,9 +308,9 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def count_letters(response: str, **columns: Any) -> float:
+def count_letters(completions: list[Any], **columns: Any) -> list[float]:
     """A reward that differs within a group and costs nothing."""
-    return float(len(set(response)) % 7)
+    return [float(len(set(str(completion))) % 7) for completion in completions]
 
 
 def add_overrides(part: argparse.ArgumentParser) -> None:

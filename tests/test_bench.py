@@ -70,7 +70,7 @@ def test_an_update_of_groups_counts_every_row(folder: Path):
     results = {}
     for flags in ([], ["--unshared"]):
         settings = ["parallel.length_multiple=4", "parallel.micro_batch_tokens=128"]
-        done = bench("update", folder, "--groups", str(groups), "--repeats", "1", *flags, *settings)
+        done = bench("update", folder, "--groups", str(groups), "--mesh", "1x8", "--repeats", "1", *flags, *settings)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         results[result["peer"]] = result
