@@ -439,7 +439,8 @@ def test_the_samplers_log_probs_need_no_forward_of_the_old_policy(model: Transfo
     mesh = mesh_of(1, 1)
     by_sampler = trainer_of(mesh, settings_with(crpo__old_logprobs="sampler"))
     state = initial_state(by_sampler, model, mesh)
-    batches = [whole(mini, mesh)._replace(old=None, on_policy=jnp.full(8, i == 0)) for i, mini in enumerate(minis)]
+    batches = [whole(mini, mesh)._replace(old=None) for mini in minis]
+    batches = [batch._replace(on_policy=jnp.full(batch.lengths.shape, i == 0)) for i, batch in enumerate(batches)]
     scored = by_sampler.with_logprobs(state, [[batch] for batch in batches])
     assert all(batch.old is None for (batch,) in scored)
     for (batch,) in scored:
@@ -466,7 +467,7 @@ def test_a_kl_in_the_reward_is_taken_off_each_response(sizes: tuple[int, int], m
     for batch in (batch for part in trainer.with_advantages(batches, new) for batch in part):
         rows = np.asarray(batch.responses)
         np.testing.assert_array_equal(batch.advantages, np.where(rows >= 0, rows, 0))
-        lengths = [mini.rows[row].length if row >= 0 else 0 for row in rows]
+        lengths = [len(mini.rows[row].response) if row >= 0 else 0 for row in rows]
         np.testing.assert_array_equal(batch.lengths, lengths)
 
 
