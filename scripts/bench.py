@@ -231,7 +231,7 @@ def update_groups(args: argparse.Namespace) -> dict[str, Any]:
     for group in groups:
         shared = draw(group["prompt"])
         rows += [Row(draw(group["prompt"]) if args.unshared else shared, draw(length)) for length in group["responses"]]
-    advantages = np.float32(rng.normal(size=len(rows)))
+    advantages = rng.normal(size=len(rows)).astype(np.float32)
     logprobs = [np.full(len(row.response), -np.log(master.shape.v), np.float32) for row in rows]
     state, passes = trainer.begin(master), list[float]()
 
@@ -244,8 +244,10 @@ def update_groups(args: argparse.Namespace) -> dict[str, Any]:
         batches = [trainer.put_batches(batch) for batch in mini_batches()]
         batches = jax.block_until_ready(trainer.with_logprobs(state, batches))
         passes.append(time.perf_counter() - began)
+        measured = []
         for mini_batch in batches:
-            state, measured = trainer.update(state, mini_batch)
+            state, of_mini_batch = trainer.update(state, mini_batch)
+            measured.append(of_mini_batch)
         return state.step, measured
 
     first, _ = timed(whole)
@@ -259,7 +261,7 @@ def describe_update(
     args: argparse.Namespace, first: float, seconds: float, rows: list[Row], batches: list[Batch]
 ) -> dict[str, Any]:
     """Every token of every row is useful, whether its prompt is shared or not; padding is of the places computed."""
-    tokens, shapes = sum(row.length for row in rows), [np.shape(batch.packed_tokens) for batch in batches]
+    tokens, shapes = sum(row.length for row in rows), [np.asarray(batch.packed_tokens).shape for batch in batches]
     return {
         "peer": "crpo_jax unshared" if args.unshared else "crpo_jax",
         "what": "update",

@@ -95,7 +95,7 @@ def splash_row(q: Array, k: Array, v: Array, packing: Packing, scale: float, win
 class Tiles(NamedTuple):
     """The pairs of tiles to compute, sorted by the queries' tile, and what the tiles hold."""
 
-    count: Int[Array, ""]
+    pairs: Int[Array, ""]  # how many there are
     queries: Int[Array, " pairs"]
     keys: Int[Array, " pairs"]
     packing: Packing  # [tiles, tile]
@@ -141,7 +141,7 @@ def tiled_forward(q: Array, k: Array, v: Array, packing: Packing, scale: float, 
     tiles = find_tiles(packing, length, window)
     queries, (keys, values) = split_queries(q, kv, length), [split_tiles(x, length) for x in (k, v)]
 
-    def add_tile(pair: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add_tile(pair: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         query, key = tiles.queries[pair], tiles.keys[pair]
         scores = tile_scores(queries[query], keys[key], tiles, query, key, scale, window)
         mixed, top, total = (x[query] for x in carry)
@@ -153,7 +153,7 @@ def tiled_forward(q: Array, k: Array, v: Array, packing: Packing, scale: float, 
 
     empty = jnp.zeros(queries.shape, jnp.float32)
     start = (empty, jnp.full(queries.shape[:-1], MASKED), empty[..., 0])
-    mixed, top, total = jax.lax.fori_loop(0, tiles.count, add_tile, start)
+    mixed, top, total = jax.lax.fori_loop(0, tiles.pairs, add_tile, start)
     out = mixed / total[..., None]
     return join_queries(out, n).astype(v.dtype), (q, k, v, packing, out.astype(v.dtype), top + jnp.log(total))
 
@@ -165,7 +165,7 @@ def tiled_backward(scale: float, window: int, saved: Any, gradient: Float[Array,
     queries, (keys, values) = split_queries(q, kv, length), [split_tiles(x, length) for x in (k, v)]
     mean = jnp.sum(of_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
-    def add_tile(pair: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add_tile(pair: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         query, key = tiles.queries[pair], tiles.keys[pair]
         scores = tile_scores(queries[query], keys[key], tiles, query, key, scale, window)
         weights = jnp.exp(scores - log_total[query][..., None])
@@ -178,7 +178,7 @@ def tiled_backward(scale: float, window: int, saved: Any, gradient: Float[Array,
         return tuple(total.at[place].add(part) for total, place, part in places)
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries, keys, values))
-    of_q, of_k, of_v = jax.lax.fori_loop(0, tiles.count, add_tile, start)
+    of_q, of_k, of_v = jax.lax.fori_loop(0, tiles.pairs, add_tile, start)
     of_k, of_v = (x.transpose(0, 2, 1, 3).reshape(k.shape) for x in (of_k, of_v))
     return join_queries(of_q, n).astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), None
 
@@ -194,7 +194,8 @@ def tile_scores(
     queries: Array, keys: Array, tiles: Tiles, query: Array, key: Array, scale: float, window: int
 ) -> Float[Array, "k rq s"]:
     """The scores of one pair of tiles, which the r queries of a KV head share a mask in."""
-    seen = visible(*(Packing(*(x[tile] for x in tiles.packing)) for tile in (query, key)), window)
+    of_query, of_key = (Packing(*(x[tile] for x in tiles.packing)) for tile in (query, key))
+    seen = visible(of_query, of_key, window)
     hidden = jnp.tile(jnp.where(seen, 0.0, MASKED), (queries.shape[1] // seen.shape[0], 1))
     return tile_product("kqh,ksh->kqs", queries, keys) * scale + hidden
 

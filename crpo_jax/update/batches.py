@@ -6,7 +6,7 @@ response's first, stands before each of the responses, and a response's last tok
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -83,8 +83,9 @@ def make_batch(
     """A micro-batch with its rows' weights and advantages, given for all rows of the mini-batch."""
     arrays: dict[str, Any] = micro._asdict()
     rows = arrays.pop("rows")
-    of_rows = [None if values is None else select_rows(values, rows) for values in (weights, advantages)]
-    return Batch(**arrays, weights=of_rows[0], advantages=of_rows[1], sampler=sampler)
+    arrays["weights"] = select_rows(weights, rows)
+    arrays["advantages"] = None if advantages is None else select_rows(advantages, rows)
+    return Batch(**arrays, sampler=cast(Any, sampler))
 
 
 def find_groups(rows: Sequence[Row]) -> list[Group]:

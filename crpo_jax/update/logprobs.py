@@ -53,7 +53,7 @@ def token_logprobs(
 
     hidden = hidden.reshape(c, t // chunk, chunk, d).swapaxes(0, 1)
     targets = targets.reshape(c, t // chunk, chunk).swapaxes(0, 1)
-    measured = map_chunks(of_chunk, constrain_gradient, model.output, hidden, targets)
+    measured: Any = map_chunks(of_chunk, constrain_gradient, model.output, hidden, targets)
     return measured[0].swapaxes(0, 1).reshape(c, t), measured[1].swapaxes(0, 1).reshape(c, t)
 
 
