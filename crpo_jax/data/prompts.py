@@ -91,6 +91,11 @@ def user_turn(question: Question, name: str) -> str:
     return "\n\n".join(part for part in (instruction(name), question.question, options) if part)
 
 
+def read_instruction(prompt: str) -> str:
+    """A built-in instruction, or the text of a Jinja file."""
+    return PROMPTS[prompt] if prompt in PROMPTS else read_text("data.prompt", Path(prompt))
+
+
 def user_turns(questions: Sequence[Question], prompt: str) -> list[str]:
     """The user turn of every question, by a built-in instruction or a Jinja file."""
     if prompt in PROMPTS:
@@ -107,8 +112,9 @@ def render_prompts(questions: Sequence[Question], data: Data, tokenizer: "Tokeni
     """
     if not questions:
         return []
-    arguments, control, system = data.chat_template_kwargs, control_tokens(tokenizer), read_system_prompt(data)
+    arguments, system = data.chat_template_kwargs, read_system_prompt(data)
     check_arguments(arguments, tokenizer)
+    control = control_tokens(tokenizer, system + read_instruction(data.prompt))
     refuse_tokens(system, control, "data.system_prompt")
     system_turns = open_conversation(system, tokenizer, arguments)
     texts = []

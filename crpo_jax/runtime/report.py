@@ -41,7 +41,7 @@ SHOWN = {
 
 
 def step_line(values: Mapping[str, float]) -> str:
-    """One line of the measures that matter; questions without a right answer have no accuracy."""
+    """One line of the measures that matter, without those that the questions or the design do not have."""
     parts = [f"reward {values['reward/mean']:.2f}"]
     parts += [
         f"{label} {values[f'reward/{name}']:.2f}"
@@ -236,7 +236,7 @@ def closing(workdir: Path, count: int) -> str:
     rows = [f"{f'{count} held-out questions':<24}{heads[0]:>16}{heads[1]:>16}{'change':>10}"]
     for name, label in {**SHOWN, "truncated": "truncated"}.items():
         before, after = first[f"eval/{name}"], last[f"eval/{name}"]
-        if before is None or after is None:  # no accuracy, where the questions have no right answer
+        if before is None or after is None:  # not measured by the design, or not of these questions
             continue
         shares = name in ("accuracy", "format", "cross_reference", "truncated")
         values = [f"{v:.3f} ± {standard_error(v, count):.3f}" if shares else f"{v:.2f}" for v in (before, after)]
