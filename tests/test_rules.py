@@ -25,7 +25,9 @@ from crpo_jax.reward.terms import FRAME, STOP_WORDS, TOKEN, read_terms
 def test_table(reason: str, design: str, response: str, accuracy: float, formed: float, cited: float, why: str) -> None:
     found = score_response(GOUT, response, Reward(design=design))
     measured = cited if design == "crpo" else None  # no other whole design looks for citations
-    assert (found.accuracy, found.format, found.cross_reference) == (accuracy, formed, measured), f"{reason}: {found.why}"
+    assert (found.accuracy, found.format, found.cross_reference) == (accuracy, formed, measured), (
+        f"{reason}: {found.why}"
+    )
     explanation = (
         found.why["answer"]
         + "".join(found.why["format"])

@@ -104,7 +104,8 @@ class Scorer:
     manager, which raises InputError where a function cannot be loaded.
 
     Every Score has accuracy, format and so on for the logs: as the first whole design named has them, else as the
-    built-in parts have, and beside functions alone as `crpo` has. Only what the design names is in `total` and in
+    built-in parts have, and beside functions or a judge alone as `crpo` has, which for questions without options has no
+    format. Only what the design names is in `total` and in
     `components` (before weighting).
 
     `functions` are Python objects by the names that the design gives them, also that of a built-in part. One that can
@@ -126,7 +127,7 @@ class Scorer:
         self.settings, self.setting = settings, setting
         self.parts = design_parts(settings, functions)
         self.built_in = tuple(name for name, _ in self.parts if name in PARTS and name not in functions)
-        tasks = [BUILT_IN if name in self.built_in else name for name, _ in self.parts]
+        tasks = self.tasks = [BUILT_IN if name in self.built_in else name for name, _ in self.parts]
         described_by = [name for name in tasks if name in DESIGNS] or [name for name in tasks if name == BUILT_IN]
         self.described_by = described_by[0] if described_by else "crpo"
         self.names = tuple(dict.fromkeys((self.described_by, *tasks)))
@@ -386,6 +387,8 @@ class Scorer:
             if isinstance(value, Failure):
                 return value
         described: Score = values[self.described_by]
+        if self.described_by not in self.tasks and batch.questions[row].kind != "choice":
+            described = replace(described, format=None, cross_reference=None)  # nobody asked for the clinical format
         if self.parts == ((self.described_by, 1.0),):
             return described
         weights = dict(self.parts)

@@ -92,7 +92,8 @@ def answers_line(settings: Config, questions: Sequence[Question]) -> list[str]:
     if kinds.keys() <= {"choice"}:
         return []
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-    return [f"  answers    {counts}; in a response: {settings.reward.answer_in}"]
+    where = "" if kinds.keys() <= {"none"} else f"; in a response: {settings.reward.answer_in}"
+    return [f"  answers    {counts}{where}"]
 
 
 def set_aside_line(settings: Config, count: int) -> str:
@@ -262,8 +263,9 @@ def before_and_after(workdir: Path, first: int, last: int) -> str:
             raise InputError("none is scored in both files")
         old, new = max(pairs, key=lambda pair: pair[1]["total"] - pair[0]["total"])
         options = "".join(f"{letter}) {text}\n" for letter, text in new.get("options", {}).items())
+        right = f"(answer {new['answer']})\n" if new["answer"] else ""
         return (
-            f"{new['question']}\n{options}(answer {new['answer']})\n\n"
+            f"{new['question']}\n{options}{right}\n"
             f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n"
             f"-- after, reward {new['total']:.2f}:\n{new['response']}"
         )
