@@ -82,6 +82,17 @@ def test_accuracy_does_not_apply_where_there_is_no_right_answer():
     assert math.isnan(reward_means([scored])["reward/component/accuracy"])
 
 
+def test_accuracy_alone_is_refused_where_there_is_no_right_answer():
+    """A whole run was trained on rewards of 0."""
+    question = Question("q7", "How are you?", {}, "", kind="none")
+    Scorer(Reward(design="accuracy", workers=0)).check_questions([GOUT])
+    Scorer(Reward(design="accuracy+format", workers=0)).check_questions([GOUT, question])
+    with pytest.raises(
+        InputError, match="expected more than accuracy for questions without a right answer, such as q7"
+    ):
+        Scorer(Reward(design="accuracy", workers=0)).check_questions([GOUT, question])
+
+
 def test_two_tags_are_judged_as_by_the_grpo_design():
     settings = Reward(design="grpo", tags=("dx", "conclusion"))
     for _, _, response, *_ in ROWS:

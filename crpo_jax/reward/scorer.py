@@ -197,7 +197,15 @@ class Scorer:
         return {"rubric of reward.judge": hashlib.sha256(rubric.encode()).hexdigest()} if rubric else {}
 
     def check_questions(self, questions: Sequence[Question]) -> None:
-        """InputError where the judge is to score a question by criteria that it does not have."""
+        """InputError where nothing in the design applies to a question, or the judge is to score one by criteria that
+        it does not have."""
+        if self.built_in == ("accuracy",) and len(self.parts) == 1:
+            for question in questions:
+                if question.kind == "none":
+                    raise InputError(
+                        f"reward.design: expected more than {self.settings.design} for questions without a right "
+                        f"answer, such as {question.id}"
+                    )
         if self.judge and not self.judge.template:
             for question in questions:
                 self.judge.requests(question, "")
