@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,12 +10,13 @@ import jax
 from crpo_jax import cli
 from crpo_jax.answer.evaluation import evaluate_held_out, response_means, reward_means
 from crpo_jax.answer.rollout import rollout_metrics, sample_rollout, sample_rows
-from crpo_jax.config import default_config_path, replaced
+from crpo_jax.config import default_config_path
 from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.page.html import keep_page
 from crpo_jax.parallel import processes
 from crpo_jax.parallel.mesh import data_size
+from crpo_jax.reward.design import design_of_evaluations
 from crpo_jax.reward.functions import RewardFunction
 from crpo_jax.reward.scorer import Scorer, ScoringError
 from crpo_jax.runtime import report
@@ -126,13 +128,10 @@ def is_due(step: int, every: int) -> bool:
 def open_scorers(
     runtime: Runtime, inputs: TrainingQuestions, functions: Mapping[str, RewardFunction] | None
 ) -> tuple[Scorer, Scorer]:
-    """The run's reward, and that of held-out responses: `crpo`, so that runs of any design can be compared, or the
-    run's own where questions have no options, since the clinical format means nothing there."""
-    settings, effective = runtime.settings, runtime.vocabulary.effective
-    held_out, examiners = settings.reward, functions
-    if all(question.kind == "choice" for question in inputs.held_out.questions):
-        held_out, examiners = replaced(settings, {"reward.design": "crpo"}).reward, None
-    return Scorer(settings.reward, effective, functions), Scorer(held_out, effective, examiners)
+    """The run's reward, and that of held-out responses."""
+    reward, effective = runtime.settings.reward, runtime.vocabulary.effective
+    held_out = replace(reward, design=design_of_evaluations(reward, inputs.held_out.questions))
+    return Scorer(reward, effective, functions), Scorer(held_out, effective, functions)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

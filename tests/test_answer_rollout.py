@@ -17,7 +17,7 @@ from crpo_jax.reward.functions import Failure
 from crpo_jax.reward.rules import score_response
 from crpo_jax.reward.scorer import Scored, Scorer
 from crpo_jax.rollout.engine import Response
-from crpo_jax.update.losses import choose_groups, group_advantages
+from crpo_jax.update.advantages import choose_groups, group_advantages
 
 score = import_module("crpo_jax.score")
 

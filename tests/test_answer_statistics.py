@@ -227,5 +227,34 @@ def test_questions_without_a_right_answer_have_no_accuracy():
     summary, rows = summarize([answer("Rest.", sample, question) for sample in range(2)], SETTINGS)
     assert not {"accuracy", "valid", "majority", "pass@1"} & summary.keys()
     assert not {"accuracy", "majority"} & rows[0].keys()
-    printed = format_summary({"data": {"open": summary}}, SETTINGS).splitlines()
-    assert [line.split() for line in printed if line.startswith(("accuracy", "pass@"))] == [["accuracy", "-"]]
+    printed = format_summary({"data": {"open": summary}}, SETTINGS)
+    assert [line for line in printed.splitlines() if line.startswith(("accuracy", "pass@"))] == []
+    assert "An answer is" not in printed
+
+
+@pytest.mark.parametrize(
+    ("design", "reward", "form", "note"),
+    [
+        ("grpo", 11.0, 1.0, "sums: format and reward are those of reward.design=grpo."),
+        ("accuracy*10+consistency", 11.0, None, "sums: format and reward are those of reward.design=accuracy*10+cons"),
+        ("accuracy+judge", None, None, "sums: no reward, for reward.design=accuracy+judge asks a judge or a function"),
+        ("judge", None, None, "sums: no reward, for reward.design=judge asks a judge or a function of your own."),
+    ],
+)
+def test_answers_that_are_no_options_are_scored_by_the_runs_own_design(design, reward, form, note):
+    """An evaluation scored them by the clinical design, which they were never asked for."""
+    question = Question("q", "2 + 3?", {}, "5", kind="number")
+    text = "<think>2 and 3 are 5.</think><answer>\\boxed{5}</answer>"
+    chosen = config.load_config(None, ["reward.workers=0", f"reward.design={design}"], model=False)
+    summary, rows = summarize([answer(text, 0, question)], chosen)
+    assert summary.get("reward", {}).get("mean") == reward
+    assert rows[0].get("reward") == reward
+    assert summary.get("format", {}).get("mean") == form
+    assert "cross_reference" not in summary
+    printed = format_summary({"data": {"sums": summary}}, chosen)
+    assert note in printed
+    assert "An answer is what stands in the only box, in the part its format reserves for it, where the resp" in printed
+    assert "clinical" not in printed
+    lettered, _ = summarize([answer(text)], chosen)
+    assert (lettered["reward"]["mean"], lettered["design"]) == (0.5, "crpo")
+    assert "An answer is the letter in the only box" in format_summary({"data": {"letters": lettered}}, chosen)

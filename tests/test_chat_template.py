@@ -253,6 +253,18 @@ def test_text_among_the_added_tokens_is_text(folders):
     assert "Two\n\nparagraphs, <b>bold" in tokenizer.decode(tokens)
 
 
+def test_a_prompt_may_ask_for_a_tag_that_is_a_token_of_the_template(folders, tmp_path):
+    """Qwen3's <think> is one: neither the prompt grpo nor a system prompt could ask for it."""
+    tokenizer, own = load_tokenizer(folders["qwen3"]), tmp_path / "own.jinja"
+    own.write_text("Reason in <think></think>. {{ question }}")
+    settings = [Data(prompt="grpo"), Data(prompt=str(own)), dataclasses.replace(BRIEF, system_prompt="Use <think>.")]
+    for data in settings:
+        [tokens] = render_prompts([OPEN], data, tokenizer)
+        assert "<think>" in tokenizer.decode(tokens)
+    with pytest.raises(InputError, match="question q: expected text without the tokenizer's special tokens, got <thin"):
+        render_prompts([dataclasses.replace(OPEN, question="<think>?")], BRIEF, tokenizer)
+
+
 def test_effective_tokens_of_every_family(name, tokenizer, folders):
     table = effective_table(folders[name] / "tokenizer.json", len(tokenizer))
     for token in FAMILIES[name].tokens:

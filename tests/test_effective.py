@@ -9,6 +9,7 @@ import pytest
 from model_folder import SPACE, unigram
 from tokenizers import Tokenizer
 
+from crpo_jax.config import load_config
 from crpo_jax.errors import InputError
 from crpo_jax.reward.effective import (
     EFFECTIVE_RANGES,
@@ -16,6 +17,7 @@ from crpo_jax.reward.effective import (
     character_classes,
     effective_bytes,
     effective_table,
+    find_effective_table,
     read_vocabulary,
     spell_piece,
 )
@@ -161,6 +163,20 @@ def test_table_of_a_unigram_vocabulary(tmp_path: Path) -> None:
         assert table[tokenizer.encode(text, add_special_tokens=False).ids].all(), text
     for text in ("痛み", "вероятно", "👍"):
         assert not table[tokenizer.encode(text, add_special_tokens=False).ids].all(), text
+
+
+def test_a_models_table_has_a_row_for_every_id_that_it_can_draw(tmp_path: Path) -> None:
+    """Embeddings are often padded: a response with such an id could not be scored by an evaluation or shown by its
+    page."""
+    (tmp_path / "tokenizer.json").write_bytes(TINY.read_bytes())
+    tokens = max(read_vocabulary(TINY).values()) + 1
+    settings = load_config(None, [f"model.path={tmp_path}", "tokenizer.path="], model=False)
+    for content, rows in ((f'{{"vocab_size": {tokens + 8}}}', tokens + 8), ("{", tokens), ("[]", tokens)):
+        (tmp_path / "config.json").write_text(content)
+        table = find_effective_table(settings)
+        assert table is not None
+        assert len(table) == rows
+        assert not table[tokens:].any()
 
 
 def test_bad_tokenizers_are_named(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_room_imports_only_those_above_it():
 def test_an_import_counts_wherever_it_stands():
     """The tests below cannot pass because nothing was read."""
     assert "update.losses.crpo_loss" in imported("update/trainer.py")
-    assert "config.replaced" in imported("train.py")
+    assert "config.default_config_path" in imported("train.py")
     assert "data.vignettes.vignettes" in imported("data/tokenizer.py")  # inside a function
 
 

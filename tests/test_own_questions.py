@@ -390,7 +390,7 @@ def test_data_sets_of_an_evaluation_by_name_file_and_folder(tmp_path, monkeypatc
         ("gsm8k", "How many?", "2"),
     ]
     with pytest.raises(
-        InputError, match=r"^--data gsm=x: expected vignettes, medqa, .*, a file of questions, file=FOLDER"
+        InputError, match=r"^--data gsm=x: expected vignettes, arithmetic, medqa, .*, a file of questions, file=FOLDER"
     ):
         load_data_sets(["gsm=x"], settings)
 

@@ -1,11 +1,14 @@
 """The parts of a design: each value by hand, and that a sum of them is the sum of its parts."""
 
+import math
 import re
 
 import pytest
 from response_table import GOOD, GOUT, ROWS
 
+from crpo_jax.answer.evaluation import reward_means
 from crpo_jax.config import Reward, load_config
+from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.reward.parse import split_tags
 from crpo_jax.reward.rules import Score, score_response
@@ -50,6 +53,44 @@ def test_every_part_stands_by_name_before_its_weight():
 def test_any_tagged_format(tags, response, problems):
     scored = score("format", response, tags=tags)
     assert (scored.format, scored.why["format"]) == (float(not problems), problems)
+
+
+def test_what_a_design_does_not_measure_has_no_value():
+    """A run with numbers as answers logged and tabulated a format and citations of 0."""
+    scored = score("accuracy", TAGGED)
+    assert (scored.accuracy, scored.format, scored.cross_reference, scored.consistency) == (1, None, None, 1)
+    assert reward_means([scored]) == pytest.approx(
+        {
+            "reward/mean": 1,
+            "reward/accuracy": 1,
+            "reward/format": math.nan,
+            "reward/cross_reference": math.nan,
+            "reward/consistency": 1,
+            "reward/failed": 0,
+        },
+        nan_ok=True,
+    )
+
+
+def test_accuracy_does_not_apply_where_there_is_no_right_answer():
+    question = Question("q", "How are you?", {}, "", kind="none")
+    with Scorer(Reward(design="accuracy*10+format", workers=0)) as scorer:
+        (scored,) = scorer.score([question], [TAGGED])
+    assert isinstance(scored, Score)
+    assert (scored.accuracy, scored.components, scored.total) == (None, {"accuracy": None, "format": 1}, 1)
+    assert math.isnan(reward_means([scored])["reward/accuracy"])
+    assert math.isnan(reward_means([scored])["reward/component/accuracy"])
+
+
+def test_accuracy_alone_is_refused_where_there_is_no_right_answer():
+    """A whole run was trained on rewards of 0."""
+    question = Question("q7", "How are you?", {}, "", kind="none")
+    Scorer(Reward(design="accuracy", workers=0)).check_questions([GOUT])
+    Scorer(Reward(design="accuracy+format", workers=0)).check_questions([GOUT, question])
+    with pytest.raises(
+        InputError, match="expected more than accuracy for questions without a right answer, such as q7"
+    ):
+        Scorer(Reward(design="accuracy", workers=0)).check_questions([GOUT, question])
 
 
 def test_two_tags_are_judged_as_by_the_grpo_design():

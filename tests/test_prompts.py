@@ -101,6 +101,23 @@ def test_the_instruction_asks_for_the_rewards_format(name, tags):
     assert text == text.strip()
 
 
+def test_without_options_the_general_format_asks_for_an_answer(tokenizer):
+    """It asked for the letter of an option where there was none."""
+    question = Question("q7", "How many?", {}, "5", kind="number")
+    for name, tags in {"grpo": ["think", "answer"], "grpo_dx": ["dx", "conclusion"]}.items():
+        text = user_turn(question, name)
+        assert re.findall(r"</?(\w+)>", text) == [tag for tag in tags for _ in range(2)]
+        assert "\\boxed{ANSWER}" in text
+        assert not re.search("LETTER|letter|option|clinical", text)
+        assert "letter" in user_turn(QUESTION, name)
+    for name in ("crpo", "released"):
+        with pytest.raises(
+            InputError,
+            match=f"expected grpo, grpo_dx, brief, boxed or a Jinja file for questions without options, got {name}, wh",
+        ):
+            render(question, name, SYSTEM, tokenizer)
+
+
 def test_every_setting_has_its_prompt():
     assert tuple(PROMPTS) == PROMPT_NAMES
     with pytest.raises(

@@ -22,6 +22,7 @@ import pytest
 from response_table import GOOD, GOUT, ROWS
 
 from crpo_jax.config import Reward
+from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.reward import scorer as scorer_module
 from crpo_jax.reward.functions import Failure, design_name, import_path
@@ -518,6 +519,15 @@ def test_a_users_function_alone_is_the_total_and_crpo_describes(here: Path) -> N
         1.5,
         {named(here, "sometimes"): 2.0},
     )
+
+
+def test_a_users_function_alone_has_no_format_where_there_are_no_options(here: Path) -> None:
+    """A run with free-text answers and a function or a judge tabulated a format and citations of 0."""
+    question = Question("q", "Which?", {}, "gout", kind="text")
+    with Scorer(Reward(design=named(here, "sometimes"), workers=0)) as scorer:
+        (found,) = scorer.score([question], [GOOD])
+    assert isinstance(found, Score)
+    assert (found.total, found.format, found.cross_reference, found.consistency) == (2.0, None, None, 1)
 
 
 def test_weights_of_built_in_designs() -> None:

@@ -7,6 +7,7 @@ narrow it only as far as they differ, and a share of 0 or 1 still has a width.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from crpo_jax.answer.truth import EXACT_MEASURES, count_exactly, has_truth
 from crpo_jax.config import Config
 from crpo_jax.data.question import Question
 from crpo_jax.reward.answer import PatternTimeout, find_answer, is_right
+from crpo_jax.reward.design import built_in_part, design_of_evaluations
 from crpo_jax.reward.functions import Failure
 from crpo_jax.reward.parse import parse_response
 from crpo_jax.reward.rules import Score
@@ -81,12 +83,12 @@ def group_by_question(answers: Sequence[Answer]) -> list[list[int]]:
 
 
 def score_answers(
-    answers: Sequence[Answer], settings: Config, effective: np.ndarray | None
+    answers: Sequence[Answer], design: str, settings: Config, effective: np.ndarray | None
 ) -> tuple[list[Scored], str]:
-    """Scores under the `crpo` reward, whatever the run's design; and whether consistency is by tokens or characters."""
+    """Scores under a design; and whether consistency is by tokens or characters."""
     by_tokens = effective is not None and all(answer.token_ids is not None for answer in answers)
     ids = [answer.token_ids or [] for answer in answers] if by_tokens else None
-    reward = replace(settings.reward, design="crpo", max_failed_share=1.0)
+    reward = replace(settings.reward, design=design, max_failed_share=1.0)
     with Scorer(reward, effective if by_tokens else None) as scorer:
         scores = scorer.score([answer.question for answer in answers], [answer.response for answer in answers], ids)
     return scores, "tokens" if by_tokens else "characters"
@@ -100,15 +102,20 @@ def summarize(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A data set's entry in summary.json, and each question's own means, by which models are compared; plain values."""
     groups = group_by_question(answers)
-    scores, consistency_by = score_answers(answers, settings, effective)
+    questions = [answers[group[0]].question for group in groups]
+    design = design_of_evaluations(settings.reward, questions)
+    built_in = built_in_part(design)  # a judge or a function is asked by runs alone
+    scores, consistency_by = score_answers(answers, built_in or "consistency", settings, effective)
     scored = {index: score for index, score in enumerate(scores) if isinstance(score, Score)}
 
     def reward_part(name: str) -> list[list[float]]:
-        return [[float(getattr(scored[index], name)) for index in group if index in scored] for group in groups]
+        values = {index: getattr(score, name) for index, score in scored.items()}
+        return [[float(value) for index in group if (value := values.get(index)) is not None] for group in groups]
 
     shares, right = answer_shares(answers, groups, settings)
-    rewards = reward_part("total")
-    parts = {name: reward_part(name) for name in ("format", "cross_reference", "consistency")} if scored else {}
+    rewards = reward_part("total") if built_in == design else []
+    parts = {name: reward_part(name) for name in ("format", "cross_reference", "consistency")}
+    parts = {name: values for name, values in parts.items() if any(values)}
     exact: dict[str, list[list[float]]] = {}
     if all(has_truth(answers[group[0]].question) for group in groups):
         counts = [count_exactly(answer.question, answer.response) for answer in answers]
@@ -119,6 +126,7 @@ def summarize(
     fewest = min(map(len, groups))
     summary: dict[str, Any] = {
         "questions": len(groups),
+        "kinds": dict(Counter(question.kind for question in questions)),
         "samples": max(map(len, groups)),
         "responses": len(answers),
         **{name: estimate_share(list(filter(None, values))) for name, values in shares.items()},
@@ -128,17 +136,18 @@ def summarize(
     if left_out := [k for k in settings.evaluate.k if k > fewest]:
         summary["k_left_out"] = {"k": left_out, "samples": fewest}
     if scored:
-        summary |= {"consistency_by": consistency_by, "reward": estimate_count(list(filter(None, rewards)))}
-        summary["reward_of"] = settings.reward.k + 2
+        summary |= {"consistency_by": consistency_by, "design": design}
+    if any(rewards):
+        summary["reward"] = estimate_count(list(filter(None, rewards)))
     summary["length"] = summarize_lengths(answers)
     summary["subjects"] = summarize_subjects(answers, groups, right, settings)
     if exact:
         summary["exact"] = {name: estimate_count(values) for name, values in exact.items()}
     if own:
         summary["measures"] = {name: summarize_measure(measured[name], values) for name, values in own.items()}
-    questions = [answers[group[0]].question for group in groups]
     tables = {"exact": exact, "measures": own}
-    return summary, question_rows(questions, {**shares, **parts, "reward": rewards}, tables)
+    totals = {"reward": rewards} if rewards else {}
+    return summary, question_rows(questions, {**shares, **parts, **totals}, tables)
 
 
 def answer_shares(

@@ -93,10 +93,11 @@ def check_arguments(arguments: Mapping[str, Any], tokenizer: "Tokenizer") -> Non
 # ---- tokens of the template ------------------------------------------------------------------------------------------
 
 
-def control_tokens(tokenizer: "Tokenizer") -> list[str]:
+def control_tokens(tokenizer: "Tokenizer", instructions: str = "") -> list[str]:
     """The tokens that no text may spell: special ones, those written `<|...|>`, and those in the chat template.
 
-    Others are text: among the tokens added to Gemma's vocabulary are runs of line breaks and HTML tags.
+    Others are text: among the tokens added to Gemma's vocabulary are runs of line breaks and HTML tags. So is a tag in
+    the template that `instructions` ask for, such as Qwen3's <think>.
     """
     template = tokenizer.get_chat_template()
     return [
@@ -104,7 +105,7 @@ def control_tokens(tokenizer: "Tokenizer") -> list[str]:
         for token in tokenizer.added_tokens_decoder.values()
         if token.special
         or (token.content.startswith("<|") and token.content.endswith("|>"))
-        or (token.content in template and not token.content.isspace())
+        or (token.content in template and token.content not in instructions and not token.content.isspace())
     ]
 
 

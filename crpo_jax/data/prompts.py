@@ -27,9 +27,11 @@ from crpo_jax.errors import InputError, brief
 if TYPE_CHECKING:
     from crpo_jax.data.tokenizer import Tokenizer
 
-ONE_ANSWER = """\
-Use each tag exactly once and write nothing outside the two sections.
-Write \\boxed{} only once, with a single letter inside. Write in English only."""
+ONE_LETTER, ONE_ANSWER = (
+    "Use each tag exactly once and write nothing outside the two sections.\n"
+    f"Write \\boxed{{}} only once, with {content} inside. Write in English only."
+    for content in ("a single letter", "the answer alone")
+)
 
 
 def general_format(reasoning: str, answer: str) -> str:
@@ -38,7 +40,17 @@ def general_format(reasoning: str, answer: str) -> str:
         "Answer the clinical multiple-choice question below. Reason first, then give the one best option. "
         "Your whole response must have this shape:\n\n"
         f"<{reasoning}>\nYour reasoning.\n</{reasoning}>\n"
-        f"<{answer}>\nThe letter of the option, as in \\boxed{{LETTER}}.\n</{answer}>\n\n{ONE_ANSWER}"
+        f"<{answer}>\nThe letter of the option, as in \\boxed{{LETTER}}.\n</{answer}>\n\n{ONE_LETTER}"
+    )
+
+
+def open_format(reasoning: str, answer: str) -> str:
+    """The same for a question without options."""
+    return (
+        "Answer the question below. Reason first, then give the answer. "
+        "Your whole response must have this shape:\n\n"
+        f"<{reasoning}>\nYour reasoning.\n</{reasoning}>\n"
+        f"<{answer}>\nThe final answer, as in \\boxed{{ANSWER}}.\n</{answer}>\n\n{ONE_ANSWER}"
     )
 
 
@@ -56,7 +68,7 @@ PROMPTS: dict[str, str] = {
         "<conclusion>\n"
         "The answer your analysis leads to and the findings from above that decide it, "
         "ending with the letter of the option, as in \\boxed{LETTER}.\n"
-        "</conclusion>\n\n" + ONE_ANSWER
+        "</conclusion>\n\n" + ONE_LETTER
     ),
     "grpo": general_format("think", "answer"),
     "grpo_dx": general_format("dx", "conclusion"),
@@ -78,6 +90,14 @@ PROMPTS: dict[str, str] = {
 `brief` has none: a small model has learned the format in its cold start.
 """
 
+OPEN_PROMPTS: dict[str, str] = {
+    "grpo": open_format("think", "answer"),
+    "grpo_dx": open_format("dx", "conclusion"),
+    "brief": PROMPTS["brief"],
+    "boxed": PROMPTS["boxed"],
+}
+"""The same of a question without options; those that are not here ask for the letter of one."""
+
 
 def instruction(name: str) -> str:
     if name not in PROMPTS:
@@ -87,13 +107,25 @@ def instruction(name: str) -> str:
 
 def user_turn(question: Question, name: str) -> str:
     """The instruction, the question, and its options as `A) text` lines."""
+    asked = instruction(name) if question.options else OPEN_PROMPTS.get(name, instruction(name))
     options = "\n".join(f"{letter}) {text}" for letter, text in question.options.items())
-    return "\n\n".join(part for part in (instruction(name), question.question, options) if part)
+    return "\n\n".join(part for part in (asked, question.question, options) if part)
+
+
+def read_instruction(prompt: str) -> str:
+    """A built-in instruction, or the text of a Jinja file."""
+    return PROMPTS[prompt] if prompt in PROMPTS else read_text("data.prompt", Path(prompt))
 
 
 def user_turns(questions: Sequence[Question], prompt: str) -> list[str]:
     """The user turn of every question, by a built-in instruction or a Jinja file."""
     if prompt in PROMPTS:
+        for question in questions:
+            if not question.options and prompt not in OPEN_PROMPTS:
+                raise InputError(
+                    f"data.prompt: expected {', '.join(OPEN_PROMPTS)} or a Jinja file for questions without options, "
+                    f"got {prompt}, which asks for a letter, and question {question.id}"
+                )
         return [user_turn(question, prompt) for question in questions]
     return render_turns(Path(prompt).expanduser(), questions)
 
@@ -107,8 +139,9 @@ def render_prompts(questions: Sequence[Question], data: Data, tokenizer: "Tokeni
     """
     if not questions:
         return []
-    arguments, control, system = data.chat_template_kwargs, control_tokens(tokenizer), read_system_prompt(data)
+    arguments, system = data.chat_template_kwargs, read_system_prompt(data)
     check_arguments(arguments, tokenizer)
+    control = control_tokens(tokenizer, system + read_instruction(data.prompt))
     refuse_tokens(system, control, "data.system_prompt")
     system_turns = open_conversation(system, tokenizer, arguments)
     texts = []

@@ -237,7 +237,7 @@ def select_cases(methods: Sequence[Method]) -> list[tuple[str, list[Sample]]]:
                 for method, answer in zip(pair, (first[identity] for first in firsts), strict=True)
             ]
             before, after = (sample.score for sample in samples)
-            rank = (before.total - after.total, -after.cross_reference, data, identity)
+            rank = (before.total - after.total, -(after.cross_reference or 0.0), data, identity)
             cases.append((rank, data, samples))
     cases.sort(key=lambda case: case[0])
     return [(data, samples) for _, data, samples in cases[:MAX_CASES]]

@@ -1,6 +1,6 @@
 """An evaluation's results as text for a terminal."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from crpo_jax.answer.truth import EXACT_MEASURES
@@ -46,13 +46,14 @@ def format_summary(summary: Mapping[str, Any], settings: Config) -> str:
     add_row("questions x samples", lambda data: f"{data['questions']} x {data['samples']}")
     if any(data.get("dropped") for data in sets.values()):
         add_row("left out, prompt too long", lambda data: str(data.get("dropped", 0)))
-    for name, label in SHARE_LABELS.items():
+    for name, label in share_labels(sets.values()).items():
         add_row(label, lambda data, name=name: format_interval(data.get(name)))
         if name == "majority":
             for at_k in [f"{kind}@{k}" for kind in ("pass", "majority") for k in settings.evaluate.k]:
                 if any(at_k in data for data in sets.values()):
                     add_row(at_k, lambda data, at_k=at_k: format_interval(data.get(at_k)))
-    add_row("reward", lambda data: format_interval(data.get("reward"), 2))
+    if any("reward" in data for data in sets.values()):
+        add_row("reward", lambda data: format_interval(data.get("reward"), 2))
     lengths = "{mean:.0f} / {median:.0f} / {p95:.0f} {unit}"
     add_row("length, mean / median / p95", lambda data: lengths.format(**data["length"]))
     add_row("truncated", lambda data: "-" if (share := data["length"]["truncated"]) is None else f"{share:.3f}")
@@ -67,14 +68,13 @@ def format_summary(summary: Mapping[str, Any], settings: Config) -> str:
             tables += format_judges(name, data)
     for name, data in sets.items():
         tables += [format_subjects(f"{name} by {column}", subjects) for column, subjects in data["subjects"].items()]
-    place = "in the part its format reserves for it" if settings.evaluate.answer == "tagged" else "anywhere"
-    where = {"box": "in the only box"}.get(settings.reward.answer_in, f"in {settings.reward.answer_in}")
-    notes = [
-        f"[low, high]: 95%, over questions. An answer is what stands {where}, {place}; "
-        "vote: the most frequent answer, ties to the first; unreadable answers do not vote. "
-        "pass@k: a right one among k samples; majority@k: their vote, ties at random."
-    ]
+    notes = ["[low, high]: 95%, over questions." + answers_note(sets.values(), settings)]
     for name, data in sets.items():
+        design = data.get("design", "crpo")
+        if "reward" not in data:
+            notes.append(f"{name}: no reward, for reward.design={design} asks a judge or a function of your own.")
+        elif design != "crpo":
+            notes.append(f"{name}: format and reward are those of reward.design={design}.")
         if left_out := data.get("k_left_out"):
             numbers, samples = ", ".join(map(str, left_out["k"])), left_out["samples"]
             notes.append(f"{name}: no pass@k and majority@k for k={numbers}: a question has only {samples} samples.")
@@ -82,6 +82,31 @@ def format_summary(summary: Mapping[str, Any], settings: Config) -> str:
             if estimate["failed"]:
                 notes.append(f"{name}: {measure} has no value of {estimate['failed']}: {estimate['first_error']}")
     return "\n\n".join([*tables, "\n".join(notes)])
+
+
+def share_labels(sets: Collection[Mapping[str, Any]]) -> dict[str, str]:
+    """The labels of the shares that a data set has."""
+    clinical = all(data.get("design", "crpo") == "crpo" for data in sets)
+    labels = SHARE_LABELS if clinical else SHARE_LABELS | {"format": "format"}
+    return {name: label for name, label in labels.items() if any(name in data for data in sets)}
+
+
+def answers_note(sets: Collection[Mapping[str, Any]], settings: Config) -> str:
+    """What counts as an answer, of the kinds that are there; nothing where no question has a right one."""
+    kinds = {kind for data in sets for kind in data.get("kinds", ("choice",))}
+    if kinds <= {"none"}:
+        return ""
+    place, reward = "anywhere", settings.reward
+    if settings.evaluate.answer == "tagged":
+        place = "in the part its format reserves for it"
+        place += "" if kinds <= {"choice", "none"} else ", where the response has one"
+    what = "the letter" if kinds <= {"choice", "none"} else "what stands"
+    where = {"box": "in the only box"}.get(reward.answer_in, f"in {reward.answer_in}")
+    return (
+        f" An answer is {what} {where}, {place}; "
+        "vote: the most frequent answer, ties to the first; unreadable answers do not vote. "
+        "pass@k: a right one among k samples; majority@k: their vote, ties at random."
+    )
 
 
 def format_subjects(title: str, subjects: Mapping[str, Mapping[str, Any]]) -> str:

@@ -3,9 +3,10 @@
 import difflib
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from crpo_jax.config import Reward
+from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.reward.answer import answer_place
 from crpo_jax.reward.parts import PARTS
@@ -46,6 +47,18 @@ def design_parts(settings: Reward, functions: Collection[str] = ()) -> tuple[tup
     answer_place(settings.answer_in)
     check_tags(settings, [name for name in parts if name not in functions])
     return tuple(parts.items())
+
+
+def design_of_evaluations(settings: Reward, questions: Sequence[Question]) -> str:
+    """The design by which runs are compared: `crpo`, whatever a run's own, or the run's own where questions have no
+    options, since the clinical format means nothing there."""
+    return "crpo" if all(question.kind == "choice" for question in questions) else settings.design
+
+
+def built_in_part(design: str) -> str:
+    """What of a design needs neither a judge nor a function of a user's; may be empty."""
+    named = {piece: piece.partition("*")[0].strip() for piece in design.split("+")}
+    return "+".join(piece for piece, name in named.items() if name in DESIGNS or name in PARTS)
 
 
 def check_tags(settings: Reward, names: Collection[str]) -> None:

@@ -190,10 +190,24 @@ def effective_table(tokenizer_json: str | Path, vocab_size: int) -> np.ndarray:
 
 
 def find_effective_table(settings: Config) -> np.ndarray | None:
-    """The table of tokenizer.path or the model's folder; None if neither is on this machine."""
+    """The table of tokenizer.path or the model's folder; None if neither is on this machine.
+
+    It has a row for every id that the model can draw: embeddings often have more rows than there are tokens.
+    """
     for path in filter(None, (settings.tokenizer.path, settings.model.path)):
         for folder in (Path(path).expanduser(), config_folder().parent / path):
             file = folder / "tokenizer.json"
             if file.is_file():
-                return effective_table(file, max(read_vocabulary(file).values()) + 1)
+                tokens = max(read_vocabulary(file).values()) + 1
+                return effective_table(file, max(tokens, embedding_rows(settings.model.path)))
     return None
+
+
+def embedding_rows(model: str) -> int:
+    """The vocab_size in a model folder's config.json; 0 where there is none."""
+    try:
+        content = json.loads((Path(model).expanduser() / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return 0
+    rows = content.get("vocab_size") if isinstance(content, Mapping) else None
+    return rows if isinstance(rows, int) else 0

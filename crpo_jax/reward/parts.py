@@ -92,7 +92,7 @@ PARTS: dict[str, Callable[[Reading], tuple[float | None, Any]]] = {
 WHY = {"accuracy": "answer", "citation": "cross_reference"}
 """What the reason for a part is called in `Score.why`, as in the whole designs; others have the part's own name."""
 
-DESCRIBING = ("accuracy", "format", "consistency")
+DESCRIBING = ("accuracy", "consistency")
 """Parts that every score has for the logs, whether the design names them or not."""
 
 
@@ -113,8 +113,8 @@ def score_parts(
     why = {"cross_reference": None} | {WHY.get(name, name): reason for name, (_, reason) in read.items()}
     return Score(
         accuracy=values["accuracy"],
-        format=values["format"] or 0.0,
-        cross_reference=values.get("citation") or 0.0,
+        format=values.get("format"),
+        cross_reference=values.get("citation"),
         clinical_reasoning=0.0,
         consistency=values["consistency"] or 0.0,
         total=0.0,

@@ -32,15 +32,16 @@ MAX_SECTION_TOKENS = 1000  # a part that repeats itself for longer than this has
 class Score:
     """The reward of one response by parts; `components` holds the value of each reward that the total sums up.
 
-    `format` and `cross_reference` are 0 or 1, `consistency` is in [0, 1], and so is `accuracy` except in `released`,
-    whose penalties are negative; it is None, and no part of the total, where the question has no right answer.
+    `format` and `cross_reference` are 0 or 1, each None where the design does not measure it. `consistency` is in
+    [0, 1], and so is `accuracy` except in `released`, whose penalties are negative; it is None, and no part of the
+    total, where the question has no right answer.
     `answer_found` is what the response answers with, None where it has no readable answer. `why` explains every part
     and can be written as JSON.
     """
 
     accuracy: float | None
-    format: float
-    cross_reference: float
+    format: float | None
+    cross_reference: float | None
     clinical_reasoning: float
     consistency: float
     total: float
@@ -107,7 +108,7 @@ def score_grpo(
     clinical_reasoning = settings.format * formatted
     total = settings.k * (accuracy or 0.0) + clinical_reasoning
     why = {"answer": answer_why, "format": problems, "cross_reference": None, "consistency": consistency_why}
-    return Score(accuracy, formatted, 0.0, clinical_reasoning, share, total, answer, why, {"grpo": total})
+    return Score(accuracy, formatted, None, clinical_reasoning, share, total, answer, why, {"grpo": total})
 
 
 def measure_accuracy(question: Question, answer: str | None, settings: Reward) -> float | None:
@@ -197,7 +198,7 @@ def score_released(
         "summary": summary,
         "consistency": {"by": "ASCII characters", "effective": count, "of": len(text)},
     }
-    return Score(accuracy, formatted, 0.0, clinical_reasoning, share, total, answer, why, {"released": total})
+    return Score(accuracy, formatted, None, clinical_reasoning, share, total, answer, why, {"released": total})
 
 
 def require_choices(settings: Reward, questions: Sequence[Question]) -> None:

@@ -104,7 +104,8 @@ class Scorer:
     manager, which raises InputError where a function cannot be loaded.
 
     Every Score has accuracy, format and so on for the logs: as the first whole design named has them, else as the
-    built-in parts have, and beside functions alone as `crpo` has. Only what the design names is in `total` and in
+    built-in parts have, and beside functions or a judge alone as `crpo` has, which for questions without options has no
+    format. Only what the design names is in `total` and in
     `components` (before weighting).
 
     `functions` are Python objects by the names that the design gives them, also that of a built-in part. One that can
@@ -126,7 +127,7 @@ class Scorer:
         self.settings, self.setting = settings, setting
         self.parts = design_parts(settings, functions)
         self.built_in = tuple(name for name, _ in self.parts if name in PARTS and name not in functions)
-        tasks = [BUILT_IN if name in self.built_in else name for name, _ in self.parts]
+        tasks = self.tasks = [BUILT_IN if name in self.built_in else name for name, _ in self.parts]
         described_by = [name for name in tasks if name in DESIGNS] or [name for name in tasks if name == BUILT_IN]
         self.described_by = described_by[0] if described_by else "crpo"
         self.names = tuple(dict.fromkeys((self.described_by, *tasks)))
@@ -196,7 +197,15 @@ class Scorer:
         return {"rubric of reward.judge": hashlib.sha256(rubric.encode()).hexdigest()} if rubric else {}
 
     def check_questions(self, questions: Sequence[Question]) -> None:
-        """InputError where the judge is to score a question by criteria that it does not have."""
+        """InputError where nothing in the design applies to a question, or the judge is to score one by criteria that
+        it does not have."""
+        if self.built_in == ("accuracy",) and len(self.parts) == 1:
+            for question in questions:
+                if question.kind == "none":
+                    raise InputError(
+                        f"reward.design: expected more than {self.settings.design} for questions without a right "
+                        f"answer, such as {question.id}"
+                    )
         if self.judge and not self.judge.template:
             for question in questions:
                 self.judge.requests(question, "")
@@ -386,6 +395,8 @@ class Scorer:
             if isinstance(value, Failure):
                 return value
         described: Score = values[self.described_by]
+        if self.described_by not in self.tasks and batch.questions[row].kind != "choice":
+            described = replace(described, format=None, cross_reference=None)  # nobody asked for the clinical format
         if self.parts == ((self.described_by, 1.0),):
             return described
         weights = dict(self.parts)

@@ -41,7 +41,7 @@ SHOWN = {
 
 
 def step_line(values: Mapping[str, float]) -> str:
-    """One line of the measures that matter; questions without a right answer have no accuracy."""
+    """One line of the measures that matter, without those that the questions or the design do not have."""
     parts = [f"reward {values['reward/mean']:.2f}"]
     parts += [
         f"{label} {values[f'reward/{name}']:.2f}"
@@ -92,7 +92,8 @@ def answers_line(settings: Config, questions: Sequence[Question]) -> list[str]:
     if kinds.keys() <= {"choice"}:
         return []
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-    return [f"  answers    {counts}; in a response: {settings.reward.answer_in}"]
+    where = "" if kinds.keys() <= {"none"} else f"; in a response: {settings.reward.answer_in}"
+    return [f"  answers    {counts}{where}"]
 
 
 def set_aside_line(settings: Config, count: int) -> str:
@@ -236,7 +237,7 @@ def closing(workdir: Path, count: int) -> str:
     rows = [f"{f'{count} held-out questions':<24}{heads[0]:>16}{heads[1]:>16}{'change':>10}"]
     for name, label in {**SHOWN, "truncated": "truncated"}.items():
         before, after = first[f"eval/{name}"], last[f"eval/{name}"]
-        if before is None or after is None:  # no accuracy, where the questions have no right answer
+        if before is None or after is None:  # not measured by the design, or not of these questions
             continue
         shares = name in ("accuracy", "format", "cross_reference", "truncated")
         values = [f"{v:.3f} ± {standard_error(v, count):.3f}" if shares else f"{v:.2f}" for v in (before, after)]
@@ -262,8 +263,9 @@ def before_and_after(workdir: Path, first: int, last: int) -> str:
             raise InputError("none is scored in both files")
         old, new = max(pairs, key=lambda pair: pair[1]["total"] - pair[0]["total"])
         options = "".join(f"{letter}) {text}\n" for letter, text in new.get("options", {}).items())
+        right = f"(answer {new['answer']})\n" if new["answer"] else ""
         return (
-            f"{new['question']}\n{options}(answer {new['answer']})\n\n"
+            f"{new['question']}\n{options}{right}\n"
             f"-- before, reward {old['total']:.2f}:\n{old['response']}\n\n"
             f"-- after, reward {new['total']:.2f}:\n{new['response']}"
         )
