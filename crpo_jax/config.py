@@ -568,7 +568,7 @@ class Limits:
     """Limits beyond which a run warns and explains, or stops; 0 switches a limit off."""
 
     skipped: Count = setting(3, "the run stops after this many updates in a row whose loss or gradient was not finite")
-    kl: Number = setting(1.0, "largest mean k3 KL to the start model", unit="nats per token")
+    kl: Number = setting(1.0, "largest mean KL to the start model, as crpo.kl_estimator has it", unit="nats per token")
     entropy: Number = setting(0.01, "smallest entropy of the policy", unit="nats per token")
     zero_variance: Share = setting(1.0, "share of groups whose rewards are all equal, at or above which to act")
     truncated: Share = setting(1.0, "share of responses cut at rollout.max_new_tokens, at or above which to act")

@@ -301,7 +301,7 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
     }
     panel(axes[0, 0], "reward", {"reward/mean": "reward"}, {"reward/mean": "eval/mean"}, "reward")
     panel(axes[0, 1], "its parts", parts, {name: name.replace("reward/", "eval/") for name in parts}, "share")
-    panel(axes[1, 0], "distance from the start", {"kl/mean": "k3 KL"}, {}, "nats per token")
+    panel(axes[1, 0], "distance from the start", {"kl/mean": "KL"}, {}, "nats per token")
     panel(axes[1, 1], "response length", {"response/length": "tokens"}, {"response/length": "eval/length"}, "tokens")
     figure.suptitle("Lines: training batches. Dots: held-out questions.", fontsize=9)
     path = workdir / "report" / "curve.png"
