@@ -49,7 +49,7 @@ def step_line(values: Mapping[str, float]) -> str:
         if f"reward/{name}" in values and name != "mean" and not math.isnan(values[f"reward/{name}"])
     ]
     parts += [f"{values['response/length']:.0f} tokens"]
-    parts += [f"kl {values['kl/mean']:.3f}"] if "kl/mean" in values else []
+    parts += [f"kl {values['kl/mean']:.3f}"] if not math.isnan(values.get("kl/mean", math.nan)) else []
     parts += [f"{values['time/tokens_per_second']:,.0f} tok/s"] if "time/tokens_per_second" in values else []
     return "  ".join(parts)
 
@@ -122,7 +122,7 @@ def model_and_devices(runtime: Runtime, start: Path | None, lora: Lora) -> list[
 
 def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     """The metrics of the optimizer steps of one RL step, from values on the host; of the KL only where there is
-    one."""
+    one. A mean over no tokens, where no response carries gradient, is nan."""
     metrics = [update.metrics for update in updates]
 
     def total(name: str) -> float:
@@ -131,7 +131,7 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     def largest(name: str) -> float:
         return float(max(each[f"max/{name}"] for each in metrics))
 
-    tokens = max(total("tokens"), 1.0)
+    tokens = total("tokens") or math.nan
     kl = {"kl/mean": total("kl") / tokens, "kl/max": largest("kl")} if "sum/kl" in metrics[0] else {}
     return kl | {
         "loss/total": float(np.mean([each["sum/loss"] for each in metrics])),
@@ -141,7 +141,7 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
         "policy/clipped_high": total("clipped_high") / tokens,
         "policy/ratio_max": float(np.exp(largest("log_ratio"))),
         "policy/ratio_min": float(np.exp(min(each["min/log_ratio"] for each in metrics))),
-        "policy/sampler_difference_mean": total("sampler_difference") / max(total("sampler_tokens"), 1.0),
+        "policy/sampler_difference_mean": total("sampler_difference") / (total("sampler_tokens") or math.nan),
         "policy/sampler_difference_max": largest("sampler_difference"),
         **importance_metrics(total),
         "policy/gradient_norm": float(np.mean([update.norm for update in updates])),
@@ -152,10 +152,10 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
 def importance_metrics(total: Callable[[str], float]) -> dict[str, float]:
     """Of the importance weights w of n tokens or responses: their mean, the effective sample size (sum w)^2 / sum w^2
     as a share of n, and the shares that were truncated and masked."""
-    units, squares = max(total("importance_units"), 1.0), total("importance_squared")
+    units, squares = total("importance_units") or math.nan, total("importance_squared")
     return {
         "importance/mean": total("importance") / units,
-        "importance/effective_sample_size": total("importance") ** 2 / (squares * units) if squares else 0.0,
+        "importance/effective_sample_size": total("importance") ** 2 / (squares or 1.0) / units,
         "importance/truncated": total("importance_capped") / units,
         "importance/masked": total("importance_masked") / units,
     }
