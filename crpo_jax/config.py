@@ -401,10 +401,10 @@ class Crpo:
     )
     sequence_clip_high: Number = setting(4e-4, "clip_high with ratio=sequence", source="arXiv 2507.18071, section 5.1")
     sapo_tau_positive: Real = setting(
-        1.0, "loss=sapo: temperature of the gate of good responses", source="arXiv 2511.20347, section 5.1", gt=0
+        1.0, "loss=sapo: temperature of the gate of good responses", source="arXiv 2511.20347", gt=0
     )
     sapo_tau_negative: Real = setting(
-        1.05, "loss=sapo: temperature of the gate of the others", source="arXiv 2511.20347, section 5.1", gt=0
+        1.05, "loss=sapo: temperature of the gate of the others", source="arXiv 2511.20347", gt=0
     )
     dynamic_sampling: Count = setting(
         0,
