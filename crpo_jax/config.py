@@ -401,10 +401,10 @@ class Crpo:
     )
     sequence_clip_high: Number = setting(4e-4, "clip_high with ratio=sequence", source="arXiv 2507.18071, section 5.1")
     sapo_tau_positive: Real = setting(
-        1.0, "loss=sapo: temperature of the gate of good responses", source="arXiv 2511.20347, section 5.1", gt=0
+        1.0, "loss=sapo: temperature of the gate of good responses", source="arXiv 2511.20347", gt=0
     )
     sapo_tau_negative: Real = setting(
-        1.05, "loss=sapo: temperature of the gate of the others", source="arXiv 2511.20347, section 5.1", gt=0
+        1.05, "loss=sapo: temperature of the gate of the others", source="arXiv 2511.20347", gt=0
     )
     dynamic_sampling: Count = setting(
         0,
@@ -568,7 +568,7 @@ class Limits:
     """Limits beyond which a run warns and explains, or stops; 0 switches a limit off."""
 
     skipped: Count = setting(3, "the run stops after this many updates in a row whose loss or gradient was not finite")
-    kl: Number = setting(1.0, "largest mean k3 KL to the start model", unit="nats per token")
+    kl: Number = setting(1.0, "largest mean KL to the start model, as crpo.kl_estimator has it", unit="nats per token")
     entropy: Number = setting(0.01, "smallest entropy of the policy", unit="nats per token")
     zero_variance: Share = setting(1.0, "share of groups whose rewards are all equal, at or above which to act")
     truncated: Share = setting(1.0, "share of responses cut at rollout.max_new_tokens, at or above which to act")

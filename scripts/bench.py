@@ -29,6 +29,7 @@ import numpy as np
 
 from crpo_jax import cli, config
 from crpo_jax.api import as_questions
+from crpo_jax.data.question import Question
 from crpo_jax.errors import InputError
 from crpo_jax.model.config_json import read_shape
 from crpo_jax.model.decode import SamplerWeights
@@ -65,12 +66,27 @@ def bandwidth(megabytes: int = 512) -> float:
     return 3 * x.nbytes / statistics.median(passes)
 
 
+def read_lines(flag: str, path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} {path}: expected a readable file of JSON lines, got {error}") from None
+
+
+def read_questions(path: str) -> list[Question]:
+    """The questions of a file of JSON lines, as the Python API takes them."""
+    rows = []
+    for number, line in enumerate(read_lines("--questions", path), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise InputError(f"{path}:{number}: expected a question as JSON, got {line[:60]!r}") from None
+    return as_questions(rows)
+
+
 def read_prompts(path: str, vocabulary: int) -> list[list[int]]:
     """The token ids of every line's `tokens`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path}: expected a readable file of JSON lines, got {error}") from None
+    lines = read_lines("--prompts", path)
     prompts = []
     for number, line in enumerate(lines, 1):
         try:
@@ -287,7 +303,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     changes |= {"evaluate.max_new_tokens": 1, "run.save_every": 0, "run.eval_every": 0}
     overrides = [f"{name}={value}" for name, value in changes.items()]
     settings = config.load_config(None, [*overrides, *args.overrides])
-    questions = as_questions([json.loads(line) for line in Path(args.questions).read_text("utf-8").splitlines()])
+    questions = read_questions(args.questions)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         train(
             open_runtime(settings),

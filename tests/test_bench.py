@@ -87,6 +87,17 @@ def test_bad_groups_are_refused_in_one_line(folder: Path):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_bad_questions_are_refused_in_one_line(folder: Path):
+    path = folder / "bad_questions.jsonl"
+    for written, expected in ((None, "expected a readable file of JSON lines"), ('{"question":', ":1: expected a")):
+        if written:
+            path.write_text(written + "\n", encoding="utf-8")
+        done = bench("step", folder, "--questions", str(path))
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert expected in done.stderr
+
+
 def test_bad_prompts_are_refused_in_one_line(folder: Path):
     (folder / "bad.jsonl").write_text('{"tokens": [3, 1, 4]}\n{"tokens": [99]}\n')
     done = bench("rollout", folder, "--prompts", str(folder / "bad.jsonl"))

@@ -551,7 +551,7 @@ def test_importance_metrics():
     """One unit per token, or per response; what is masked is not counted as truncated too."""
     x = inputs()
     steps = np.zeros((B, T))
-    steps[0, 1:4], steps[1, 0:7], steps[3, 2:7] = 0.5, -0.5, 0.05
+    steps[0, :3], steps[1, :7], steps[3, :5] = 0.5, -0.5, 0.05
     x["sampler"] = x["old"] - jnp.float32(steps)
     for level, per_unit in (("token", np.exp(steps[MASK])), ("sequence", np.exp([1.5, -3.5, 0, 0.25]))):
         crpo = Crpo(importance=level, importance_cap=1.2, importance_bound=3.0)

@@ -48,6 +48,7 @@ ALL = ", ".join(LossArrays._fields)
         ("def loss(logprobs): return np.exp(logprobs)", "expected a function that jax can trace, got Tracer"),
         ("def loss(logprobs): return logprobs + undefined", "got NameError: name 'undefined' is not defined"),
         ("def loss(logprobs: return", "cannot be imported: SyntaxError"),
+        ("loss = max", "MODULE:loss has no signature that names its parameters"),
     ],
 )
 def test_what_is_refused(module: str, code: str, expected: str):

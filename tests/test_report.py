@@ -4,13 +4,16 @@ import dataclasses
 import json
 import math
 
+import jax.numpy as jnp
 import pytest
 
 from crpo_jax import config
 from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape, backward_flops, block_weights, forward_flops
-from crpo_jax.runtime.report import closing, needed_share, step_line, update_flops
+from crpo_jax.runtime.report import closing, needed_share, step_line, update_flops, update_metrics
 from crpo_jax.update.batches import Row
+from crpo_jax.update.losses import Batch, crpo_loss
+from crpo_jax.update.trainer import Update
 
 SHAPE = Shape(d=64, n=4, k=2, h=16, f=128, v=256, l=2, tied=True, rope=Rope(1e4), norm_eps=1e-6)
 LENGTHS = [100, 90, 80, 70]
@@ -57,3 +60,16 @@ def test_a_shared_prompt_is_needed_once():
     expected = blocks / (blocks + output) / 4
     assert needed_share(shape, rows) == pytest.approx(expected, rel=0.05)
     assert needed_share(shape, [Row([0], [1] * 500)]) == pytest.approx(1, rel=0.01)
+
+
+def test_where_no_response_carries_gradient_there_are_no_means():
+    """All cut and crpo.truncated=mask: an entropy of 0 would be taken for a policy that says the same in every draw."""
+    per_row, per_token = jnp.zeros(2), jnp.zeros((2, 3))
+    lengths = jnp.array([3, 2])
+    batch = Batch(per_token.astype(int), lengths, per_row, per_row, sampler=per_token, reference=per_token)
+    metrics = crpo_loss(per_token, per_token, batch, config.Crpo(importance="token"), 0.1)[1]
+    measures = update_metrics([Update(metrics, jnp.float32(0), jnp.float32(1))])
+    means = {name for name in measures if name.startswith(("importance/", "policy/clipped_"))}
+    means |= {"kl/mean", "policy/entropy", "policy/sampler_difference_mean"}
+    assert {name for name, value in measures.items() if math.isnan(value)} == means
+    assert "kl" not in step_line(measures | {"reward/mean": 0.0, "response/length": 3.0})

@@ -171,8 +171,8 @@ def test_no_tile_in_which_something_is_seen_is_left_out(window: int):
     """And not many more are computed."""
     packing = Packing(*(x[0] for x in packing_of(256, 2)))
     tiles = find_tiles(packing, 16, window)
-    count = int(tiles.count)
-    computed = set(zip(tiles.queries[:count].tolist(), tiles.keys[:count].tolist(), strict=True))
+    pairs = int(tiles.pairs)
+    computed = set(zip(tiles.queries[:pairs].tolist(), tiles.keys[:pairs].tolist(), strict=True))
     seen = np.asarray(visible(packing, packing, window)).reshape(16, 16, 16, 16).any(axis=(1, 3))
     needed = set(map(tuple, np.argwhere(seen).tolist()))
     assert needed <= computed

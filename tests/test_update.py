@@ -493,6 +493,20 @@ def clipped(logprobs, old_logprobs, advantages, **others):
 """
 
 
+def test_a_loss_of_ones_own_may_reduce_over_rows_and_tokens(
+    model: Transformer, minis: list[Mini], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing computes it of no rows at all, of which there is no maximum."""
+    code = "def scaled(logprobs, advantages):\n    return -logprobs * (advantages / advantages.max())[:, None]\n"
+    (tmp_path / "my_maximum.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    mesh = mesh_of(2, 2)
+    own = trainer_of(mesh, settings_with(crpo__loss="my_maximum:scaled"))
+    gradients, metrics = own.gradients(initial_state(own, model, mesh), [whole(minis[0], mesh)])
+    assert np.isfinite(float(metrics["sum/loss"]))
+    assert float(optax.tree.norm(gradients)) > 0
+
+
 def test_without_a_kl_no_reference_is_held_or_run(model: Transformer, minis: list[Mini], one_device: Mesh):
     """The gradient is that of a coefficient too small to matter, and a step needs no frozen weights."""
     gradients = []

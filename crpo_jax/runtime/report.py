@@ -49,7 +49,7 @@ def step_line(values: Mapping[str, float]) -> str:
         if f"reward/{name}" in values and name != "mean" and not math.isnan(values[f"reward/{name}"])
     ]
     parts += [f"{values['response/length']:.0f} tokens"]
-    parts += [f"kl {values['kl/mean']:.3f}"] if "kl/mean" in values else []
+    parts += [f"kl {values['kl/mean']:.3f}"] if not math.isnan(values.get("kl/mean", math.nan)) else []
     parts += [f"{values['time/tokens_per_second']:,.0f} tok/s"] if "time/tokens_per_second" in values else []
     return "  ".join(parts)
 
@@ -123,7 +123,7 @@ def model_and_devices(runtime: Runtime, start: Path | None, lora: Lora) -> list[
 
 def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     """The metrics of the optimizer steps of one RL step, from values on the host; of the KL only where there is
-    one."""
+    one. A mean over no tokens, where no response carries gradient, is nan."""
     metrics = [update.metrics for update in updates]
 
     def total(name: str) -> float:
@@ -132,7 +132,7 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     def largest(name: str) -> float:
         return float(max(each[f"max/{name}"] for each in metrics))
 
-    tokens = max(total("tokens"), 1.0)
+    tokens = total("tokens") or math.nan
     kl = {"kl/mean": total("kl") / tokens, "kl/max": largest("kl")} if "sum/kl" in metrics[0] else {}
     return kl | {
         "loss/total": float(np.mean([each["sum/loss"] for each in metrics])),
@@ -142,7 +142,7 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
         "policy/clipped_high": total("clipped_high") / tokens,
         "policy/ratio_max": float(np.exp(largest("log_ratio"))),
         "policy/ratio_min": float(np.exp(min(each["min/log_ratio"] for each in metrics))),
-        "policy/sampler_difference_mean": total("sampler_difference") / max(total("sampler_tokens"), 1.0),
+        "policy/sampler_difference_mean": total("sampler_difference") / (total("sampler_tokens") or math.nan),
         "policy/sampler_difference_max": largest("sampler_difference"),
         **importance_metrics(total),
         "policy/gradient_norm": float(np.mean([update.norm for update in updates])),
@@ -153,10 +153,10 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
 def importance_metrics(total: Callable[[str], float]) -> dict[str, float]:
     """Of the importance weights w of n tokens or responses: their mean, the effective sample size (sum w)^2 / sum w^2
     as a share of n, and the shares that were truncated and masked."""
-    units, squares = max(total("importance_units"), 1.0), total("importance_squared")
+    units, squares = total("importance_units") or math.nan, total("importance_squared")
     return {
         "importance/mean": total("importance") / units,
-        "importance/effective_sample_size": total("importance") ** 2 / (squares * units) if squares else 0.0,
+        "importance/effective_sample_size": total("importance") ** 2 / (squares or 1.0) / units,
         "importance/truncated": total("importance_capped") / units,
         "importance/masked": total("importance_masked") / units,
     }
@@ -303,7 +303,7 @@ def draw_curve(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Path:
     }
     panel(axes[0, 0], "reward", {"reward/mean": "reward"}, {"reward/mean": "eval/mean"}, "reward")
     panel(axes[0, 1], "its parts", parts, {name: name.replace("reward/", "eval/") for name in parts}, "share")
-    panel(axes[1, 0], "distance from the start", {"kl/mean": "k3 KL"}, {}, "nats per token")
+    panel(axes[1, 0], "distance from the start", {"kl/mean": "KL"}, {}, "nats per token")
     panel(axes[1, 1], "response length", {"response/length": "tokens"}, {"response/length": "eval/length"}, "tokens")
     figure.suptitle("Lines: training batches. Dots: held-out questions.", fontsize=9)
     path = workdir / "report" / "curve.png"

@@ -20,8 +20,8 @@ def group_advantages(
 
     grpo: (r - mean) / (std + 1e-6) of the group, std with ddof = 1 (equation 3); 0 where all its rewards are equal.
     dr_grpo: r - mean of the group (arXiv 2503.20783, section 3.2). rloo: r - mean of the group's others (arXiv
-    2402.14740, section 2.2). reinforce_plus_plus: r, normalized over all tokens of the batch (arXiv 2501.03262,
-    equation 10), of which a response has `lengths`; with _baseline: r - mean of the group, normalized likewise.
+    2402.14740). reinforce_plus_plus: r, normalized over all tokens of the batch (arXiv 2501.03262), of which a response
+    has `lengths`; with _baseline: r - mean of the group, normalized likewise.
     """
     rewards, out = np.asarray(rewards, np.float64), np.zeros(np.shape(rewards))
     for group, counts, advantages in zip(rewards, counted, out, strict=True):

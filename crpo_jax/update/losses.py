@@ -142,8 +142,8 @@ def cispo_objective(
 def sapo_objective(
     log_ratio: Float[Array, "b t"], advantages: Float[Array, " b"], positive: float, negative: float
 ) -> Float[Array, "b t"]:
-    """4 / tau * sigmoid(tau (ratio - 1)) * A, with a tau for good responses and one for the others (arXiv 2511.20347):
-    its slope is 1 at ratio 1 and fades away from there, where PPO cuts it off."""
+    """4 / tau * sigmoid(tau (ratio - 1)) * A, with a tau for good responses and one for the others (arXiv 2511.20347,
+    equations 5 and 6): its slope is 1 at ratio 1 and fades away from there, where PPO cuts it off."""
     tau = jnp.where(advantages > 0, positive, negative)[:, None]
     return 4 / tau * jax.nn.sigmoid(tau * (bounded_exp(log_ratio) - 1)) * advantages[:, None]
 

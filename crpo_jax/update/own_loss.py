@@ -43,7 +43,10 @@ def load_loss(path: str) -> tuple[LossFunction, tuple[str, ...]]:
     if not callable(named):
         raise InputError(f"{expected}; {path} is no function but of type {type(named).__name__}")
     function = cast(LossFunction, named)
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of some functions that are written in C
+        raise InputError(f"{expected}; {path} has no signature that names its parameters") from None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function, LossArrays._fields
     names = []

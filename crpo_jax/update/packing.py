@@ -4,6 +4,7 @@ A group is a prompt and its responses. They stand in one row, where the prompt i
 to fill the rows: the prompt then stands in each of them.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -95,10 +96,19 @@ def fill_rows(groups: Sequence[Group], count: int, length: int, most: int) -> li
 def choose_part(group: Group, room: int, slots: int) -> list[int]:
     """The responses of a group that fill `room` places best beside their prompt, at most `slots` of them."""
     among = min(len(group.rows), CHOSEN_AMONG)
-    subsets = np.arange(1, 1 << among)[:, None] >> np.arange(among) & 1
+    if not slots or group.prompt + min(group.responses[:among]) > room:
+        return []
+    subsets, sizes = subsets_of(among)
     places = subsets @ np.array(group.responses[:among]) + group.prompt
-    fits = (places <= room) & (subsets.sum(axis=1) <= slots)
+    fits = (places <= room) & (sizes <= slots)
     return np.flatnonzero(subsets[np.argmax(np.where(fits, places, -1))]).tolist() if fits.any() else []
+
+
+@functools.cache
+def subsets_of(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """All subsets of so many but the empty one, as rows of 0 and 1, and their sizes."""
+    subsets = np.arange(1, 1 << count)[:, None] >> np.arange(count) & 1
+    return subsets, subsets.sum(axis=1)
 
 
 def power_of_two(number: int) -> int:

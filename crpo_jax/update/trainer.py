@@ -318,13 +318,14 @@ class Trainer:
             return crpo_loss(logprobs, entropy, batch, self.crpo, kl_coef)
 
     def _zero(self) -> tuple[Any, Metrics]:
-        """Gradients and metrics of no rows at all."""
-        per_row, per_token = jnp.zeros(0), jnp.zeros((0, 0))
-        lengths, tokens = jnp.zeros(0, jnp.int32), jnp.zeros((0, 0), jnp.int32)
+        """Gradients and metrics of no rows at all. A loss of one's own may not compute without one: only its metrics'
+        shapes are asked for."""
+        per_row, per_token = jnp.zeros(1), jnp.zeros((1, 1))
+        lengths, tokens = jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), jnp.int32)
         reference = per_token if self.crpo.has_reference else None
         batch = Batch(tokens, lengths, per_row, per_row, per_token, reference)
-        metrics = self._loss_of(per_token, per_token, batch, self.crpo.kl_coef)[1]
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.shapes), metrics
+        metrics = jax.eval_shape(self._loss_of, per_token, per_token, batch, self.crpo.kl_coef)[1]
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (self.shapes, metrics))
 
     def _accumulate(
         self, gradients: Any, metrics: Metrics, policy: Policy, batch: Batch, kl_coef: Array
