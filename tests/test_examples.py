@@ -17,7 +17,7 @@ from crpo_jax.model.huggingface import model_tensors
 from crpo_jax.model.rotary import Rope
 from crpo_jax.model.shape import Shape
 from crpo_jax.store.files import read_rows
-from crpo_jax.store.logs import read_metrics
+from crpo_jax.store.metrics import read_metrics
 
 train = import_module("crpo_jax.train")
 
