@@ -83,7 +83,7 @@ def read_loop(text: str, whole: set[tuple[int, ...]], cache: int, temporaries: i
         name = re.search(r" ([\w-]+)\(", line.split(" = ", 1)[1])
         kind = name[1] if name else ""
         if kind in ("copy", "copy-start", "transpose", "concatenate", "pad", "gather") or (
-            kind == "fusion" and re.search(r"%?copy|transpose", line)
+            kind == "fusion" and re.search(r"copy|transpose", line.split(" = ", 1)[0])
         ):
             copies += [line[:200] for dims, layout in sizes(line)[:1] if dims in whole and "S(1)" not in layout]
         if re.match(r"(all|reduce-scatter|collective)-?", kind):

@@ -124,12 +124,20 @@ def write_config(workdir: Path, settings: Config, *, allow_changes: bool) -> Non
     replace_file(path, config.dump_config(settings))
 
 
+def last_key(text: bytes) -> bytes:
+    """The key in the last whole line of a YAML mapping."""
+    return text.rpartition(b"\n")[0].rpartition(b"\n")[2].partition(b":")[0]
+
+
 def refused_changes(path: Path, settings: Config) -> str:
     """`key: old -> new` of the settings that differ from those in the file and may not, or what is wrong with it."""
     try:
-        if not path.read_bytes().strip():
+        text = path.read_bytes()
+        if not text.strip():
             return f"an empty {path.name}"
         before = config.load_config(path, model=False)  # it was checked when it was written
+        if last_key(text) != last_key(config.dump_config(before).encode()):
+            return f"a damaged {path.name}: it is cut off"
     except (InputError, OSError) as damage:
         return f"a damaged {path.name}: {str(damage).removeprefix('--config ')}"
     rate = before.optimizer
