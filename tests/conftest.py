@@ -136,6 +136,14 @@ def quick_compiles() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_freed() -> Iterator[None]:
+    """After every module: a process may have only so many memory maps (vm.max_map_count), and the programs of the whole
+    suite need more. XLA crashes without a word beyond them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def strict_ranks() -> Iterator[None]:
     """No array is broadcast over a missing dim without being told: [b] against [b, t] raises, even where b = t."""
